@@ -1,0 +1,95 @@
+"""Which few questions about an FX graph does everyone ask?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "")."""
+
+    node: str
+    module: str
+    source: str
+
+
+def location(node: fx.Node) -> Location:
+    """The user's own code for this node: module path and last source line that Dynamo recorded."""
+    stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+    module = ""
+    for path, _ in stack.values():
+        module = _clean_path(path)
+    return Location(node.name, module, _source_line(node.meta.get("stack_trace")))
+
+
+def _clean_path(path: str) -> str:
+    """`L['self'].model.layers.0.self_attn` or `L['self']._modules['model']...` as a dotted path below the model."""
+    path = path.replace("L['self']", "").replace("L['fn']", "").replace("._modules", "")
+    path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    return path.strip(".")
+
+
+def _source_line(trace: str | None) -> str:
+    """`file:line: code` of the innermost frame of a recorded stack."""
+    if not trace:
+        return ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    for at in range(len(lines) - 1, -1, -1):
+        if lines[at].startswith("File "):
+            parts = lines[at].split('"')
+            number = lines[at].split("line ")[1].split(",")[0] if "line " in lines[at] else "?"
+            code = lines[at + 1] if at + 1 < len(lines) else ""
+            return f"{parts[1] if len(parts) > 1 else '?'}:{number}: {code}"
+    return ""
+
+
+def val(node: fx.Node) -> torch.Tensor:
+    """The fake tensor recorded for a tensor-valued node."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"node {node.name} holds {type(value).__name__}, not a tensor")
+    return value
+
+
+def is_tensor(node: object) -> bool:
+    """Whether this argument is a node that holds one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensor-valued arguments of a node, in order, each once."""
+    return [n for n in node.all_input_nodes if is_tensor(n)]
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph in calling order."""
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The one output node of a graph."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def same_size(a: object, b: object) -> bool:
+    """Whether two sizes (int or SymInt) are provably equal; never adds a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return a is b or bool(statically_known_true(a == b))  # type: ignore[arg-type]
+
+
+def downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that use any of these, directly or not; the given nodes themselves not counted."""
+    seen: set[fx.Node] = set()
+    todo = [u for n in nodes for u in n.users]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.users)
+    return seen

@@ -1,0 +1,108 @@
+"""How does a graph that Dynamo captured become one dialect of ATen?
+
+Functional, pre-dispatch ATen with symbolic shapes: `linear`, `layer_norm`, `softmax` and SDPA stay whole, in-place writes are
+gone, and only `einsum` is decomposed. Every later pass may rely on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from compile_attn.passes.graph import output_node, placeholders
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """A graph with the placeholders of the captured one, in its order, and the real values for them where they are constants."""
+
+    module: fx.GraphModule
+    constants: dict[fx.Node, torch.Tensor]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
+    sources: dict[fx.Node, str]  # placeholder -> name in the user's terms: "input_ids", "model.norm.weight"
+
+
+def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
+    """Trace Dynamo's graph to functional pre-dispatch ATen.
+
+    `example_inputs` are what Dynamo hands a backend: real parameters and buffers, integers for symbolic sizes.
+    """
+    # Private API, fenced here and tested on every supported torch: aot_export_module is what torch.export itself calls, and
+    # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
+    from torch._functorch.aot_autograd import aot_export_module
+
+    captured = placeholders(gm.graph)
+    fakes = [node.meta["example_value"] for node in captured]
+    module, signature = aot_export_module(
+        gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={_aten.einsum.default: _einsum}
+    )
+    inputs = placeholders(module.graph)
+    _restore_mutations(module, signature, inputs)
+    _drop_asserts(module.graph)
+    sources = {new: _source_name(old) for new, old in zip(inputs, captured, strict=True)}
+    constants = {
+        new: example
+        for new, old, example in zip(inputs, captured, example_inputs, strict=True)
+        if isinstance(example, torch.Tensor) and _is_state(old, example)
+    }
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(module, str(node.target), None)
+            if isinstance(value, torch.Tensor):
+                constants[node] = value
+    module.recompile()
+    return Normalized(module, constants, sources)
+
+
+def _einsum(equation: str, operands: Sequence[torch.Tensor], path: object = None) -> torch.Tensor:
+    """Torch's own decomposition of einsum into permute, view and bmm, reached through its composite kernel."""
+    return torch.ops.aten.einsum.default.decompose(equation, operands)  # type: ignore[no-any-return]
+
+
+def _restore_mutations(module: fx.GraphModule, signature: Any, inputs: list[fx.Node]) -> None:
+    """Functionalization returned the new values of mutated inputs as extra outputs; write them back with copy_ instead."""
+    mutated = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate, **signature.parameters_to_mutate}
+    if not mutated:
+        return
+    by_name = {node.name: node for node in inputs}
+    out = output_node(module.graph)
+    results = list(out.args[0])  # type: ignore[arg-type]
+    with module.graph.inserting_before(out):
+        for result in results[: len(mutated)]:
+            target = by_name[mutated[result.name]]
+            module.graph.call_function(_aten.copy_.default, (target, result)).meta["val"] = target.meta["val"]
+    out.args = (tuple(results[len(mutated) :]),)
+
+
+def _drop_asserts(graph: fx.Graph) -> None:
+    """Metadata assertions said what the shapes already say."""
+    for node in list(graph.nodes):
+        if node.target in (_aten._assert_tensor_metadata.default,) and not node.users:
+            graph.erase_node(node)
+
+
+def _source_name(node: fx.Node) -> str:
+    """Dynamo's `L['self']._modules['norm']._parameters['weight']` as `norm.weight`; its `L['kwargs']['input_ids']` as `input_ids`."""
+    grapharg = node.meta.get("grapharg")
+    # `source.name` is a method up to torch 2.11 and a property after it.
+    name = getattr(getattr(grapharg, "source", None), "name", node.name)
+    name = name() if callable(name) else name
+    for noise in ("L['self']", "L['kwargs']", "._modules", "._parameters", "._buffers", "L['args']"):
+        name = name.replace(noise, "")
+    name = name.replace("L['", "").replace("['", ".").replace("']", "")
+    return str(name).strip(".")
+
+
+def _is_state(node: fx.Node, example: torch.Tensor) -> bool:
+    """Whether a placeholder is a parameter or buffer of a module, so that it is the same tensor at every call."""
+    if isinstance(example, torch.nn.Parameter):
+        return True
+    grapharg = node.meta.get("grapharg")
+    name = getattr(getattr(grapharg, "source", None), "name", "")
+    name = name() if callable(name) else name
+    return "_buffers[" in name or "_parameters[" in name or "_modules[" in name or name.startswith("L['self']")
