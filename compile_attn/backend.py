@@ -1,0 +1,146 @@
+"""What happens when torch.compile hands over a graph?
+
+`paged_attn` is found through the entry-point group `torch_dynamo_backends`: `torch.compile(model, backend="paged_attn")`
+works without an import. Without a cache the graph is rewritten statelessly; with one it is paged, or refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from compile_attn.cache import PagedKVCache
+from compile_attn.options import Inner, Options
+from compile_attn.passes.pipeline import PagedGeometry, Rewriting, rewrite_paged, rewrite_stateless
+from compile_attn.passes.report import RefusedError, Rejected, Report
+
+log = logging.getLogger(__name__)
+Compiled = Callable[..., Any]
+
+
+def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
+    """The torch.compile backend. Unknown options raise ValueError; see `Options` for the known ones."""
+    chosen = Options.read(options)
+    if chosen.cache is not None:
+        return _paged(gm, example_inputs, chosen, chosen.cache)
+    return _stateless(gm, example_inputs, chosen)
+
+
+def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) -> Compiled:
+    needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
+    rewriting = rewrite_stateless(gm, examples, kernel=options.kernel, needs_grad=needs_grad)
+    _emit(rewriting.report)
+    rejected = rewriting.report.rejected
+    if options.on_rejected == "error" and rejected:
+        return _raise_when_called(RefusedError(_summary(rewriting.report), rewriting.report))
+    if options.on_rejected == "warn" and rejected:
+        warnings.warn(_summary(rewriting.report), stacklevel=2)
+    if not rewriting.report.sites:
+        return _compile_inner(gm, examples, options.inner)
+    return _compile_inner(rewriting.module, examples, options.inner)
+
+
+def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Compiled:
+    """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
+    try:
+        places = _token_places(gm, examples, cache)
+        geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq)
+        rewriting = rewrite_paged(gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1])
+    except RefusedError as refused:
+        _emit(refused.report)
+        cache.report = refused.report
+        return _raise_when_called(refused)
+    _emit(rewriting.report)
+    cache.bind(rewriting.layers, owner=_owner(gm, examples), max_positions=rewriting.report.max_positions, max_tokens=rewriting.max_tokens)
+    cache.report = rewriting.report
+    compiled = _compile_paged(rewriting, options.inner)
+    pages = [pool for pair in zip(cache.k_pages, cache.v_pages, strict=True) for pool in pair]
+
+    def step(*args: Any) -> Any:
+        cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
+        with torch.no_grad():
+            return compiled(*args, *cache.step_inputs(), *pages)
+
+    return step
+
+
+def _compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
+    """Compile for every T, B, R >= 2, apart from what Dynamo assumed about the first call."""
+    if inner == "eager":
+        return rewriting.module
+    from torch._guards import TracingContext, tracing
+
+    assert rewriting.inputs is not None
+    # A tracing context of our own: the graph is compiled with fresh symbols, whose guards are not Dynamo's business.
+    with torch.no_grad(), tracing(TracingContext(rewriting.inputs.mode)):
+        return _compile_inner(rewriting.module, rewriting.inputs.values, inner)
+
+
+def _compile_inner(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner) -> Compiled:
+    if inner == "eager":
+        return module.forward
+    # Private, fenced here: the call that torch.compile's own "inductor" backend makes.
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Compiled = compile_fx(module, list(inputs))
+    return compiled
+
+
+def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCache) -> tuple[int, int | None]:
+    """Which inputs are the current batch's own tensors: (place of input_ids, place of position_ids or None)."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if getattr(reason, "graph_break", False):
+        why = f"the model does not compile as one graph: {getattr(reason, 'reason', 'graph break')}"
+        raise _refused(why, "remove the graph break (torch.compile(..., fullgraph=True) shows where it is)")
+    batch = cache.current
+    if batch is None:
+        raise _refused("no batch has been made", "call cache.batch([...]) and pass its input_ids and position_ids")
+    places: dict[str, int] = {}
+    for place, example in enumerate(examples):
+        for name in ("input_ids", "position_ids"):
+            if isinstance(example, torch.Tensor) and example.data_ptr() == getattr(batch, name).data_ptr():
+                places[name] = place
+    if "input_ids" not in places:
+        raise _refused("no input is the batch's input_ids", "call the model with batch.input_ids")
+    return places["input_ids"], places.get("position_ids")
+
+
+def _owner(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[int, ...]:
+    """What makes two compilations the same model: the storages of its parameters."""
+    return tuple(sorted(x.data_ptr() for x in examples if isinstance(x, torch.nn.Parameter)))
+
+
+def _refused(why: str, cure: str) -> RefusedError:
+    from compile_attn.passes.graph import Location
+    from compile_attn.passes.pipeline import refusal
+
+    return refusal(Report("paged"), [Rejected(why, Location("", "", ""), cure)])
+
+
+def _raise_when_called(error: Exception) -> Compiled:
+    """Dynamo wraps what a backend raises; what the compiled function raises reaches the user as it is."""
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
+
+
+def _summary(report: Report) -> str:
+    lines = [f"paged_attn left {len(report.rejected)} attention site(s) as they were:"]
+    for site in report.rejected:
+        where = ", ".join(part for part in (site.where.node, site.where.module, site.where.source) if part)
+        lines.append(f"  {where}: {site.reason}" + (f"; {site.cure}" if site.cure else ""))
+    return "\n".join(lines)
+
+
+def _emit(report: Report) -> None:
+    """Artefacts for TORCH_LOGS and TORCH_TRACE."""
+    from compile_attn.logs import emit_report
+
+    emit_report(report)

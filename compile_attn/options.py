@@ -1,0 +1,53 @@
+"""What may a user ask of the backend?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from compile_attn.cache import PagedKVCache
+
+OnRejected = Literal["keep", "warn", "error"]
+Inner = Literal["inductor", "eager"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `torch.compile(model, backend="paged_attn", options={...})`.
+
+    kernel       "auto", or the name of one kernel for every site; a kernel that cannot serve a site is an error.
+    on_rejected  what a stateless compilation does about attention it cannot rewrite: "keep" it silently in the report,
+                 "warn" once (default), or raise ("error"). A paged compilation always raises.
+    cache        a `PagedKVCache`: compile the paged form of the model.
+    inner        "inductor" (default), or "eager": no inner compiler, for tests and debugging.
+    """
+
+    kernel: str = "auto"
+    on_rejected: OnRejected = "warn"
+    cache: PagedKVCache | None = None
+    inner: Inner = "inductor"
+
+    def __post_init__(self) -> None:
+        _check_choice("on_rejected", self.on_rejected, get_args(OnRejected))
+        _check_choice("inner", self.inner, get_args(Inner))
+        if self.kernel != "auto":
+            from compile_attn.kernels.select import known_kernels
+
+            _check_choice("kernel", self.kernel, ("auto", *known_kernels()))
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from torch.compile's dictionary; an unknown key is a ValueError that lists the known ones."""
+        given = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"paged_attn: unknown option {', '.join(map(repr, unknown))}; known options are {', '.join(known)}")
+        return cls(**given)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"paged_attn: {name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,63 @@
+"""How are nodes added to a graph so that every later pass may ask for their shapes?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from compile_attn.passes.graph import val
+
+_aten = torch.ops.aten
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+    """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line."""
+    node = graph.call_function(target, args)
+    with torch.no_grad():
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    if like is not None:
+        node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
+    return node
+
+
+def size(graph: fx.Graph, node: fx.Node, dim: int) -> int | fx.Node:
+    """The size of a dim as an argument: an int where it is constant, else a sym_size node."""
+    length = val(node).shape[dim]
+    return int(length) if isinstance(length, int) else call(graph, _aten.sym_size.int, node, dim)
+
+
+def sizes(graph: fx.Graph, node: fx.Node, dims: Sequence[int]) -> list[int | fx.Node]:
+    """`size` for several dims."""
+    return [size(graph, node, dim) for dim in dims]
+
+
+def product(graph: fx.Graph, lengths: Sequence[int | fx.Node]) -> int | fx.Node:
+    """The product of sizes as an argument."""
+    import operator
+
+    result: int | fx.Node = 1
+    for length in lengths:
+        if isinstance(result, int) and isinstance(length, int):
+            result = result * length
+        elif result == 1:
+            result = length
+        elif length != 1:
+            result = call(graph, operator.mul, result, length)
+    return result
+
+
+def permute(graph: fx.Graph, node: fx.Node, order: Sequence[int], like: fx.Node) -> fx.Node:
+    """`node` with its dims in this order; the node itself where that changes nothing."""
+    return node if list(order) == sorted(order) else call(graph, _aten.permute.default, node, list(order), like=like)
+
+
+def reshape(graph: fx.Graph, node: fx.Node, shape: Sequence[int | fx.Node], like: fx.Node) -> fx.Node:
+    """`node` in this shape; the node itself where the shape is already so in number of dims and every constant size."""
+    have = val(node).shape
+    if len(have) == len(shape) and all(isinstance(n, int) == isinstance(m, int) for n, m in zip(have, shape, strict=True)):
+        if all(n == m for n, m in zip(have, shape, strict=True) if isinstance(m, int)):
+            return node
+    return call(graph, _aten.reshape.default, node, list(shape), like=like)

@@ -1,0 +1,184 @@
+"""How does a recognised site become an op, and the op a paged one?
+
+Stateless: a site becomes one `paged_attn::attention` node (or plain SDPA, where that says the same). Paged: those nodes then
+become `write_kv` and `attend` over pages, fed by one `build_metadata` node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
+from compile_attn.kernels.mask import Bidirectional, Causal
+from compile_attn.kernels.select import Choice, choose
+from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.passes import emit
+from compile_attn.passes.graph import is_tensor, placeholders, same_size, val
+from compile_attn.passes.recognise import AttentionSite, Operand
+
+_aten = torch.ops.aten
+_ops = torch.ops.paged_attn
+_CANONICAL = "bhtd"
+STEP_INPUTS = ("block_table", "seq_lens", "query_lens", "logits_rows")  # what a cache hands over at each step, in order
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """What one attention site keeps per token: pages K [P, PS, Hkv, D] and V [P, PS, Hkv, Dv] of this dtype and device."""
+
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StepNodes:
+    """The nodes that describe the batch of one step, in a graph that is being paged."""
+
+    block_table: fx.Node
+    seq_lens: fx.Node
+    logits_rows: fx.Node
+    cu_seqlens_q: fx.Node
+    positions: fx.Node
+    slot_mapping: fx.Node
+    token_seq: fx.Node
+
+
+def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None) -> Choice:
+    """The kernel for one site; `page_size` is None for a stateless call."""
+    query = val(site.q.node)
+    phase = "stateless" if page_size is None else "paged"
+    return choose(site.spec, phase, query.device, query.dtype, page_size, kernel)
+
+
+def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
+    """Replace the site by one fused node; what it replaced is left dead in the graph. Returns the fused node."""
+    like = site.output.node
+    with graph.inserting_before(like):
+        q, k, v = (_canonical(graph, operand, like) for operand in (site.q, site.k, site.v))
+        if kernel == "sdpa" and _plain_sdpa(site, q, k):
+            args = (q, k, v, None, 0.0, isinstance(site.spec.mask, Causal))
+            options = {"scale": site.spec.scale, "enable_gqa": site.spec.num_q_heads != site.spec.num_kv_heads}
+            fused = _call_with_options(graph, _aten.scaled_dot_product_attention.default, args, options, like)
+        else:
+            captured = list(site.captured)
+            fused = emit.call(graph, _ops.attention.default, q, k, v, captured, site.spec.encode(), kernel, like=like)
+        result = _as_output(graph, fused, site.output, like)
+    like.replace_all_uses_with(result)
+    return fused
+
+
+def _call_with_options(graph: fx.Graph, target: object, args: tuple, options: dict, like: fx.Node) -> fx.Node:  # type: ignore[type-arg]
+    node = emit.call(graph, lambda *a: target(*a, **options), *args, like=like)  # type: ignore[operator]
+    node.target, node.kwargs = target, options  # type: ignore[assignment]
+    return node
+
+
+def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:
+    """Whether aten SDPA's own arguments express the spec: causal over equal lengths, or no mask, and no bias."""
+    spec = site.spec
+    if spec.bias is not None or spec.score is not None or spec.sinks is not None or spec.softcap is not None:
+        return False
+    square = same_size(val(q).shape[2], val(k).shape[2])
+    return isinstance(spec.mask, Bidirectional) or (isinstance(spec.mask, Causal) and square)
+
+
+def _canonical(graph: fx.Graph, operand: Operand, like: fx.Node) -> fx.Node:
+    """The operand as [B, H, T, D], by permute and reshape."""
+    axes = operand.axes
+    order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
+    node = emit.permute(graph, operand.node, order, like)
+    lengths = dict(zip(order, emit.sizes(graph, operand.node, order), strict=True))
+    groups = [[lengths[dim] for dim in order if axes[dim] == letter] for letter in _CANONICAL]
+    return emit.reshape(graph, node, [emit.product(graph, group) for group in groups], like)
+
+
+def _as_output(graph: fx.Graph, fused: fx.Node, output: Operand, like: fx.Node) -> fx.Node:
+    """The fused [B, H, T, Dv] in the shape of the node that it replaces. Strides may differ: cleanup makes views reshapes."""
+    axes = output.axes
+    order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
+    shape = emit.sizes(graph, output.node, order)
+    node = emit.reshape(graph, fused, shape, like)
+    return emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
+
+
+def add_step_inputs(module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int) -> StepNodes:
+    """Add the placeholders of `STEP_INPUTS` and the one metadata node, ahead of all computation.
+
+    `examples` are fake tensors for the placeholders: block_table [B, max_pages] int32, seq_lens [B] int32, query_lens [B]
+    int32, logits_rows [R] int64. `tokens` is the placeholder [1, T] of token ids.
+    """
+    graph = module.graph
+    nodes = [add_placeholder(graph, name, example) for name, example in zip(STEP_INPUTS, examples, strict=True)]
+    block_table, seq_lens, query_lens, logits_rows = nodes
+    with graph.inserting_after(placeholders(graph)[-1]):
+        length = emit.size(graph, tokens, 1)
+    with graph.inserting_after(length if isinstance(length, fx.Node) else placeholders(graph)[-1]):
+        metadata = emit.call(graph, _ops.build_metadata.default, block_table, seq_lens, query_lens, length, page_size)
+    parts = []
+    after = metadata
+    for place in range(4):
+        with graph.inserting_after(after):
+            after = emit.call(graph, operator.getitem, metadata, place)
+        parts.append(after)
+    cu_seqlens_q, positions, slot_mapping, token_seq = parts
+    return StepNodes(block_table, seq_lens, logits_rows, cu_seqlens_q, positions, slot_mapping, token_seq)
+
+
+def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    """A new last placeholder."""
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name)
+    node.meta["val"] = example
+    return node
+
+
+def page(module: fx.GraphModule, step: StepNodes, num_pages: int, page_size: int) -> tuple[LayerKV, ...]:
+    """Turn every fused node into write_kv and attend over pages of its own, placeholders `k_pages_n` and `v_pages_n`.
+
+    Returns what each site keeps, in the order of the new placeholders (K and V of site 0, of site 1, ...).
+    """
+    graph = module.graph
+    layers = []
+    for fused in [n for n in graph.nodes if n.target is _ops.attention.default]:
+        q, k, v, captured, spec, kernel = fused.args
+        layer = LayerKV(*(val(k).shape[n] for n in (1, 3)), val(v).shape[3], val(k).dtype, val(k).device)  # type: ignore[arg-type]
+        number = len(layers)
+        pool = val(k).new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim))
+        k_pages = add_placeholder(graph, f"k_pages_{number}", pool)
+        pool = val(v).new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim_v))
+        v_pages = add_placeholder(graph, f"v_pages_{number}", pool)
+        with graph.inserting_before(fused):
+            q, k, v = (_token_major(graph, node, fused) for node in (q, k, v))
+            emit.call(graph, _ops.write_kv.default, k, v, k_pages, v_pages, step.slot_mapping, like=fused)
+            where = (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
+            out = emit.call(graph, _ops.attend.default, q, k_pages, v_pages, *where, captured, spec, kernel, like=fused)
+            out = emit.call(graph, _aten.transpose.int, out, 0, 1, like=fused)
+            out = emit.call(graph, _aten.unsqueeze.default, out, 0, like=fused)
+        fused.replace_all_uses_with(out)
+        graph.erase_node(fused)
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _token_major(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    """[1, H, T, D] as [T, H, D]."""
+    node = emit.call(graph, _aten.select.int, node, 0, 0, like=like)
+    return emit.call(graph, _aten.transpose.int, node, 0, 1, like=like)
+
+
+def spec_of(fused: fx.Node) -> AttentionSpec:
+    """The spec that a fused node carries."""
+    return AttentionSpec.decode(str(fused.args[4]))
+
+
+def remaining_attention(graph: fx.Graph) -> list[fx.Node]:
+    """Fused nodes of a graph, in order."""
+    return [n for n in graph.nodes if n.target is _ops.attention.default and is_tensor(n)]

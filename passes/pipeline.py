@@ -1,0 +1,210 @@
+"""In what order is a captured graph rewritten?
+
+Stateless: normalize, recognise, fuse, cleanup. Paged: the same, then the step's inputs, the proof of token independence, and
+pages. Each step takes a graph and leaves a graph; the Report says what they did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from compile_attn.passes import lower
+from compile_attn.passes.cleanup import cleanup, readable
+from compile_attn.passes.graph import Location, location, placeholders, same_size
+from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
+from compile_attn.passes.normalize import Normalized, normalize
+from compile_attn.passes.recognise import AttentionSite, recognise
+from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
+from compile_attn.passes.tokens import TokensRefused, prove_tokens
+from compile_attn.passes.verify import FreshInputs, verify
+
+__all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
+
+
+@dataclass(frozen=True)
+class PagedGeometry:
+    """Pages of a cache: P pages of PS tokens, and at most max_pages of them for one sequence."""
+
+    num_pages: int
+    page_size: int
+    max_pages: int
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A rewritten graph and what was done. `inputs` are fake tensors to compile it with (paged only)."""
+
+    module: fx.GraphModule
+    report: Report
+    layers: tuple[LayerKV, ...] = ()
+    inputs: FreshInputs | None = None
+    max_tokens: int | None = None  # most packed tokens that one call may hold, where the model itself limits it
+    constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False) -> Rewriting:
+    """Replace every attention that can be read by a fused op; the rest of the graph stays."""
+    clock = _Clock()
+    with clock.phase("normalize"):
+        normalized = normalize(gm, examples)
+    before = readable(normalized.module)
+    with clock.phase("recognise"):
+        sites, rejected = recognise(normalized, paged=False, positions=frozenset())
+    with clock.phase("lower"):
+        rewritten, refused = _fuse_all(normalized, sites, kernel, None, needs_grad)
+        if rewritten:
+            cleanup(normalized.module.graph)
+    normalized.module.recompile()
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, readable(normalized.module))
+    return Rewriting(normalized.module, report)
+
+
+def rewrite_paged(
+    gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, geometry: PagedGeometry, token_ids: int, positions: int | None
+) -> Rewriting:
+    """Make the graph take packed new tokens of many sequences, keys and values in pages. Raises RefusedError.
+
+    `token_ids` and `positions` are the places of those inputs among the examples.
+    """
+    clock = _Clock()
+    with clock.phase("normalize"):
+        normalized = normalize(gm, examples)
+    module, graph = normalized.module, normalized.module.graph
+    before = readable(module)
+    inputs = placeholders(graph)
+    tokens = [inputs[place] for place in (token_ids, positions) if place is not None]
+    position_inputs = frozenset(tokens[1:])
+    report = Report("paged", (), (), (), clock.seconds, before, "")
+    _check_token_axis(tokens, normalized, report)
+    with clock.phase("recognise"):
+        sites, rejected = recognise(normalized, paged=True, positions=position_inputs)
+    with clock.phase("lower"):
+        rewritten, refused = _fuse_all(normalized, sites, kernel, geometry.page_size, needs_grad=False)
+        cleanup(graph)
+        step = lower.add_step_inputs(module, tokens[0], _step_examples(tokens[0], geometry), geometry.page_size)
+    rejected = [*rejected, *refused]
+    report = replace(report, sites=rewritten, rejected=tuple(rejected))
+    proof = _prove(normalized, tokens, step, position_inputs, rejected, report, clock)
+    with clock.phase("lower"):
+        cleanup(graph)
+        layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
+        cleanup(graph)
+    with clock.phase("verify"):
+        fresh = FreshInputs(graph)
+        verify(module, fresh)
+    module.recompile()
+    report = replace(report, tokens=proof.rewrites, after=readable(module), max_positions=proof.max_positions)
+    return Rewriting(module, report, layers, fresh, proof.max_tokens)
+
+
+def _prove(
+    normalized: Normalized,
+    tokens: list[fx.Node],
+    step: StepNodes,
+    position_inputs: frozenset[fx.Node],
+    rejected: list[Rejected],
+    report: Report,
+    clock: _Clock,
+) -> Any:
+    try:
+        with clock.phase("tokens"):
+            return prove_tokens(
+                normalized.module,
+                tokens=tokens,
+                positions=step.positions,
+                rows=step.logits_rows,
+                constants=normalized.constants,
+                position_inputs=position_inputs,
+                rejected=rejected,
+            )
+    except TokensRefused as refused:
+        raise refusal(report, [*rejected, *refused.rejected]) from None
+
+
+def refusal(report: Report, rejected: Sequence[Rejected]) -> RefusedError:
+    """The error that says why a model cannot be paged: every reason, with node, module and source line."""
+    unique = tuple(dict.fromkeys(rejected))
+    lines = [f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
+    text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(f"  - {line}" for line in lines)
+    return RefusedError(text, replace(report, sites=(), rejected=unique))
+
+
+def _where(where: Location) -> str:
+    return ", ".join(part for part in (f"node {where.node}", where.module, where.source) if part)
+
+
+def _fuse_all(
+    normalized: Normalized, sites: Sequence[AttentionSite], kernel: str, page_size: int | None, needs_grad: bool
+) -> tuple[tuple[Rewritten, ...], list[Rejected]]:
+    """Fuse what a kernel serves; returns what was rewritten and what was not."""
+    rewritten, refused = [], []
+    graph = normalized.module.graph
+    for site in sites:
+        choice = lower.choose_kernel(site, kernel, page_size)
+        if needs_grad and choice.kernel != "sdpa":
+            why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
+            refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))
+            continue
+        count = len(graph.nodes)
+        lower.fuse(graph, site, choice.kernel)
+        added = len(graph.nodes) - count
+        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, len(site.replaced), added))
+    return tuple(rewritten), refused
+
+
+def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Report) -> None:
+    """Token inputs are [1, T] with one symbolic T."""
+    length = None
+    for node in tokens:
+        shape = node.meta["val"].shape
+        name = normalized.sources.get(node, node.name)
+        if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
+            why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
+            raise refusal(report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")])
+        if length is not None and not same_size(length, shape[1]):
+            why = f"input {name!r} has {shape[1]} tokens where the token ids have {length}"
+            raise refusal(report, [Rejected(why, location(node), "pass batch.position_ids unchanged")])
+        length = shape[1]
+
+
+def _step_examples(tokens: fx.Node, geometry: PagedGeometry) -> list[torch.Tensor]:
+    """Fake tensors for the step's inputs in the graph's own fake mode, with symbols for B and R."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    mode = tokens.meta["val"].fake_mode
+    env = mode.shape_env
+    made = []
+    for name, hint in (("sequences", 17), ("rows", 19)):
+        source = ConstantSource(f"paged_attn_{name}")
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        made.append(env.create_symintnode(symbol, hint=hint, source=source))
+    sequences, rows = made
+    device = tokens.meta["val"].device
+    with mode:
+        return [
+            torch.empty((sequences, geometry.max_pages), dtype=torch.int32, device=device),
+            torch.empty((sequences,), dtype=torch.int32, device=device),
+            torch.empty((sequences,), dtype=torch.int32, device=device),
+            torch.empty((rows,), dtype=torch.int64, device=device),
+        ]

@@ -1,0 +1,91 @@
+"""Is a rewritten graph well formed, for every number of tokens, sequences and rows?
+
+The graph is run on fake tensors of fresh symbolic sizes, so that nothing that Dynamo assumed about the first call is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from compile_attn.passes.graph import placeholders
+
+# First-call sizes that the inner compiler sees as hints: primes, so that no two symbols are unified by having equal hints.
+_HINTS = (67, 17, 19, 23, 29, 31, 37, 41)
+
+
+class FreshInputs:
+    """Fake inputs with fresh symbols: every symbol of the old graph becomes a new one of range [2, inf)."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), static_shapes=False)
+        self._symbols: dict[object, torch.SymInt] = {}
+        self.values = [self._fresh(node) for node in placeholders(graph)]
+
+    def _fresh(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = [self._size(n) for n in value.shape]
+        stride = value.stride() if all(isinstance(n, int) for n in value.stride()) else _contiguous(shape)
+        with self.mode:
+            fresh = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return torch.nn.Parameter(fresh, requires_grad=False) if isinstance(value, torch.nn.Parameter) else fresh
+
+    def _size(self, length: int | torch.SymInt) -> int | torch.SymInt:
+        if isinstance(length, int):
+            return length
+        key = length.node.expr  # the simplified sympy expression: equal for sizes that Dynamo has unified
+        if key not in self._symbols:
+            self._symbols[key] = self._new_symbol(len(self._symbols))
+        return self._symbols[key]
+
+    def _new_symbol(self, number: int) -> torch.SymInt:
+        # create_symbol / create_symintnode are what FakeTensorMode itself calls for a dynamic dim; there is no public way to
+        # make a fake tensor whose sizes are free of a real tensor's.
+        from torch._dynamo.source import ConstantSource
+
+        env = self.mode.shape_env
+        assert env is not None
+        source = ConstantSource(f"paged_attn_size_{number}")
+        hint = _HINTS[number % len(_HINTS)] + 64 * (number // len(_HINTS))
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+
+
+def _contiguous(shape: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
+    strides: list[int | torch.SymInt] = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return strides
+
+
+def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
+    """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises."""
+    module.graph.lint()
+    _Propagate(module).run(*inputs.values)
+
+
+class _Propagate(fx.Interpreter):
+    """Record each node's fake value, and name the node that fails."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.no_grad():
+            value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, torch.Tensor):
+            from torch._guards import detect_fake_mode
+
+            mode = detect_fake_mode([v for v in self.env.values() if isinstance(v, torch.Tensor)])
+            return mode.from_tensor(value, static_shapes=True) if mode is not None else value
+        return value
