@@ -36,6 +36,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
     from torch._functorch.aot_autograd import aot_export_module
 
+    _specialize_floats(gm)
     captured = placeholders(gm.graph)
     fakes = [node.meta["example_value"] for node in captured]
     module, signature = aot_export_module(
@@ -57,6 +58,23 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
                 constants[node] = value
     module.recompile()
     return Normalized(module, constants, sources)
+
+
+def _specialize_floats(gm: fx.GraphModule) -> None:
+    """Under dynamic=True Dynamo passes Python floats as 0-dim tensors and takes `.item()`: make them constants again.
+
+    A scale that is a symbol cannot be read. `float()` of the backed symbol adds the guard that makes the constant sound.
+    """
+    for node in list(gm.graph.nodes):
+        value = node.meta.get("example_value")
+        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
+            node.replace_all_uses_with(float(value))
+            gm.graph.erase_node(node)
+    for node in gm.graph.nodes:  # their products and quotients, which Dynamo has left as symbols of the graph too
+        value = node.meta.get("example_value")
+        if node.op == "call_function" and isinstance(value, torch.SymFloat):
+            node.replace_all_uses_with(float(value))
+    gm.recompile()
 
 
 def _einsum(equation: str, operands: Sequence[torch.Tensor], path: object = None) -> torch.Tensor:
