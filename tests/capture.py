@@ -1,0 +1,28 @@
+"""How do tests get the graph that a backend would get?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from compile_attn.passes.normalize import Normalized, normalize
+
+
+def captured(
+    model: nn.Module, *args: Any, dynamic: Sequence[tuple[torch.Tensor, int]] = (), every_size: bool | None = None, **kwargs: Any
+) -> Normalized:
+    """The normalised graph of one call, made while Dynamo's tracing context is alive, as in a real compilation."""
+    found: list[Normalized] = []
+
+    def backend(gm: fx.GraphModule, examples: list[Any]) -> Any:
+        found.append(normalize(gm, examples))
+        return gm.forward
+
+    for tensor, dim in dynamic:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True, dynamic=every_size)(*args, **kwargs)
+    return found[0]
