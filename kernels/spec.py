@@ -11,12 +11,16 @@ Shape legend, used by every file of the project:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 
 import sympy
 
+from compile_attn.kernels import mask as masks
+from compile_attn.kernels.expr import H, J, Load, S
 from compile_attn.kernels.mask import Causal, Mask
+from compile_attn.kernels.text import parse, print_expr
 
 
 class Feature(Enum):
@@ -58,3 +62,94 @@ class AttentionSpec:
     bias: sympy.Expr | None = None
     score: sympy.Expr | None = None
     sinks: sympy.Expr | None = None
+
+    def expression(self) -> sympy.Expr:
+        """The whole score before the mask, as one expression of s, b, h, i, j."""
+        if self.score is not None:
+            return self.score
+        score = sympy.Float(self.scale) * S
+        if self.softcap is not None:
+            score = self.softcap * sympy.tanh(score / self.softcap)
+        return score if self.bias is None else score + self.bias
+
+    def alibi_slope(self) -> sympy.Expr | None:
+        """slope(h), where the bias is slope(h) * (j - i) up to terms constant in j and free of captured tensors; else None."""
+        if self.bias is None or self.bias.has(Load) or self.bias.has(sympy.Piecewise):
+            return None
+        slope = sympy.diff(sympy.expand(self.bias), J)
+        return slope if slope.free_symbols <= {H} and not slope.has(sympy.Derivative) else None
+
+    def features(self) -> frozenset[Feature]:
+        """What a backend must have to serve this spec."""
+        asked = {Feature[name] for name in self.mask.features()}
+        parts = [part for part in (self.bias, self.score, self.sinks, self.mask.predicate()) if part is not None]
+        asked |= {Feature.GQA} if self.num_q_heads != self.num_kv_heads else set()
+        asked |= {Feature.SOFTCAP} if self.softcap is not None else set()
+        asked |= {Feature.SCORE} if self.score is not None else set()
+        asked |= {Feature.SINKS} if self.sinks is not None else set()
+        asked |= {Feature.CAPTURED} if any(part.has(Load) for part in parts) else set()
+        asked |= {Feature.UNEQUAL_HEAD_DIMS} if self.head_dim != self.head_dim_v else set()
+        if self.bias is not None:
+            asked.add(Feature.BIAS if self.alibi_slope() is None else Feature.ALIBI)
+        return frozenset(asked)
+
+    def words(self) -> str:
+        """One line of English."""
+        parts = [self.mask.words(), f"{self.num_q_heads} heads"]
+        if self.num_kv_heads != self.num_q_heads:
+            parts.append(f"{self.num_kv_heads} KV heads")
+        size = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        parts += [f"head size {size}", f"scale {self.scale:.6g}"]
+        parts += [f"softcap {self.softcap:g}"] if self.softcap is not None else []
+        if self.bias is not None:
+            slope = self.alibi_slope()
+            parts.append(f"bias {print_expr(self.bias)}" if slope is None else f"ALiBi slope {print_expr(slope)}")
+        parts += [f"score {print_expr(self.score)}"] if self.score is not None else []
+        parts += [f"sinks {print_expr(self.sinks)}"] if self.sinks is not None else []
+        return ", ".join(parts)
+
+    def encode(self) -> str:
+        """The spec as text that names every value that differs from its default; `decode` reads it back exactly."""
+        parts = [f"{name}={getattr(self, name)}" for name in ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v")]
+        parts += [f"mask={_mask_text(self.mask)}", f"scale={float(self.scale)!r}"]
+        parts += [f"softcap={float(self.softcap)!r}"] if self.softcap is not None else []
+        for name in ("bias", "score", "sinks"):
+            value = getattr(self, name)
+            parts += [f"{name}={print_expr(value)}"] if value is not None else []
+        return f"AttentionSpec({', '.join(parts)})"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def decode(text: str) -> AttentionSpec:
+        """Read what `encode` wrote. ValueError for any other text."""
+        spec = parse(text, {"AttentionSpec": _build, **{name: functools.partial(_build_mask, name) for name in _MASKS}})
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(f"not the text of a spec: {text[:200]!r}")
+        return spec
+
+
+_MASKS = tuple("Causal Bidirectional Window Chunked Prefix SameDocument BlockSparse General All Any".split())
+
+
+def _build(**parts: object) -> AttentionSpec:
+    numbers = {k: int(v) for k, v in parts.items() if k.startswith(("num_", "head_"))}  # type: ignore[call-overload]
+    floats = {k: float(v) for k, v in parts.items() if k in ("scale", "softcap")}  # type: ignore[arg-type]
+    rest = {k: v for k, v in parts.items() if k in ("mask", "bias", "score", "sinks")}
+    return AttentionSpec(**numbers, **floats, **rest)  # type: ignore[arg-type]
+
+
+def _build_mask(name: str, *parts: object, **fields: object) -> Mask:
+    def plain(value: object) -> object:
+        return int(value) if isinstance(value, sympy.Integer) else value
+
+    mask: Mask = getattr(masks, name)(*parts, **{key: plain(value) for key, value in fields.items()})
+    return mask
+
+
+def _mask_text(mask: Mask) -> str:
+    def text(value: object) -> str:
+        return print_expr(value) if isinstance(value, sympy.Basic) else repr(value)
+
+    if isinstance(mask, (masks.All, masks.Any)):
+        return f"{type(mask).__name__}({', '.join(map(_mask_text, mask.masks))})"
+    return f"{type(mask).__name__}({', '.join(f'{f.name}={text(getattr(mask, f.name))}' for f in fields(mask))})"  # type: ignore[arg-type]

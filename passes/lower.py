@@ -54,8 +54,7 @@ class StepNodes:
 def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None) -> Choice:
     """The kernel for one site; `page_size` is None for a stateless call."""
     query = val(site.q.node)
-    phase = "stateless" if page_size is None else "paged"
-    return choose(site.spec, phase, query.device, query.dtype, page_size, kernel)
+    return choose(site.spec, query.device, query.dtype, page_size, kernel)
 
 
 def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:

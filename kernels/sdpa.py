@@ -1,0 +1,50 @@
+"""When does torch's own scaled_dot_product_attention serve a stateless site?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from compile_attn.kernels.backend import Backend
+from compile_attn.kernels.evaluate import evaluator
+from compile_attn.kernels.mask import Bidirectional, Causal
+from compile_attn.kernels.spec import AttentionSpec, Feature
+
+
+class SdpaBackend(Backend):
+    """Any mask and bias, as a mask tensor where SDPA has no argument for it; no softcap, no sinks, no other score."""
+
+    name = "sdpa"
+    features = frozenset(Feature) - {Feature.SOFTCAP, Feature.SCORE, Feature.SINKS}
+    phases = frozenset({"stateless"})
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
+    ) -> torch.Tensor:
+        gqa = spec.num_q_heads != spec.num_kv_heads
+        if spec.bias is None and isinstance(spec.mask, Bidirectional):
+            return F.scaled_dot_product_attention(q, k, v, scale=spec.scale, enable_gqa=gqa)
+        if spec.bias is None and isinstance(spec.mask, Causal) and q.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
+        mask = _mask(q, k, captured, spec)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=gqa)
+
+
+def _mask(q: torch.Tensor, k: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
+    """The predicate as a bool mask, or with a bias as an additive one, broadcastable to [B, Hq, Tq, Tk]."""
+    env = {
+        "b": torch.arange(q.shape[0], device=q.device)[:, None, None, None],
+        "h": torch.arange(q.shape[1], device=q.device)[:, None, None],
+        "i": torch.arange(q.shape[2], device=q.device)[:, None],
+        "j": torch.arange(k.shape[2], device=q.device),
+        "captured": captured,
+    }
+    visible = torch.as_tensor(evaluator(spec.mask.predicate())(env), device=q.device)
+    if spec.bias is None:
+        return visible.expand(*visible.shape[:-2], q.shape[2], k.shape[2])
+    bias = torch.as_tensor(evaluator(spec.bias)(env), device=q.device).to(q.dtype)
+    return torch.where(visible, bias, float("-inf")).expand(*bias.shape[:-2], q.shape[2], k.shape[2])
+
+
