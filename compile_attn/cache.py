@@ -1,0 +1,355 @@
+"""Where do keys and values live, which pages does each sequence own, and what does one step read?
+
+`PagedKVCache` owns the pages, hands them to sequences, and writes what a step needs (block table, lengths, rows) in
+place into buffers whose addresses never change. Shape letters as in `kernels/spec.py`; R = rows of logits a step returns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compile_attn.step import Batch, Chunk, StepBuffers, token_array
+
+if TYPE_CHECKING:
+    from compile_attn.passes.pipeline import LayerKV
+    from compile_attn.passes.report import Report
+
+__all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
+
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class OutOfPages(RuntimeError):
+    """The free pages do not hold the new tokens. Nothing was changed."""
+
+
+class PageAllocator:
+    """A stack of free pages: O(1) a page, and the page freed last is used first (a stale read then shows soonest)."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._taken = bytearray(num_pages)  # becomes a reference count when sequences share pages
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise OutOfPages(f"{count} pages are needed, {len(self._free)} of {self.num_pages} are free")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._taken[page] = 1
+        return pages
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._taken[page], f"page {page} is given back twice"
+            self._taken[page] = 0
+            self._free.append(page)
+
+
+class CachedSequence:
+    """One growing sequence: its pages in order and how many of its tokens have been handed to a step."""
+
+    __slots__ = ("_pages", "freed", "length", "unrun")
+
+    def __init__(self) -> None:
+        self._pages = array("i")
+        self.length = 0
+        self.unrun = False  # its last batch has not been run, so keys and values of the newest tokens are missing
+        self.freed = False
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        return tuple(self._pages)
+
+    def __repr__(self) -> str:
+        return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
+
+
+class PagedKVCache:
+    """Pages for the keys and values of one model.
+
+    kv_tokens     tokens that fit in all sequences together; a multiple of page_size
+    page_size     tokens in a page
+    max_seqs      most sequences in one batch (any number may be alive)
+    device        where it lives; default: torch's default device. It must be the model's.
+    kv_dtype      "auto" (the model's own), or the dtype that the model's keys must have
+    max_seq_len   longest sequence; default: kv_tokens
+    poison        fill pages with NaN when they are freed, so that a stale read cannot go unseen; for tests
+    """
+
+    def __init__(
+        self,
+        kv_tokens: int | None = 65_536,
+        page_size: int = 16,
+        max_seqs: int = 64,
+        device: torch.device | str | None = None,
+        kv_dtype: torch.dtype | str = "auto",
+        max_seq_len: int | None = None,
+        *,
+        poison: bool = False,
+    ) -> None:
+        self.page_size = _at_least_one("page_size", page_size)
+        self.max_seqs = _at_least_one("max_seqs", max_seqs)
+        self.num_pages = _page_count(kv_tokens, self.page_size)
+        self.kv_tokens = self.num_pages * self.page_size
+        self.max_seq_len = self.kv_tokens
+        if max_seq_len is not None:
+            self.max_seq_len = min(_at_least_one("max_seq_len", max_seq_len), self.kv_tokens)
+        self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
+        self.device = _indexed(torch.get_default_device() if device is None else torch.device(device))
+        self.kv_dtype = _kv_dtype(kv_dtype)
+        self.poison = poison
+        self.k_pages: list[torch.Tensor] = []
+        self.v_pages: list[torch.Tensor] = []
+        self.max_positions: int | None = None  # length of the model's shortest position table
+        self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
+        self.report: Report | None = None  # of the last compilation against this cache
+        self.current: Batch | None = None
+        self.steps_run = 0
+        self._allocator = PageAllocator(self.num_pages)
+        self._alive: set[CachedSequence] = set()
+        self._in_batch: tuple[CachedSequence, ...] = ()
+        self._bound: tuple[tuple[LayerKV, ...], object] | None = None
+        self._closed = False
+        self._buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
+
+    # Pages and sequences
+
+    @property
+    def free_pages(self) -> int:
+        return self._allocator.free_pages
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.num_pages - self.free_pages
+
+    @property
+    def length_limit(self) -> int:
+        """Most tokens that one sequence may have in the cache."""
+        return self.max_seq_len if self.max_positions is None else min(self.max_seq_len, self.max_positions)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that a sequence of this many tokens fills."""
+        return -(-tokens // self.page_size)
+
+    def add(self) -> CachedSequence:
+        """A new, empty sequence; it takes pages as it grows."""
+        self._check_open()
+        seq = CachedSequence()
+        self._alive.add(seq)
+        return seq
+
+    def free(self, seq: CachedSequence) -> None:
+        """End a sequence; its pages can be taken at once by others."""
+        self._check_open()
+        self._check_mine(seq)
+        pages = list(seq.pages)
+        if self.poison:
+            self._poison(pages)
+        self._allocator.give_back(pages)
+        self._alive.discard(seq)
+        seq._pages = array("i")
+        seq.length, seq.unrun, seq.freed = 0, False, True
+
+    def close(self) -> None:
+        """Drop the pages' memory. Every later use is an error."""
+        self._closed = True
+        self.k_pages, self.v_pages = [], []
+        self._alive.clear()
+        self.current = None
+
+    # One step
+
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
+
+        One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
+        The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
+        """
+        self._check_open()
+        tokens = self._check_chunks(chunks)
+        pairs = list(zip(chunks, tokens, strict=True))
+        wanted = [self.pages_for(chunk.seq.length + len(new)) - len(chunk.seq._pages) for chunk, new in pairs]
+        if sum(wanted) > self.free_pages:
+            raise OutOfPages(
+                f"this batch of {len(chunks)} chunks and {sum(map(len, tokens))} new tokens needs {sum(wanted)} more "
+                f"pages; {self.free_pages} of {self.num_pages} are free (page_size {self.page_size}); free a sequence, "
+                f"pass fewer tokens, or make the cache larger (kv_tokens={self.kv_tokens})"
+            )
+        starts = []
+        for chunk, new, count in zip(chunks, tokens, wanted, strict=True):
+            chunk.seq._pages.extend(self._allocator.take(count))
+            starts.append(chunk.seq.length)
+            chunk.seq.length += len(new)
+            chunk.seq.unrun = True
+        tables = [chunk.seq._pages for chunk in chunks]
+        self.current = self._buffers.write(tables, starts, tokens, [chunk.logits for chunk in chunks])
+        self._in_batch = tuple(chunk.seq for chunk in chunks)
+        return self.current
+
+    def step_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of this batch: block_table [B, max_pages], seq_lens [B], query_lens [B], all int32; logits_rows [R] int64.
+
+        B and R are padded to at least 2. Asking for them counts as running the batch.
+        """
+        self._check_open()
+        if self.current is None:
+            raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
+        for seq in self._in_batch:
+            seq.unrun = False
+        self.steps_run += 1
+        return self._buffers.views(self.current)
+
+    def check_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+        """Refuse a call with other tensors than those of the current batch."""
+        self._check_open()
+        if self.current is None:
+            raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
+        for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
+            ours: torch.Tensor = getattr(self.current, name)
+            if given is not None and (given.data_ptr() != ours.data_ptr() or given.shape != ours.shape):
+                raise ValueError(
+                    f"{name} of shape {tuple(given.shape)} on {given.device} is not the current batch's own tensor of "
+                    f"shape {tuple(ours.shape)} on {ours.device}; pass batch.{name} of the last cache.batch() unchanged"
+                )
+
+    # Binding to a model
+
+    def bind(
+        self,
+        layers: Sequence[LayerKV],
+        owner: object,
+        max_positions: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers."""
+        self._check_open()
+        asked = tuple(layers)
+        if self._bound is not None:
+            self._check_same(asked, owner)
+        else:
+            self._check_layers(asked)
+            self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in asked]
+            self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in asked]
+            self._bound = (asked, owner)
+        self.max_positions = _smaller(self.max_positions, max_positions)
+        self.max_tokens = _smaller(self.max_tokens, max_tokens)
+
+    def _check_same(self, layers: tuple[LayerKV, ...], owner: object) -> None:
+        assert self._bound is not None
+        held, first = self._bound
+        if first != owner:
+            raise ValueError(
+                f"this cache already serves a model with {len(held)} attention sites, and a cache serves one model; "
+                "make another PagedKVCache for the second one"
+            )
+        if held != layers:
+            raise ValueError(
+                f"this model was compiled with {len(held)} attention sites and now has {len(layers)}, or other heads or "
+                "dtypes; the keys in the cache no longer fit it: make a new PagedKVCache after changing the model"
+            )
+
+    def _check_layers(self, layers: tuple[LayerKV, ...]) -> None:
+        for at, layer in enumerate(layers):
+            device = _indexed(torch.device(layer.device))
+            if device != self.device:
+                raise ValueError(
+                    f"attention site {at} of the model is on {device}, the cache on {self.device}; "
+                    f"make it with PagedKVCache(device={str(device)!r}) or move the model"
+                )
+            wanted = layer.dtype if self.kv_dtype is None else self.kv_dtype
+            if layer.dtype != wanted or layer.dtype not in KV_DTYPES:
+                raise ValueError(
+                    f"attention site {at} of the model has keys of {layer.dtype}, the cache holds {wanted}; "
+                    f"supported are {', '.join(map(str, KV_DTYPES))}: use kv_dtype='auto' or convert the model"
+                )
+
+    def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        value = float("nan") if self.poison else 0.0
+        return torch.full((self.num_pages, self.page_size, heads, dim), value, dtype=dtype, device=self.device)
+
+    def _poison(self, pages: list[int]) -> None:
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for pool in (*self.k_pages, *self.v_pages):
+            pool.index_fill_(0, index, float("nan"))
+
+    # Checks
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this PagedKVCache is closed; make a new one")
+
+    def _check_mine(self, seq: CachedSequence) -> None:
+        if seq.freed:
+            raise ValueError(f"{seq!r} was freed and has no pages; start a new one with cache.add()")
+        if seq not in self._alive:
+            raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
+
+    def _check_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        if not 1 <= len(chunks) <= self.max_seqs:
+            raise ValueError(f"a batch of {len(chunks)} chunks; from 1 to max_seqs={self.max_seqs} fit in one step")
+        if len({id(chunk.seq) for chunk in chunks}) < len(chunks):
+            raise ValueError("a sequence occurs twice in one batch; give all its new tokens in one Chunk")
+        tokens = [token_array(chunk.tokens) for chunk in chunks]
+        for chunk, new in zip(chunks, tokens, strict=True):
+            self._check_mine(chunk.seq)
+            if chunk.seq.unrun:
+                raise ValueError(
+                    f"{chunk.seq!r} was in a batch that was never run, so its newest keys and values are missing; "
+                    "call the compiled model once a batch, or free the sequence"
+                )
+            if chunk.seq.length + len(new) > self.length_limit:
+                raise ValueError(
+                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {self.length_limit} tokens "
+                    f"(max_seq_len {self.max_seq_len}, position table {self.max_positions or 'unlimited'}); "
+                    "pass fewer tokens or make the cache larger"
+                )
+        total = sum(map(len, tokens))
+        if self.max_tokens is not None and total > self.max_tokens:
+            raise ValueError(f"a batch of {total} new tokens; this model takes at most {self.max_tokens} a step: split")
+        return tokens
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _page_count(kv_tokens: int | None, page_size: int) -> int:
+    if kv_tokens is None:
+        raise ValueError("kv_tokens=None: sizing the cache from free memory is not supported yet; give a number")
+    if _at_least_one("kv_tokens", kv_tokens) % page_size:
+        near = max(1, round(kv_tokens / page_size)) * page_size
+        raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
+    return kv_tokens // page_size
+
+
+def _kv_dtype(asked: torch.dtype | str) -> torch.dtype | None:
+    if asked == "auto":
+        return None
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in KV_DTYPES}
+    found = known.get(str(asked).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"kv_dtype={asked!r} is not supported; choose 'auto' or one of {', '.join(known)}")
+    return found
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`, so that devices compare equal."""
+    if device.type != "cpu" and device.index is None:
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    return device
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)

@@ -1,0 +1,214 @@
+"""Which tokens of which requests run in the next step?
+
+Continuous batching on the host, no tensor in sight: requests join and leave between steps, long prompts are cut into
+chunks under a token budget, and the youngest request gives its pages back (to be recomputed) when they run out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache
+from compile_attn.sampling import Sampling, draw_seed, uniform
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way: `new_tokens` grows until `reason` says why it ended."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    new_tokens: list[int] = field(default_factory=list)
+    reason: Reason | None = None
+    seq: CachedSequence | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.reason is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far: the prompt and what was made."""
+        return len(self.prompt) + len(self.new_tokens)
+
+    @property
+    def missing(self) -> int:
+        """Known tokens whose keys and values are not in the cache: 1 while decoding."""
+        return self.length - (0 if self.seq is None else self.seq.length)
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Known tokens from a position on."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.new_tokens[start - prompt : start - prompt + count]
+        return [*self.prompt[start : start + count], *self.new_tokens[: max(0, start + count - prompt)]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in the order of the rows."""
+
+    chunks: list[Chunk]
+    sampled: list[Request]
+
+    @property
+    def how(self) -> list[Sampling]:
+        return [request.sampling for request in self.sampled]
+
+    @property
+    def draws(self) -> list[float]:
+        return [uniform(request.seed, len(request.new_tokens)) for request in self.sampled]
+
+
+class Scheduler:
+    """Requests wait in order, run together, and leave. Running requests are always older than waiting ones."""
+
+    def __init__(self, cache: PagedKVCache, max_batch_tokens: int) -> None:
+        self.cache = cache
+        self.preemptions = 0
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._count = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def budget(self) -> int:
+        """Most new tokens in one step."""
+        most = self.cache.max_tokens
+        return self._max_batch_tokens if most is None else min(self._max_batch_tokens, most)
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+        """Queue a request. One whose prompt can never fit is refused now, not when its turn comes."""
+        if len(prompt) > self.cache.length_limit:
+            limit, by_model = self.cache.length_limit, self.cache.length_limit == self.cache.max_positions
+            what = "the model's position table" if by_model else "the cache"
+            cure = "shorten the prompt" + ("" if by_model else ", or make kv_tokens larger")
+            raise ValueError(f"a prompt of {len(prompt)} tokens; {what} holds at most {limit} a sequence: {cure}")
+        seed = draw_seed() if sampling.seed is None else sampling.seed
+        request = Request(self._count, tuple(prompt), sampling, seed)
+        self._count += 1
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its pages come back. A finished one stays as it is."""
+        if request.finished:
+            return
+        if request in self._running:
+            self._running.remove(request)
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+        request.reason = "cancelled"
+
+    def plan(self) -> Plan | None:
+        """Choose the next step, oldest request first; None without work."""
+        picked: list[tuple[Request, int]] = []
+        budget, free = self.budget, self.cache.free_pages
+        at, preempted = 0, False
+        while at < len(self._running):
+            request = self._running[at]
+            room = budget - (len(self._running) - at - 1)  # every later one keeps a token of the budget
+            count = min(request.missing, room)
+            while (fits := min(count, self._fitting(request, free))) < count and request is not self._running[-1]:
+                free += self._preempt_youngest()
+                preempted = True
+            if fits < 1:
+                free += self._preempt_youngest()
+                preempted = True
+                break
+            free -= self._pages_wanted(request, fits)
+            budget -= fits
+            picked.append((request, fits))
+            at += 1
+        if not preempted:
+            self._admit(picked, budget, free)
+        if not picked and self._waiting:
+            raise OutOfPages(
+                f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
+                f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
+            )
+        return self._as_plan(picked) if picked else None
+
+    def commit(self, plan: Plan, tokens: Sequence[int]) -> None:
+        """Give each sampled request its token, and let go of those that end."""
+        for request, token in zip(plan.sampled, tokens, strict=True):
+            request.new_tokens.append(token)
+            if token in request.sampling.stop_ids:
+                request.reason = "stop"
+            elif len(request.new_tokens) >= request.sampling.max_new_tokens or request.length > self.cache.length_limit:
+                request.reason = "length"  # a token past the limit could not be fed back
+            if request.finished:
+                self._running.remove(request)
+                self._release(request)
+
+    def abandon(self) -> None:
+        """After a step that failed: give all pages back and let every running request start over."""
+        while self._running:
+            self._preempt_youngest()
+
+    def _admit(self, picked: list[tuple[Request, int]], budget: int, free: int) -> None:
+        """Let waiting requests in while their known tokens fit beside what the running ones still have to load."""
+        free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
+        free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
+        most = min(self.cache.max_seqs, self.budget)
+        while self._waiting and len(self._running) < most and budget > 0:
+            request = self._waiting[0]
+            wanted = self._pages_wanted(request, request.missing)
+            if wanted > free - len(self._running):  # each running one keeps a page to grow into
+                break
+            self._waiting.popleft()
+            self._running.append(request)
+            request.seq = self.cache.add()
+            count = min(request.missing, budget)
+            picked.append((request, count))
+            budget -= count
+            free -= wanted
+
+    def _preempt_youngest(self) -> int:
+        """Send the youngest running request back to wait; returns the pages that this frees."""
+        request = self._running.pop()
+        before = self.cache.free_pages
+        self._release(request)
+        self._waiting.appendleft(request)
+        self.preemptions += 1
+        return self.cache.free_pages - before
+
+    def _release(self, request: Request) -> None:
+        if request.seq is not None:
+            self.cache.free(request.seq)
+            request.seq = None
+
+    def _pages_wanted(self, request: Request, count: int) -> int:
+        """Pages to take for `count` more tokens of this request."""
+        held = 0 if request.seq is None else request.seq.length
+        return self.cache.pages_for(held + count) - self.cache.pages_for(held)
+
+    def _fitting(self, request: Request, free: int) -> int:
+        """Most tokens that this request can add with so many free pages."""
+        held = 0 if request.seq is None else request.seq.length
+        return (self.cache.pages_for(held) + free) * self.cache.page_size - held
+
+    @staticmethod
+    def _as_plan(picked: list[tuple[Request, int]]) -> Plan:
+        ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
+        chunks, sampled = [], []
+        for request, count in ordered:
+            assert request.seq is not None
+            last = count == request.missing
+            tokens = request.tokens(request.seq.length, count)
+            chunks.append(Chunk(request.seq, tokens, "last" if last else "none"))
+            if last:
+                sampled.append(request)
+        return Plan(chunks, sampled)
