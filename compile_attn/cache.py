@@ -1,7 +1,7 @@
 """Where do keys and values live, which pages does each sequence own, and what does one step read?
 
 `PagedKVCache` owns the pages, hands them to sequences, and writes what a step needs (block table, lengths, rows) in
-place into buffers whose addresses never change. Shape letters as in `kernels/spec.py`; R = rows of logits a step returns.
+place into buffers whose addresses never change. Shape letters as in `kernels/spec.py`; R = rows of logits.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ class PagedKVCache:
             )
         if held != layers:
             raise ValueError(
-                f"this model was compiled with {len(held)} attention sites and now has {len(layers)}, or other heads or "
-                "dtypes; the keys in the cache no longer fit it: make a new PagedKVCache after changing the model"
+                f"this model was compiled with {len(held)} attention sites and now has {len(layers)}, or other heads "
+                "or dtypes; the keys in the cache no longer fit it: make a new PagedKVCache after changing the model"
             )
 
     def _check_layers(self, layers: tuple[LayerKV, ...]) -> None:

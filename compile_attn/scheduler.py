@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in the order of the rows."""
+    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order."""
 
     chunks: list[Chunk]
     sampled: list[Request]
@@ -90,16 +90,20 @@ class Scheduler:
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
         """Queue a request. One whose prompt can never fit is refused now, not when its turn comes."""
-        if len(prompt) > self.cache.length_limit:
-            limit, by_model = self.cache.length_limit, self.cache.length_limit == self.cache.max_positions
-            what = "the model's position table" if by_model else "the cache"
-            cure = "shorten the prompt" + ("" if by_model else ", or make kv_tokens larger")
-            raise ValueError(f"a prompt of {len(prompt)} tokens; {what} holds at most {limit} a sequence: {cure}")
+        self.check_length(len(prompt))
         seed = draw_seed() if sampling.seed is None else sampling.seed
         request = Request(self._count, tuple(prompt), sampling, seed)
         self._count += 1
         self._waiting.append(request)
         return request
+
+    def check_length(self, length: int) -> None:
+        """Refuse a prompt that can never fit."""
+        if length > self.cache.length_limit:
+            limit, by_model = self.cache.length_limit, self.cache.length_limit == self.cache.max_positions
+            what = "the model's position table" if by_model else "the cache"
+            cure = "shorten the prompt" + ("" if by_model else ", or make kv_tokens larger")
+            raise ValueError(f"a prompt of {length} tokens; {what} holds at most {limit} a sequence: {cure}")
 
     def cancel(self, request: Request) -> None:
         """End a request now; its pages come back. A finished one stays as it is."""

@@ -1,0 +1,322 @@
+"""How does a person generate text ids with their own model?
+
+`PagedLM` compiles the model once against a paged cache, then runs a loop: the scheduler plans a step, the model makes
+logits, sampling makes tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from compile_attn.cache import Chunk, PagedKVCache
+from compile_attn.calling import Call, call_of, check_no_dropout, device_of, dtype_of, logits_of, vocabulary_of
+from compile_attn.options import Inner, Options
+from compile_attn.passes.graph import Location
+from compile_attn.passes.report import RefusedError, Rejected, Report
+from compile_attn.sampling import NOT_FINITE, Sampling, sample
+from compile_attn.scheduler import Plan, Reason, Request, Scheduler
+from compile_attn.step import token_array
+
+Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
+# Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
+WARM_UP_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Output:
+    """One new token. `index`: which prompt (from `step()`: which request); `reason` says why it was the last one."""
+
+    index: int
+    token: int
+    finished: bool
+    reason: Reason | None
+
+
+class PagedLM:
+    """A language model that keeps keys and values in pages: many ragged requests at once, only new tokens computed.
+
+    model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
+    kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
+    kernel, inner     as in Options
+    cuda_graphs       "auto" or False; nothing is captured yet
+    call              call(model, input_ids, position_ids) for a model of another signature or output
+    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks
+
+    The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kv_tokens: int | None = 65_536,
+        page_size: int = 16,
+        max_seqs: int = 64,
+        kernel: str = "auto",
+        kv_dtype: torch.dtype | str = "auto",
+        cuda_graphs: str | bool = "auto",
+        inner: Inner = "inductor",
+        call: Call | None = None,
+        max_batch_tokens: int = 512,
+        poison: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
+        if cuda_graphs not in ("auto", False):
+            raise ValueError(f"cuda_graphs={cuda_graphs!r} is not supported yet; choose 'auto' or False")
+        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1")
+        self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
+        check_no_dropout(self._model)
+        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device_of(self._model), kv_dtype, poison=poison)
+        options = Options(kernel=kernel, cache=cache, inner=inner)
+        _check_dtype(self._model, cache)
+        self.cache = cache
+        self._call = call_of(self._model, call)
+        self._compiled = _compile(self._model, options)
+        self._scheduler = Scheduler(cache, max_batch_tokens)
+        self._closed = False
+        self._vocabulary = self._warm_up()
+
+    # Requests
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        progress: bool | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, a stop token included. Greedy unless `sampling` says otherwise.
+
+        `sampling` is one for all or one a prompt; `max_new_tokens` replaces theirs. A progress bar shows on a
+        terminal only (`progress` forces it on or off).
+        """
+        work = self._checked(prompts, sampling, max_new_tokens)
+        made: list[list[int]] = [[] for _ in work]
+        with _progress_bar(progress, sum(how.max_new_tokens for _, how in work)) as advance:
+            for out in self._stream(work):
+                made[out.index].append(out.token)
+                advance(work[out.index][1].max_new_tokens - len(made[out.index]) + 1 if out.finished else 1)
+        return made
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Iterator[Output]:
+        """Tokens as they are made. Leaving the loop early cancels what is left and gives its pages back."""
+        return self._stream(self._checked(prompts, sampling, max_new_tokens))
+
+    def submit(self, prompt: Sequence[int] | torch.Tensor, sampling: Sampling | None = None) -> Request:
+        """Queue one request; `step()` until it is finished."""
+        [(tokens, how)] = self._checked([prompt], sampling, None)
+        return self._scheduler.submit(tokens, how)
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its pages come back at once."""
+        self._check_open()
+        self._scheduler.cancel(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request lost its pages to an older one and had to be recomputed."""
+        return self._scheduler.preemptions
+
+    def step(self) -> list[Output]:
+        """Run one batch; the tokens it made. After an error every request starts over with the next step."""
+        self._check_open()
+        plan = self._scheduler.plan()
+        if plan is None:
+            return []
+        try:
+            tokens = self._tokens(plan)
+        except BaseException:
+            self._scheduler.abandon()
+            raise
+        self._scheduler.commit(plan, tokens)
+        made = zip(plan.sampled, tokens, strict=True)
+        return [Output(request.id, token, request.finished, request.reason) for request, token in made]
+
+    # Life
+
+    @property
+    def report(self) -> Report | None:
+        """What the compiler did: sites, specs, kernels and reasons, token rewrites, the graph before and after."""
+        return self.cache.report
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids from 0 up to this, not included, are valid."""
+        return self._vocabulary
+
+    def close(self) -> None:
+        """Drop the cache's memory. Every later use is an error."""
+        self._closed = True
+        self.cache.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # One step
+
+    def _warm_up(self) -> int:
+        """Compile with a first call, so that a refusal and the model's limits are known before any request."""
+        seq = self.cache.add()
+        try:
+            logits = self._logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
+            if not self.cache.k_pages:
+                raise ValueError("the model has no attention that could be paged; run it as it is")
+        finally:
+            self.cache.free(seq)
+        return vocabulary_of(self._model, logits.shape[-1])
+
+    def _tokens(self, plan: Plan) -> list[int]:
+        logits = self._logits(plan.chunks)
+        if not plan.sampled:
+            return []
+        with torch.no_grad():
+            tokens: list[int] = sample(logits, plan.how, plan.draws).tolist()
+        for request, token in zip(plan.sampled, tokens, strict=True):
+            if token == NOT_FINITE:
+                raise RuntimeError(
+                    f"the logits of request {request.id} after {request.length} tokens are not finite; "
+                    "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
+                )
+        return tokens
+
+    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Run the model over new tokens; the logits rows they asked for."""
+        batch = self.cache.batch(chunks)
+        before = self.cache.steps_run
+        with torch.no_grad(), _plain_errors():
+            output = self._call(self._compiled, batch.input_ids, batch.position_ids)
+        logits = logits_of(output)
+        if self.cache.steps_run == before:
+            raise RuntimeError(
+                "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
+                "look for @torch.compiler.disable or TORCH_COMPILE_DISABLE around the model"
+            )
+        return batch.rows(logits)
+
+    def _stream(self, work: list[tuple[list[int], Sampling]]) -> Iterator[Output]:
+        self._check_open()
+        requests: list[Request] = []
+        read = [0] * len(work)
+        try:
+            requests.extend(self._scheduler.submit(tokens, how) for tokens, how in work)
+            while any(
+                count < len(one.new_tokens) or not one.finished for one, count in zip(requests, read, strict=True)
+            ):
+                for index, request in enumerate(requests):
+                    for token in request.new_tokens[read[index] :]:
+                        read[index] += 1
+                        last = request.finished and read[index] == len(request.new_tokens)
+                        yield Output(index, token, last, request.reason if last else None)
+                if not all(one.finished for one in requests):
+                    self.step()
+        finally:
+            for request in requests:
+                if not request.finished and not self._closed:
+                    self._scheduler.cancel(request)
+
+    # Checks
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this PagedLM is closed; make a new one")
+
+    def _checked(
+        self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, max_new_tokens: int | None
+    ) -> list[tuple[list[int], Sampling]]:
+        self._check_open()
+        check_no_dropout(self._model)
+        if isinstance(prompts, Sequence) and any(isinstance(one, int) for one in prompts):
+            raise ValueError("prompts is one flat list; give a list of prompts, as in generate([[1, 2, 3]])")
+        how = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(how) != len(prompts):
+            raise ValueError(f"{len(how)} samplings for {len(prompts)} prompts; give one for all, or one for each")
+        if max_new_tokens is not None:
+            how = [replace(one, max_new_tokens=max_new_tokens) for one in how]
+        tokens = [self._checked_prompt(prompt) for prompt in prompts]
+        return list(zip(tokens, how, strict=True))
+
+    def _checked_prompt(self, prompt: Sequence[int] | torch.Tensor) -> list[int]:
+        ids = token_array(prompt)
+        if int(ids.max()) >= self._vocabulary:
+            raise ValueError(
+                f"token id {int(ids.max())} is outside the model's vocabulary of {self._vocabulary} (0 to "
+                f"{self._vocabulary - 1}); use the model's own tokenizer"
+            )
+        self._scheduler.check_length(len(ids))
+        plain: list[int] = ids.tolist()
+        return plain
+
+
+def _compile(model: nn.Module, options: Options) -> Callable[..., Any]:
+    """torch.compile against the cache, as one graph: code outside it would see packed tokens and answer wrongly."""
+    from compile_attn.backend import paged_attn
+
+    given: dict[str, Any] = {"kernel": options.kernel, "cache": options.cache, "inner": options.inner}
+    keywords: dict[str, Any] = {"fullgraph": True, "backend": paged_attn, "options": given}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # later than torch 2.11
+        keywords["isolate_recompiles"] = True  # other PagedLMs of this class in the process do not use up its limit
+    compiled: Callable[..., Any] = torch.compile(model, **keywords)
+    return compiled
+
+
+class _plain_errors(AbstractContextManager["None"]):
+    """Raise what the backend said, where Dynamo wraps it."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+        if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, ValueError):
+            raise error.inner_exception from None
+        if isinstance(error, Unsupported):
+            raise _not_one_graph(error) from error
+
+
+def _not_one_graph(error: Exception) -> RefusedError:
+    why = f"the model does not compile as one graph: {error}"
+    rejected = Rejected(why, Location("", "", ""), "rewrite the code that is named there, or move it out of forward")
+    return RefusedError(f"paged_attn cannot page this model: {why}", Report("paged", rejected=(rejected,)))
+
+
+def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
+    """A kv_dtype that cannot be the model's is refused before the compilation."""
+    own = dtype_of(model)
+    if cache.kv_dtype is not None and own is not None and own != cache.kv_dtype:
+        raise ValueError(
+            f"kv_dtype={cache.kv_dtype}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model"
+        )
+
+
+def _progress_bar(wanted: bool | None, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar over new tokens on standard error, or nothing where that is no terminal."""
+    import sys
+
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        return nullcontext(lambda _: None)
+    from compile_attn.progress import token_bar
+
+    return token_bar(total)
