@@ -46,6 +46,10 @@ class Bounds:
         self._sizes[symbol] = size
         return symbol
 
+    def know(self, symbol: sympy.Symbol, size: sympy.Expr) -> None:
+        """Bound a symbol of the expression language by the size of its axis at the present site."""
+        self._sizes[symbol] = size
+
     def below(self, expr: sympy.Expr, size: sympy.Expr) -> bool:
         """Whether 0 <= expr < size is certain."""
         expr = sympy.expand(expr)

@@ -1,0 +1,241 @@
+"""Where does a graph normalise something over an axis, in whatever spelling?
+
+An Anchor says: these are the scores, this is the axis, this node holds the probabilities. Softmax ops, exp over its sum (before
+or after the product with the values), log_softmax then exp, SDPA, and sinks as an extra column are all anchors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from compile_attn.passes import emit
+from compile_attn.passes.graph import is_tensor, val
+from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, shape_of
+from compile_attn.passes.symbolic import Reader, number, unreadable
+
+_aten = torch.ops.aten
+_SOFTMAX = ("softmax", "_softmax", "special_softmax", "_safe_softmax")
+_PRODUCTS = ("matmul", "bmm", "mm")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A normalisation: `scores` [..] along `dim`, `probabilities`, and what else takes part."""
+
+    softmax: fx.Node  # the node that names the site
+    scores: fx.Node
+    dim: int
+    probabilities: fx.Node
+    sink: fx.Node | None = None  # an extra column of the normaliser, shape of the scores with size 1 along dim
+    finish: fx.Node | None = None  # the node that ends the site, where that is not the product with the values
+    refused: tuple[str, str] | None = None
+    unit_sink: bool = False  # the normaliser is 1 + sum: a sink of logit 0
+
+    @property
+    def shape(self) -> Index:
+        """The shape of the scores."""
+        return shape_of(self.scores)
+
+    def score_at(self, reader: Reader, axes: Index) -> sympy.Basic:
+        """The score at an index of the axes."""
+        return number(reader.at(self.scores, axes))
+
+    def extra_masks(self, reader: Reader, axes: Index) -> list[Boolean]:
+        """Masks applied outside the score."""
+        return []
+
+    def sinks_at(self, reader: Reader, axes: Index) -> sympy.Basic | None:
+        """The logit of the sink in a row."""
+        if self.unit_sink:
+            return sympy.Integer(0)
+        if self.sink is None:
+            return None
+        row = tuple(sympy.Integer(0) if n == self.dim else axis for n, axis in enumerate(axes))
+        return number(reader.operand(self.sink, row))
+
+    def value_product(self, bounds: Bounds) -> tuple[fx.Node, int]:
+        """The contraction of the probabilities with the values, and which operand (0 or 1) the probabilities are."""
+        node = self.probabilities
+        while True:
+            products = [u for u in node.users if op_name(u) in (*_PRODUCTS, "baddbmm")]
+            if products:
+                product = products[0]
+                if op_name(product) == "baddbmm":
+                    raise unreadable(product, "the product with the values adds something (baddbmm)", "use a plain product")
+                return product, 0 if product.args[0] is node else 1
+            onward = [u for u in node.users if _is_layout(u, bounds)]
+            if not onward:
+                users = ", ".join(f"{u.name} ({op_name(u) or u.op})" for u in node.users) or "nothing"
+                why = f"the probabilities go to {users}, not to a product with values"
+                raise unreadable(node, why, "dropout must be off (model.eval()); multiply by v directly")
+            node = onward[0]
+
+
+def _is_layout(node: fx.Node, bounds: Bounds) -> bool:
+    if not is_tensor(node):
+        return False
+    index = tuple(bounds.symbol(f"x{n}", size) for n, size in enumerate(shape_of(node)))
+    return index_map(node, index, bounds) is not None
+
+
+def find_anchors(graph: fx.Graph, reader: Reader) -> Iterator[Anchor]:
+    """Every normalisation of a graph, in order."""
+    for node in list(graph.nodes):
+        name = op_name(node)
+        if name in _SOFTMAX:
+            yield _from_softmax(node)
+        elif name == "exp" and (anchor := _from_exp(node)) is not None:
+            yield anchor
+        elif name == "scaled_dot_product_attention":
+            yield _from_sdpa(graph, node)
+
+
+def _from_softmax(node: fx.Node) -> Anchor:
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    dim = dim_of(argument(node, 1, "dim"), val(source).dim())
+    scores = _without_shift(source, dim)
+    split = _sink_column(scores, dim)
+    if split is None:
+        return Anchor(node, scores, dim, node)
+    return Anchor(node, split[0], dim, node, sink=split[1])
+
+
+def _without_shift(node: fx.Node, dim: int) -> fx.Node:
+    """Softmax ignores what is constant along its axis: x for x - max(x), through casts between floats."""
+    while True:
+        name = op_name(node)
+        if name == "sub" and len(node.args) == 2 and is_tensor(node.args[1]) and _constant_along(node, node.args[1], dim):  # type: ignore[arg-type]
+            node = node.args[0]  # type: ignore[assignment]
+        elif name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim):
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return node
+
+
+def _peelable_cast(node: fx.Node, dim: int) -> bool:
+    source = node.args[0]
+    return is_tensor(source) and op_name(source) in ("sub", "cat", "_to_copy") and val(source).is_floating_point()  # type: ignore[arg-type]
+
+
+def _constant_along(node: fx.Node, part: fx.Node, dim: int) -> bool:
+    place = dim - (val(node).dim() - val(part).dim())
+    return place < 0 or val(part).shape[place] == 1
+
+
+def _sink_column(scores: fx.Node, dim: int) -> tuple[fx.Node, fx.Node] | None:
+    """(scores, sink) of cat([scores, sink], dim) with one column of sinks, last."""
+    if op_name(scores) != "cat":
+        return None
+    parts = scores.args[0]
+    at = dim_of(argument(scores, 1, "dim", 0), val(scores).dim())
+    if len(parts) != 2 or at != dim or shape_of(parts[1])[dim] != 1:  # type: ignore[arg-type, index]
+        return None
+    return _without_shift(parts[0], dim), parts[1]  # type: ignore[index, return-value]
+
+
+def _from_exp(node: fx.Node) -> Anchor | None:
+    """exp(x) with its own sum among the users, or exp of a log_softmax."""
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    if op_name(source) in ("log_softmax", "_log_softmax"):
+        inner: fx.Node = source.args[0]  # type: ignore[assignment]
+        dim = dim_of(argument(source, 1, "dim"), val(inner).dim())
+        return Anchor(node, _without_shift(inner, dim), dim, node)
+    total = next((u for u in node.users if op_name(u) == "sum" and argument(u, 1, "dim")), None)
+    if total is None:
+        return None
+    dims = argument(total, 1, "dim")
+    if len(dims) != 1:
+        return Anchor(node, source, -1, node, refused=(f"exp is summed over axes {dims}", "normalise over one axis"))
+    dim = dim_of(dims[0], val(node).dim())
+    scores = _without_shift(source, dim)
+    unit, divisor = _unit_sink(total)
+    if unit and scores is not source:
+        why = "the normaliser adds 1 after the maximum was subtracted, so the score of the sink depends on the row"
+        return Anchor(node, scores, dim, node, refused=(why, "add exp(-max) instead of 1"))
+    quotient = _quotient(node, divisor)
+    if quotient is not None:
+        return Anchor(node, scores, dim, quotient, unit_sink=unit)
+    finish = _quotient_after_product(divisor)
+    if finish is None:
+        why = "exp and its sum over an axis are not joined by a division that can be read"
+        return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1) @ v"))
+    return Anchor(node, scores, dim, node, finish=finish, unit_sink=unit)
+
+
+def _unit_sink(total: fx.Node) -> tuple[bool, fx.Node]:
+    for user in total.users:
+        if op_name(user) == "add" and 1 in user.args:
+            return True, user
+    return False, total
+
+
+def _quotient(exp: fx.Node, divisor: fx.Node) -> fx.Node | None:
+    """exp / divisor, the divisor possibly expanded or unsqueezed, or exp * reciprocal."""
+    for user in exp.users:
+        if op_name(user) == "div" and user.args[0] is exp and _comes_from(user.args[1], divisor):
+            return user
+        if op_name(user) == "mul" and any(_comes_from(arg, divisor, inverse=True) for arg in user.args if arg is not exp):
+            return user
+    return None
+
+
+def _quotient_after_product(divisor: fx.Node) -> fx.Node | None:
+    """The division of the product with the values by the divisor."""
+    todo = list(divisor.users)
+    while todo:
+        user = todo.pop()
+        if op_name(user) == "div" and _comes_from(user.args[1], divisor) and op_name(user.args[0]) in _PRODUCTS:  # type: ignore[arg-type]
+            return user
+        if op_name(user) in ("unsqueeze", "expand", "view", "reshape", "transpose", "clamp_min"):
+            todo.extend(user.users)
+    return None
+
+
+def _comes_from(node: object, divisor: fx.Node, inverse: bool = False) -> bool:
+    while isinstance(node, fx.Node):
+        if node is divisor:
+            return not inverse
+        if inverse and op_name(node) == "reciprocal":
+            inverse = False
+        elif op_name(node) not in ("unsqueeze", "expand"):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _from_sdpa(graph: fx.Graph, node: fx.Node) -> Anchor:
+    """Spell SDPA out beside the node: dead code if the site is rejected, and read like any other spelling."""
+    q, k, v = node.args[:3]
+    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
+    if dropout > 0:
+        return Anchor(node, node, -1, node, refused=(f"dropout is on (p = {dropout})", "call model.eval() first"))
+    with graph.inserting_before(node):
+        heads, kv_heads = (val(x).shape[-3] if val(x).dim() > 2 else 1 for x in (q, k))  # type: ignore[arg-type]
+        if argument(node, 7, "enable_gqa", False) and heads != kv_heads:
+            k, v = (emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v))
+        keys = emit.call(graph, _aten.transpose.int, k, -2, -1, like=node)
+        product = emit.call(graph, _aten.matmul.default, q, keys, like=node)
+        factor = scale if scale is not None else 1.0 / math.sqrt(val(q).shape[-1])  # type: ignore[arg-type]
+        scores = emit.call(graph, _aten.mul.Tensor, product, factor, like=node)
+        if causal:
+            square = emit.call(graph, _aten.ones_like.default, scores, like=node)
+            lower = emit.call(graph, _aten.tril.default, square, like=node)
+            hidden = emit.call(graph, _aten.eq.Scalar, lower, 0, like=node)
+            scores = emit.call(graph, _aten.masked_fill.Scalar, scores, hidden, -math.inf, like=node)
+        if mask is not None and val(mask).dtype == torch.bool:
+            hidden = emit.call(graph, _aten.logical_not.default, mask, like=node)
+            scores = emit.call(graph, _aten.masked_fill.Scalar, scores, hidden, -math.inf, like=node)
+        elif mask is not None:
+            scores = emit.call(graph, _aten.add.Tensor, scores, mask, like=node)
+        weights = emit.call(graph, _aten.softmax.int, scores, -1, like=node)
+        emit.call(graph, _aten.matmul.default, weights, v, like=node)
+    return Anchor(weights, scores, val(scores).dim() - 1, weights, finish=node)
+

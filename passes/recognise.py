@@ -1,0 +1,317 @@
+"""Which nodes of a graph are one attention, and what does it compute?
+
+From every softmax, whatever its spelling (`anchors`), the score is read back to the product of queries and keys and the
+result forward through the product with the values. Each site comes out with its spec, or rejected with the node that stopped it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from compile_attn.kernels.expr import B, H, I, J, Load, S
+from compile_attn.kernels.mask import Bidirectional, Mask
+from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.passes.anchors import Anchor, find_anchors
+from compile_attn.passes.graph import Location, downstream, location, placeholders
+from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
+from compile_attn.passes.indices import Index, op_name, path, shape_of
+from compile_attn.passes.masks import classify, sees_itself
+from compile_attn.passes.normalize import Normalized
+from compile_attn.passes.report import Rejected
+from compile_attn.passes.score import ScoreError, read_score
+from compile_attn.passes.symbolic import Dot, Opaque, Reader, Unreadable, number, unreadable
+
+__all__ = ["AttentionSite", "Operand", "recognise"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention: its meaning, its operands, the node whose value the fused op replaces, and the nodes that then die."""
+
+    where: Location
+    spec: AttentionSpec
+    q: Operand
+    k: Operand
+    v: Operand
+    captured: tuple[fx.Node, ...]
+    output: Operand
+    replaced: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The axes of a score in canonical terms: a substitution of axis symbols, and the sizes."""
+
+    values: dict[sympy.Expr, sympy.Expr]
+    heads: int
+    batch: sympy.Expr | None
+    queries: sympy.Expr
+    keys: sympy.Expr
+
+
+def recognise(
+    normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]
+) -> tuple[list[AttentionSite], list[Rejected]]:
+    """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
+    graph = normalized.module.graph
+    reader = Reader(normalized.constants, positions)
+    inputs = [n for n in placeholders(graph) if n not in normalized.constants]
+    site_reader = _SiteReader(reader, paged, downstream(inputs) | set(inputs))
+    sites, rejected = [], []
+    for anchor in find_anchors(graph, reader):
+        try:
+            site = site_reader.read(anchor)
+        except Unreadable as stop:
+            rejected.append(stop.rejected)
+            continue
+        if site is not None:
+            sites.append(site)
+    return sites, rejected
+
+
+class _SiteReader:
+    """Reads one anchor after another; masks shared between layers are read once, by the reader's memo."""
+
+    def __init__(self, reader: Reader, paged: bool, data: set[fx.Node]) -> None:
+        self.reader, self.paged, self.data = reader, paged, data
+
+    def read(self, anchor: Anchor) -> AttentionSite | None:
+        """The site of an anchor; None where a softmax is no attention at all. Raises Unreadable."""
+        if anchor.refused is not None:
+            raise unreadable(anchor.softmax, *anchor.refused)
+        axes = self._axes(anchor)
+        value = anchor.score_at(self.reader, axes)
+        products = [dot for dot in value.atoms(Dot) if self._is_product(dot)]
+        if not products:
+            return self._no_product(anchor, axes)
+        if len(products) > 1:
+            raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
+        (product,) = products
+        rows, q, k = self._queries_and_keys(anchor, axes, product)
+        score = number(value).xreplace({product: S}).xreplace(rows.values)
+        mask, parts, captured = self._meaning(anchor, score, rows)
+        output, v, dim_v = self._values(anchor, axes, rows)
+        dims = shape_of(q.operand.node)[q.operand.axes.index("d")]
+        parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
+        if "score" in parts:
+            parts["score"] = parts["score"].xreplace({S: S * sympy.Float(q.factor * k.factor)})
+        heads_kv = max(k.heads, v.heads)
+        k, v = (self._full(anchor, found, heads_kv) for found in (k, v))
+        spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
+        replaced = self._dead(anchor, output.node, product)
+        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced)
+
+    def _axes(self, anchor: Anchor) -> Index:
+        sizes = anchor.shape
+        return tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(sizes))
+
+    def _is_product(self, dot: sympy.Expr) -> bool:
+        """Whether both operands of a contraction carry data (a contraction of constants is a constant)."""
+        node = self.reader.contractions[int(dot.args[0])]
+        return all(operand in self.data for operand in node.args[-2:])
+
+    def _no_product(self, anchor: Anchor, axes: Index) -> None:
+        """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
+        if not axes[anchor.dim].is_Integer and not anchor.shape[anchor.dim].is_Integer:
+            why = "a softmax over tokens whose score is not one product of queries and keys"
+            raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
+
+    def _queries_and_keys(self, anchor: Anchor, axes: Index, product: sympy.Expr) -> tuple[_Rows, Found, Found]:
+        node = self.reader.contractions[int(product.args[0])]
+        index: Index = product.args[1:]
+        left, right = node.args[-2:]
+        depth = shape_of(left)[-1]  # type: ignore[arg-type]
+        channel = self.reader.bounds.symbol("d", depth)
+        column = axes[anchor.dim]
+        sides = [(left, self._operand_index(left, index, index[-2], channel)), (right, self._operand_index(right, index, channel, index[-1]))]
+        if index[-1] == column:
+            row, (query, key) = index[-2], sides
+        elif index[-2] == column:
+            row, (key, query) = index[-1], sides
+        else:
+            why = f"the softmax runs over axis {anchor.dim}, which is not the key axis of the product {node.name}"
+            raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
+        if row not in axes and row != 0:
+            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
+        rows = self._rows(anchor, axes, row)
+        found = []
+        for name, (operand, place), token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
+            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in place)
+            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, depth, rows.heads)
+            got = find_operand(operand, place, roles, self.reader.bounds, scaled=True)
+            if got is None or (name == "queries" and got.heads != rows.heads):
+                got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
+            if got is None:
+                raise unreadable(node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}")
+            found.append(got)
+        if found[0].heads != rows.heads:
+            raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
+        return rows, found[0], found[1]
+
+    def _operand_index(self, operand: object, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
+        shape = shape_of(operand)  # type: ignore[arg-type]
+        leading = index[len(index) - len(shape) : -2]
+        lead = tuple(sympy.Integer(0) if size == 1 else place for place, size in zip(leading, shape, strict=False))
+        return (*lead, row, column)
+
+    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr) -> _Rows:
+        query = axes.index(row) if row != 0 else None
+        rest = [n for n in range(len(axes)) if n not in (query, anchor.dim) and axes[n] != 0]
+        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and not self.paged and rest[0] == 0 else None
+        heads = [n for n in rest if n != batch]
+        if not all(anchor.shape[n].is_Integer for n in heads):
+            raise unreadable(anchor.softmax, f"a score of shape {anchor.shape} has a head axis of unknown size")
+        sizes = {axes[n]: int(anchor.shape[n]) for n in heads}
+        values = head_symbol_values(sizes)
+        values[axes[anchor.dim]] = J
+        if query is not None:
+            values[axes[query]] = I
+        if batch is not None:
+            values[axes[batch]] = B
+        count = 1
+        for size in sizes.values():
+            count *= size
+        for symbol, size in ((H, count), (I, anchor.shape[query] if query is not None else 1), (J, anchor.shape[anchor.dim])):
+            self.reader.bounds.know(symbol, sympy.sympify(size))
+        queries = anchor.shape[query] if query is not None else sympy.Integer(1)
+        keys = anchor.shape[anchor.dim]
+        if self.paged and keys != queries:
+            why = f"{queries} queries attend to {keys} keys; a paged model's keys are those of its own tokens"
+            raise unreadable(anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache")
+        if self.paged and keys.is_Integer:
+            raise unreadable(anchor.softmax, f"the sequence length is a constant, {keys}", "mark it dynamic, with at least 2 tokens")
+        return _Rows(values, count, B if batch is not None else None, queries, keys)
+
+    def _meaning(self, anchor: Anchor, score: sympy.Expr, rows: _Rows) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
+        """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
+        if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
+            raise unreadable(anchor.softmax, f"the score could not be read: {score}")
+        try:
+            read = read_score(score, rows.keys if rows.keys.is_Symbol else None)
+        except ScoreError as error:
+            raise unreadable(anchor.softmax, error.reason, error.cure) from None
+        visible: Boolean = sympy.And(read.visible, *[m.xreplace(rows.values) for m in anchor.extra_masks(self.reader, self._axes(anchor))])
+        sinks = anchor.sinks_at(self.reader, self._axes(anchor))
+        parts: dict[str, object] = {"scale": read.scale, "softcap": read.softcap, "bias": read.bias}
+        if read.score is not None:
+            parts = {"score": read.score}
+        if sinks is not None:
+            parts["sinks"] = number(sinks).xreplace(rows.values)
+        tensors = [part for part in (*parts.values(), visible) if isinstance(part, sympy.Basic)]
+        if any(part.has(Opaque) or part.has(Dot) for part in tensors):
+            raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
+        loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
+        captured = tuple(self.reader.captured[number] for number in loads)
+        self._check_captured(anchor, captured)
+        rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
+        parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
+        visible = visible.xreplace(rename)
+        mask = Bidirectional() if visible is sympy.true else classify(visible)
+        if not isinstance(mask, Bidirectional) and not sees_itself(visible):
+            why = f"a query may see no key at all ({mask.words()}), and then the model's fill value decides"
+            raise unreadable(anchor.softmax, why, "let every query see at least itself")
+        if self.paged and not mask.causal():
+            why = f"a query sees keys after it ({mask.words()}); pages hold only what came before"
+            raise unreadable(anchor.softmax, why, "only causal attention can be paged")
+        return mask, parts, captured
+
+    def _check_captured(self, anchor: Anchor, captured: Iterable[fx.Node]) -> None:
+        for node in captured:
+            if self.paged and node in self.data:
+                why = f"the score depends on {node.name}, data of the call that is not in the pages"
+                raise unreadable(node, why, "a paged score may read parameters, buffers and positions only")
+
+    def _values(self, anchor: Anchor, axes: Index, rows: _Rows) -> tuple[Operand, Found, sympy.Expr]:
+        node, side = anchor.value_product(self.reader.bounds)
+        out_shape = shape_of(node)
+        outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(out_shape))
+        left, right = node.args[-2:]
+        depth = shape_of(left)[-1]  # type: ignore[arg-type]
+        inner = self.reader.bounds.symbol("c", depth)
+        left_index = self._operand_index(left, outs, outs[-2], inner)
+        right_index = self._operand_index(right, outs, inner, outs[-1])
+        (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[:: 1 if side == 0 else -1]
+        steps = path(weights, weight_index, self.reader.bounds)
+        place = next((index for step, index in steps if step is anchor.probabilities), None)
+        if place is None:
+            raise unreadable(node, "the probabilities do not reach their product with the values by layout ops alone")
+        if place[anchor.dim] != inner:
+            raise unreadable(node, "the probabilities are contracted over another axis than the keys", "out = probabilities @ v")
+        back = self._invert(anchor, axes, rows, place, outs, node)
+        value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value_index)
+        column = outs[-1] if side == 0 else outs[-2]
+        size = out_shape[-1] if side == 0 else out_shape[-2]
+        roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
+        found = find_operand(value, value_index, roles, self.reader.bounds, scaled=False)
+        if found is None:
+            raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
+        letters = tuple(self._letter(symbol, back, column) for symbol in outs)
+        return self._final(anchor, Operand(node, letters)), found, size
+
+    def _invert(
+        self, anchor: Anchor, axes: Index, rows: _Rows, place: Index, outs: Index, node: fx.Node
+    ) -> dict[sympy.Expr, sympy.Expr]:
+        """Each axis symbol of the output as a function of b, h, i."""
+        back: dict[sympy.Expr, sympy.Expr] = {}
+        merged = [(p, axes[n]) for n, p in enumerate(place) if n != anchor.dim and axes[n] != 0]
+        for got, axis in merged:
+            if got in outs:
+                back[got] = rows.values[axis]
+        unknown = {s for got, _ in merged for s in got.free_symbols} - set(back)
+        for symbol in unknown:  # heads that were apart in the scores and are one axis of the output
+            back[symbol] = H
+        for got, axis in merged:
+            want = rows.values[axis]
+            have = got.xreplace(back)
+            if sympy.expand(want - have) != 0 and not self._same_for_heads(want, have, rows.heads):
+                raise unreadable(node, f"output axis {got} holds {axis} of the scores in another order")
+        return back
+
+    def _same_for_heads(self, a: sympy.Expr, b: sympy.Expr, heads: int) -> bool:
+        return (a.free_symbols | b.free_symbols) <= {H} and all(a.subs(H, h) == b.subs(H, h) for h in range(heads))
+
+    def _letter(self, symbol: sympy.Expr, back: dict[sympy.Expr, sympy.Expr], column: sympy.Expr) -> str:
+        if symbol == 0:
+            return "1"
+        if symbol == column:
+            return "d"
+        means = back.get(symbol, H)
+        return {I: "t", B: "b"}.get(means, "h")
+
+    def _final(self, anchor: Anchor, output: Operand) -> Operand:
+        """The node that the fused op replaces: the product, or the later node that finishes the normalisation."""
+        return output if anchor.finish is None else Operand(anchor.finish, output.axes)
+
+    def _full(self, anchor: Anchor, found: Found, heads: int) -> Found:
+        """K and V with equally many heads. Two different counts would need a repeat, which nobody writes."""
+        if found.heads != heads:
+            raise unreadable(anchor.softmax, f"keys and values have different numbers of heads ({found.heads} and {heads})")
+        return replace(found)
+
+    def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
+        """The nodes that die with the site; Unreadable if something between q.k and the output is used elsewhere."""
+        inside = self._between(self.reader.contractions[int(product.args[0])], output)
+        for node in inside - {output}:
+            for user in node.users:
+                if user not in inside and op_name(user) != "sym_size":
+                    what = "probabilities are" if node in downstream([anchor.softmax]) | {anchor.softmax} else "scores are"
+                    why = f"the {what} also used by {user.name} ({op_name(user) or user.op})"
+                    raise unreadable(node, why, "return no attention weights")
+        return frozenset(inside)
+
+    def _between(self, product: fx.Node, output: fx.Node) -> set[fx.Node]:
+        after = downstream([product]) | {product}
+        found, todo = {output}, [output]
+        while todo:
+            for node in todo.pop().all_input_nodes:
+                if node in after and node not in found:
+                    found.add(node)
+                    todo.append(node)
+        return found
+
+
