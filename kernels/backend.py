@@ -1,8 +1,11 @@
-"""What must a kernel backend say of itself, and what must it compute?"""
+"""What must a kernel backend say of itself, and what must it compute?
+
+It declares what it can as data; `reasons` turns what a site asks beyond that into sentences. No reasons: it can.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +44,29 @@ class Backend:
     name: str
     features: frozenset[Feature]
     phases: frozenset[str] = frozenset({"stateless", "paged"})
+    devices: frozenset[str] | None = None  # torch device types; None: any
+    dtypes: frozenset[torch.dtype] | None = None
+    head_dims: frozenset[int] | None = None
 
     def limits(self, request: Request) -> tuple[str, ...]:
-        """Reasons beyond features: shapes, dtypes, devices, a library that is not installed. Empty: none."""
+        """Reasons that the tables above cannot give: a shape, a library that is not installed. Empty: none."""
         return ()
 
     def reasons(self, request: Request) -> tuple[str, ...]:
         """Why this backend cannot serve the request; empty when it can."""
+        spec, cure = request.spec, "choose kernel='auto'"
         phase = "stateless" if request.page_size is None else "paged"
-        missing = sorted(feature.name.lower() for feature in request.spec.features() - self.features)
-        reasons = [f"does not serve {phase} calls"] if phase not in self.phases else []
-        reasons += [f"does not compute {', '.join(missing)}; choose kernel='auto'"] if missing else []
-        return (*reasons, *self.limits(request))
+        out = [f"does not serve {phase} calls; {cure}"] if phase not in self.phases else []
+        if self.devices is not None and request.device.type not in self.devices:
+            out.append(f"runs on {_listed(self.devices)}, not on {request.device.type}; move the model, or {cure}")
+        if self.dtypes is not None and request.dtype not in self.dtypes:
+            out.append(f"computes in {_listed(self.dtypes)}, not in {_name(request.dtype)}; cast the model, or {cure}")
+        wrong = {spec.head_dim, spec.head_dim_v} - (self.head_dims or {spec.head_dim, spec.head_dim_v})
+        if wrong:
+            out.append(f"has no head size {_listed(wrong)} (only {_listed(self.head_dims or ())}); pad the heads, or {cure}")
+        missing = sorted(spec.features() - self.features, key=lambda feature: feature.value)
+        out += [f"does not compute {spec.asks(feature)}; {cure}" for feature in missing]
+        return (*out, *self.limits(request))
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
@@ -63,3 +77,11 @@ class Backend:
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         """q [T, Hq, D] -> [T, Hq, Dv]; pad tokens give 0."""
         raise NotImplementedError(f"{self.name} does not serve paged calls")
+
+
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(_name(value) for value in sorted(values, key=lambda each: (isinstance(each, int) and each, _name(each))))

@@ -40,19 +40,28 @@ class AttentionMetadata:
         rows = self.block_table.shape[0]
         return AttentionMetadata.build(self.block_table, self.seq_lens + live, live, rows, self.page_size)
 
-    def rows(self, first: int, last: int, first_token: int, last_token: int) -> AttentionMetadata:
-        """The view of rows first..last-1, whose tokens are first_token..last_token-1, both start locations rebased to 0."""
-        part = slice(first, last)
-        tokens = slice(first_token, last_token)
+    def prefill_metadata(self, num_prefills: int, num_prefill_tokens: int) -> AttentionMetadata | None:
+        """The first rows, where a batch puts its prefill chunks ahead of its decodes; None if there are none."""
+        return self._rows(slice(0, num_prefills), slice(0, num_prefill_tokens)) if num_prefills else None
+
+    def decode_metadata(self, num_prefills: int, num_prefill_tokens: int) -> AttentionMetadata | None:
+        """The rows after the prefills, pad rows and pad tokens included; None if there are none."""
+        if num_prefills == self.block_table.shape[0]:
+            return None
+        return self._rows(slice(num_prefills, None), slice(num_prefill_tokens, None))
+
+    def _rows(self, rows: slice, tokens: slice) -> AttentionMetadata:
+        """A view in which rows and tokens count from 0 again."""
+        starts = self.cu_seqlens_q[rows.start : None if rows.stop is None else rows.stop + 1]
         return replace(
             self,
-            block_table=self.block_table[part],
-            seq_lens=self.seq_lens[part],
-            query_lens=self.query_lens[part],
-            cu_seqlens_q=self.cu_seqlens_q[first : last + 1] - first_token,
+            block_table=self.block_table[rows],
+            seq_lens=self.seq_lens[rows],
+            query_lens=self.query_lens[rows],
+            cu_seqlens_q=starts - tokens.start,
             positions=self.positions[tokens],
             slot_mapping=self.slot_mapping[tokens],
-            token_seq=self.token_seq[tokens] - first,
+            token_seq=self.token_seq[tokens] - rows.start,
         )
 
 
@@ -66,12 +75,12 @@ class AttentionMetadataBuilder:
         self._query_lens: list[int] = []
 
     def add(self, pages: Sequence[int], seq_len: int, query_len: int) -> None:
-        """A sequence of seq_len tokens, the last query_len of them new, in these pages."""
+        """A sequence of seq_len tokens, the last query_len of them new, in these pages. All 0: a pad row."""
         needed = -(-seq_len // self.page_size)
-        if query_len > seq_len or len(pages) < needed or len(pages) > self.max_pages:
+        if not 0 <= query_len <= seq_len or not needed <= len(pages) <= self.max_pages:
             raise ValueError(
-                f"a sequence of {seq_len} tokens, {query_len} of them new, needs {needed} pages of {self.page_size} tokens "
-                f"and at most {self.max_pages}; it was given {len(pages)}"
+                f"a sequence of {seq_len} tokens, {query_len} of them new, in {len(pages)} pages of {self.page_size} tokens: give "
+                f"0 to {seq_len} new tokens and {needed} to {self.max_pages} pages"
             )
         self._tables.append([*pages, *[0] * (self.max_pages - len(pages))])
         self._seq_lens.append(seq_len)
@@ -80,8 +89,13 @@ class AttentionMetadataBuilder:
     def build(self, device: torch.device | str = "cpu", num_tokens: int | None = None) -> AttentionMetadata:
         """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
         total = sum(self._query_lens)
-        tensors = (torch.tensor(part, dtype=torch.int32, device=device) for part in (self._tables, self._seq_lens, self._query_lens))
-        return AttentionMetadata.build(*tensors, total if num_tokens is None else num_tokens, self.page_size)
+        if not self._tables or (num_tokens is not None and num_tokens < total):
+            raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
+        table, seq_lens, query_lens = (
+            torch.tensor(part, dtype=torch.int32, device=device) for part in (self._tables, self._seq_lens, self._query_lens)
+        )
+        tokens = total if num_tokens is None else num_tokens
+        return AttentionMetadata.build(table, seq_lens, query_lens, tokens, self.page_size)
 
 
 def build_metadata(
@@ -89,15 +103,14 @@ def build_metadata(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(cu_seqlens_q, positions, slot_mapping, token_seq); see `AttentionMetadata`. Shapes depend on num_tokens alone."""
     ends = query_lens.cumsum(0, dtype=torch.int32)
-    cu_seqlens_q = torch.cat([ends.new_zeros(1), ends])
+    cu_seqlens_q = torch.nn.functional.pad(ends, (1, 0))
     token = torch.arange(num_tokens, device=ends.device, dtype=torch.int32)
     # right=True: the first row that ends beyond the token, so rows without tokens are passed over.
-    token_seq = torch.searchsorted(ends, token, right=True, out_int32=True).clamp(max=ends.shape[0] - 1)
-    row = token_seq.long()
+    token_seq = torch.searchsorted(ends, token, right=True, out_int32=True).clamp_(max=ends.shape[0] - 1)
     real = token < ends[-1]
-    position = (seq_lens - query_lens)[row] + token - cu_seqlens_q[row]
-    positions = torch.where(real, position, 0).long()
-    page = block_table[row, positions // page_size].long()
+    # The last new token of a row stands at seq_len - 1, so a token does at seq_len - (row's end - token).
+    positions = torch.where(real, (seq_lens - ends)[token_seq] + token, 0).long()
+    page = block_table[token_seq, positions // page_size].long()
     slot_mapping = torch.where(real, page * page_size + positions % page_size, -1)
     return cu_seqlens_q, positions, slot_mapping, token_seq
 
@@ -107,9 +120,15 @@ def advance_step(
 ) -> None:
     """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1. Pad rows stay.
 
-    input_ids [1, B] int64, position_ids [1, B] int64, seq_lens [B] int32, sampled [B] int64; a pad row has length 0.
+    input_ids and position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a pad row; sampled [B]
+    or [B, 1] int64, or longer. The metadata of the step is then `build_metadata`'s.
     """
+    rows = seq_lens.shape[0]
+    for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
+        if given.numel() < rows:
+            raise ValueError(f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row")
+    tokens, positions = input_ids.view(-1)[:rows], position_ids.view(-1)[:rows]
     live = seq_lens > 0
-    input_ids.copy_(torch.where(live, sampled, input_ids[0])[None])
-    position_ids.copy_(torch.where(live, seq_lens.long(), position_ids[0])[None])
-    seq_lens.add_(live.to(seq_lens.dtype))
+    tokens.copy_(torch.where(live, sampled.reshape(-1)[:rows], tokens))
+    positions.copy_(torch.where(live, seq_lens, positions))
+    seq_lens.add_(live)

@@ -42,9 +42,18 @@ def _attention_fake(q: Any, k: Any, v: Any, captured: Any, spec: str, kernel: st
 @_op("attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, str kernel) -> Tensor", _attention_fake)
 def attention(q: Any, k: Any, v: Any, captured: list[torch.Tensor], spec: str, kernel: str) -> torch.Tensor:
     """Stateless: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] -> [B, Hq, Tq, Dv] contiguous."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured)):
-        raise RuntimeError("paged_attn::attention has no backward; call the model under torch.no_grad()")
     return backend(kernel).attention(q, k, v, captured, AttentionSpec.decode(spec)).contiguous()
+
+
+def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Called ahead of any backward, when an input requires grad in grad mode: eagerly and while a graph is traced for autograd."""
+    raise RuntimeError(
+        f"paged_attn::attention has no gradient (kernel={inputs[5]!r}); it was called in grad mode on inputs that require grad. "
+        f"Call the model under torch.no_grad(), or compile it with options={{'kernel': 'sdpa'}} where a site's spec allows that"
+    )
+
+
+torch.library.register_autograd("paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY)
 
 
 def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int) -> tuple[Any, ...]:

@@ -40,11 +40,11 @@ def _mask(q: torch.Tensor, k: torch.Tensor, captured: Sequence[torch.Tensor], sp
         "i": torch.arange(q.shape[2], device=q.device)[:, None],
         "j": torch.arange(k.shape[2], device=q.device),
         "captured": captured,
+        "dtype": torch.promote_types(q.dtype, torch.float32),
     }
-    visible = torch.as_tensor(evaluator(spec.mask.predicate())(env), device=q.device)
-    if spec.bias is None:
-        return visible.expand(*visible.shape[:-2], q.shape[2], k.shape[2])
-    bias = torch.as_tensor(evaluator(spec.bias)(env), device=q.device).to(q.dtype)
-    return torch.where(visible, bias, float("-inf")).expand(*bias.shape[:-2], q.shape[2], k.shape[2])
-
-
+    mask = torch.as_tensor(evaluator(spec.mask.predicate())(env), device=q.device)
+    if spec.bias is not None:
+        bias = torch.as_tensor(evaluator(spec.bias)(env), device=q.device).to(q.dtype)
+        mask = torch.where(mask, bias, float("-inf"))
+    leading = mask.shape[:-2] if mask.dim() > 2 else ()
+    return mask.expand(*leading, q.shape[2], k.shape[2])

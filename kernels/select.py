@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 
 from compile_attn.kernels.backend import Backend, Request
-from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.kernels.mask import Bidirectional, Causal
+from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# name -> (module, class), in the order in which "auto" prefers them. Modules are imported when first asked for.
+# name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
+    "general": ("compile_attn.kernels.general", "GeneralBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
 }
 
@@ -38,9 +40,10 @@ def known_kernels() -> tuple[str, ...]:
 
 @functools.cache
 def backend(name: str) -> Backend:
-    """The backend of that name. ValueError for an unknown one, with the known ones."""
+    """The backend of that name. ValueError for an unknown one, with the known ones; ImportError without its library."""
     if name not in _BACKENDS:
-        raise ValueError(f"unknown kernel {name!r}; known kernels are {', '.join(known_kernels())}")
+        known = ", ".join(map(repr, known_kernels()))
+        raise ValueError(f"unknown kernel {name!r}; known kernels are {known}, and 'auto' chooses among them")
     module, attribute = _BACKENDS[name]
     made: Backend = getattr(importlib.import_module(module), attribute)()
     return made
@@ -49,22 +52,42 @@ def backend(name: str) -> Backend:
 def choose(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, kernel: str = "auto"
 ) -> Choice:
-    """The first backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
+    """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
     request = Request(spec, device, dtype, page_size)
     if kernel != "auto":
-        reasons = backend(kernel).reasons(request)
+        if kernel not in _BACKENDS:
+            backend(kernel)
+        reasons = _reasons(kernel, request)
         if reasons:
-            raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; '.join(reasons)}. The site: {spec.words()}")
-        return Choice(kernel, {name: ("another kernel was asked for",) for name in known_kernels() if name != kernel})
+            raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
+        return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
     passed_over: dict[str, tuple[str, ...]] = {}
     taken = ""
-    for name in known_kernels():
-        if taken:
-            passed_over[name] = (f"{taken!r} comes first",)
-            continue
-        reasons = backend(name).reasons(request)
-        if reasons:
-            passed_over[name] = reasons
-        else:
+    for name in _preferred(request):
+        reasons = _reasons(name, request)
+        if not reasons and not taken:
             taken = name
+        else:
+            passed_over[name] = reasons or (f"could; {taken!r} is preferred on {device.type}",)
     return Choice(taken, passed_over)
+
+
+def _preferred(request: Request) -> tuple[str, ...]:
+    """All kernels, best first. "reference" serves everything, so the first that can always exists."""
+    if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
+        return ("sdpa", "reference", "general")
+    if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and "general" computes
+        return ("general", "sdpa", "reference")
+    return ("sdpa", "general", "reference")
+
+
+def _needs_mask_tensor(spec: AttentionSpec) -> bool:
+    biased = bool(spec.features() & {Feature.BIAS, Feature.ALIBI})
+    return biased or not isinstance(spec.mask, (Causal, Bidirectional))
+
+
+def _reasons(name: str, request: Request) -> tuple[str, ...]:
+    try:
+        return backend(name).reasons(request)
+    except ImportError as error:
+        return (f"needs {error.name or 'a library'}, which cannot be imported here ({error}); install it",)

@@ -18,7 +18,7 @@ from enum import Enum, auto
 import sympy
 
 from compile_attn.kernels import mask as masks
-from compile_attn.kernels.expr import H, J, Load, S
+from compile_attn.kernels.expr import H, I, J, Load, S
 from compile_attn.kernels.mask import Causal, Mask
 from compile_attn.kernels.text import parse, print_expr
 
@@ -32,7 +32,7 @@ class Feature(Enum):
     BIAS = auto()  # any other bias
     SCORE = auto()  # a score that is not scale, softcap, bias in this order
     SINKS = auto()
-    CAPTURED = auto()  # reads captured tensors
+    CAPTURED = auto()  # reads captured tensors per query or key; values per head (sinks, ALiBi slopes) are plain vectors
     BIDIRECTIONAL = auto()
     WINDOW = auto()
     CHUNKED = auto()
@@ -73,25 +73,49 @@ class AttentionSpec:
         return score if self.bias is None else score + self.bias
 
     def alibi_slope(self) -> sympy.Expr | None:
-        """slope(h), where the bias is slope(h) * (j - i) up to terms constant in j and free of captured tensors; else None."""
-        if self.bias is None or self.bias.has(Load) or self.bias.has(sympy.Piecewise):
+        """slope(h), where the bias is slope(h) * (j - i) up to terms constant in j; else None.
+
+        With sinks nothing is constant: they are added to the normaliser unshifted. |i - j| counts as i - j under a causal mask.
+        """
+        if self.bias is None:
             return None
-        slope = sympy.diff(sympy.expand(self.bias), J)
-        return slope if slope.free_symbols <= {H} and not slope.has(sympy.Derivative) else None
+        bias = self.bias
+        if self.mask.causal():
+            bias = bias.replace(sympy.Abs(I - J), I - J)
+        bias = sympy.expand(bias)
+        slope, rest = bias.coeff(J, 1), bias.coeff(J, 0)
+        if not slope.free_symbols <= {H} or slope == 0 or rest.has(J) or sympy.expand(bias - slope * J - rest) != 0:
+            return None
+        return None if self.sinks is not None and sympy.expand(rest + slope * I) != 0 else slope
 
     def features(self) -> frozenset[Feature]:
         """What a backend must have to serve this spec."""
         asked = {Feature[name] for name in self.mask.features()}
-        parts = [part for part in (self.bias, self.score, self.sinks, self.mask.predicate()) if part is not None]
+        slope = self.alibi_slope()
+        pairs = [part for part in (None if slope is not None else self.bias, self.score, self.mask.predicate()) if part is not None]
         asked |= {Feature.GQA} if self.num_q_heads != self.num_kv_heads else set()
         asked |= {Feature.SOFTCAP} if self.softcap is not None else set()
         asked |= {Feature.SCORE} if self.score is not None else set()
         asked |= {Feature.SINKS} if self.sinks is not None else set()
-        asked |= {Feature.CAPTURED} if any(part.has(Load) for part in parts) else set()
+        asked |= {Feature.CAPTURED} if any(part.has(Load) for part in pairs) else set()
         asked |= {Feature.UNEQUAL_HEAD_DIMS} if self.head_dim != self.head_dim_v else set()
         if self.bias is not None:
-            asked.add(Feature.BIAS if self.alibi_slope() is None else Feature.ALIBI)
+            asked.add(Feature.BIAS if slope is None else Feature.ALIBI)
         return frozenset(asked)
+
+    def asks(self, feature: Feature) -> str:
+        """What of this spec needs that feature, as a phrase with its numbers."""
+        phrases = {
+            Feature.GQA: f"{self.num_q_heads} query heads on {self.num_kv_heads} KV heads",
+            Feature.SOFTCAP: f"softcap {self.softcap}",
+            Feature.ALIBI: "an ALiBi bias",
+            Feature.BIAS: f"the bias {print_expr(self.bias or sympy.S.Zero)}",
+            Feature.SCORE: f"the score {print_expr(self.score or sympy.S.Zero)}",
+            Feature.SINKS: "attention sinks",
+            Feature.CAPTURED: "captured tensors",
+            Feature.UNEQUAL_HEAD_DIMS: f"head size {self.head_dim} for queries and keys, {self.head_dim_v} for values",
+        }
+        return phrases.get(feature, f"the mask '{self.mask.words()}'")
 
     def words(self) -> str:
         """One line of English."""
