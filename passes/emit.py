@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode  # what every backend uses to find the mode of its inputs
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compile_attn.passes.graph import val
 
@@ -16,8 +18,15 @@ _aten = torch.ops.aten
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
     """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line."""
     node = graph.call_function(target, args)
+    mode = detect_fake_mode([n.meta["val"] for n in node.all_input_nodes])
+
+    def value(source: fx.Node) -> Any:
+        known = source.meta["val"]  # a lifted constant may hold its real tensor
+        real = isinstance(known, torch.Tensor) and not isinstance(known, FakeTensor)
+        return mode.from_tensor(known, static_shapes=True) if real and mode is not None else known
+
     with torch.no_grad():
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        node.meta["val"] = target(*fx.map_arg(args, value))
     if like is not None:
         node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
     return node

@@ -61,9 +61,10 @@ def recognise(
     graph = normalized.module.graph
     reader = Reader(normalized.constants, positions)
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
+    anchors = list(find_anchors(graph, reader))  # first: it adds the spelled-out form of SDPA nodes
     site_reader = _SiteReader(reader, paged, downstream(inputs) | set(inputs))
     sites, rejected = [], []
-    for anchor in find_anchors(graph, reader):
+    for anchor in anchors:
         try:
             site = site_reader.read(anchor)
         except Unreadable as stop:
@@ -82,6 +83,15 @@ class _SiteReader:
 
     def read(self, anchor: Anchor) -> AttentionSite | None:
         """The site of an anchor; None where a softmax is no attention at all. Raises Unreadable."""
+        try:
+            return self._read(anchor, batched=not self.paged)
+        except Unreadable:
+            if self.paged:
+                raise
+            # Sequences and heads on one axis, as in view(B * H, T, D): every row of it is then a head of its own.
+            return self._read(anchor, batched=False)
+
+    def _read(self, anchor: Anchor, batched: bool) -> AttentionSite | None:
         if anchor.refused is not None:
             raise unreadable(anchor.softmax, *anchor.refused)
         axes = self._axes(anchor)
@@ -92,7 +102,7 @@ class _SiteReader:
         if len(products) > 1:
             raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
         (product,) = products
-        rows, q, k = self._queries_and_keys(anchor, axes, product)
+        rows, q, k = self._queries_and_keys(anchor, axes, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
         mask, parts, captured = self._meaning(anchor, score, rows)
         output, v, dim_v = self._values(anchor, axes, rows)
@@ -121,7 +131,9 @@ class _SiteReader:
             why = "a softmax over tokens whose score is not one product of queries and keys"
             raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
 
-    def _queries_and_keys(self, anchor: Anchor, axes: Index, product: sympy.Expr) -> tuple[_Rows, Found, Found]:
+    def _queries_and_keys(
+        self, anchor: Anchor, axes: Index, product: sympy.Expr, batched: bool
+    ) -> tuple[_Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
         index: Index = product.args[1:]
         left, right = node.args[-2:]
@@ -138,7 +150,7 @@ class _SiteReader:
             raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
         if row not in axes and row != 0:
             raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
-        rows = self._rows(anchor, axes, row)
+        rows = self._rows(anchor, axes, row, batched)
         found = []
         for name, (operand, place), token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
             place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in place)
@@ -159,10 +171,10 @@ class _SiteReader:
         lead = tuple(sympy.Integer(0) if size == 1 else place for place, size in zip(leading, shape, strict=False))
         return (*lead, row, column)
 
-    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr) -> _Rows:
+    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr, batched: bool) -> _Rows:
         query = axes.index(row) if row != 0 else None
         rest = [n for n in range(len(axes)) if n not in (query, anchor.dim) and axes[n] != 0]
-        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and not self.paged and rest[0] == 0 else None
+        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0 else None
         heads = [n for n in rest if n != batch]
         if not all(anchor.shape[n].is_Integer for n in heads):
             raise unreadable(anchor.softmax, f"a score of shape {anchor.shape} has a head axis of unknown size")
