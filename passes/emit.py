@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) 
         real = isinstance(known, torch.Tensor) and not isinstance(known, FakeTensor)
         return mode.from_tensor(known, static_shapes=True) if real and mode is not None else known
 
-    with torch.no_grad():
+    with torch.no_grad(), mode or contextlib.nullcontext():  # the mode: composite ops make tensors of their own
         node.meta["val"] = target(*fx.map_arg(args, value))
     if like is not None:
         node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
