@@ -1,0 +1,106 @@
+"""Form 20: attention that is one op already: SDPA with its arguments, its ATen forms, flex_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compile_attn.kernels.mask import Bidirectional, Causal, Window
+from tests.forms.form import SCALE, Form, NearMiss, additive, repeat_kv, seen, spec
+
+
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """nanoGPT's fast path, transformers with no mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True)
+
+
+def sdpa_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Granite, Gemma: a scale of their own."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+
+
+def sdpa_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.3)
+
+
+def sdpa_bool(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """transformers' sdpa form: a mask of bools, here with a window, and repeated keys."""
+    n = q.shape[2]
+    mask = (seen(n) & torch.ones(n, n, dtype=torch.bool).triu(-3))[None, None].expand(q.shape[0], 1, n, n)
+    return F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), attn_mask=mask, scale=SCALE)
+
+
+def sdpa_additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Older transformers: an additive mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive(q.shape[2]))
+
+
+def sdpa_by_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = additive(q.shape[2]) + v.sum(-1)[:, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sdpa_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Encoders."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def safe_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ATen's decomposition of SDPA: rows without keys give 0."""
+    scores = (q * SCALE) @ k.mT + torch.where(seen(q.shape[2]), 0.0, -torch.inf)
+    return torch.ops.aten._safe_softmax(scores, -1) @ v
+
+
+def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The op that SDPA becomes on a CPU in graphs exported after dispatch."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+
+
+def flash_cpu_statistics(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+
+
+def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return i >= j
+
+
+def _near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (i >= j) & (i - j <= 3)
+
+
+def _flex(mask: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    blocks = create_block_mask(mask, None, None, q.shape[2], k.shape[2], device="cpu")
+    return flex_attention(q, k, v, block_mask=blocks, scale=0.5)  # type: ignore[return-value]
+
+
+def flex_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torchtitan, attention-gym: flex_attention with a mask_mod."""
+    return _flex(_near, q, k, v)
+
+
+def flex_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention-gym: flex_attention with a score_mod, here a softcap with the mask inside."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(i >= j, 2.0 * torch.tanh(s / 2.0), -torch.inf)
+
+    return flex_attention(q, k, v, score_mod=score)  # type: ignore[return-value]
+
+
+_BIDIRECTIONAL = "bidirectional|causal|future|left"
+FORMS = (
+    Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"),)),
+    Form(sdpa_scaled, spec(scale=0.7), near=(NearMiss(sdpa_dropout, "dropout"),)),
+    Form(sdpa_bool, spec(Window(3), kv=2)),
+    Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, ".", paged=True),)),
+    Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL),
+    Form(safe_softmax, spec()),
+    Form(flash_cpu, spec(), near=(NearMiss(flash_cpu_statistics, "statistic|output|used|logsumexp"),)),
+)
+FLEX = (Form(flex_window, spec(Window(3), scale=0.5)), Form(flex_score, spec(Causal(), softcap=2.0)))

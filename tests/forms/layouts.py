@@ -1,0 +1,104 @@
+"""Forms 17 to 19: MLA, grouped heads in five spellings, einsum."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.forms.form import DIM, HEADS, SCALE, Form, NearMiss, additive, spec
+
+KV, GROUP = 2, HEADS // 2
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return F.softmax(scores * SCALE + additive(scores.shape[-1]), dim=-1)
+
+
+def mla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DeepSeek V2, V3: keys are a part of their own and a rotary part shared by all heads; values are narrower."""
+    rope = k[:, :1, :, 5:].expand(-1, HEADS, -1, -1)
+    return _softmax(q @ torch.cat((k[..., :5], rope), dim=-1).transpose(2, 3)) @ v
+
+
+def mla_absorbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _softmax(q[..., :5] @ k[..., :5].mT + q[..., 5:] @ k[:, :1, :, 5:].mT) @ v
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """litgpt, torchtune: repeat_interleave of the key heads."""
+    k, v = k.repeat_interleave(GROUP, dim=1), v.repeat_interleave(GROUP, 1)
+    return _softmax(q @ k.mT) @ v
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat(1, GROUP, 1, 1), v.repeat(1, GROUP, 1, 1)
+    return _softmax(q @ k.mT) @ v
+
+
+def enable_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own grouped SDPA."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def five_dims(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """T5X, Gemma's JAX code: q [B, G, R, T, D] against k [B, G, 1, T, D]."""
+    b, _, n, d = q.shape
+    weights = _softmax(q.view(b, KV, GROUP, n, d) @ k.unsqueeze(2).transpose(-1, -2))
+    return (weights @ v.unsqueeze(2)).reshape(b, HEADS, n, d)
+
+
+def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Falcon, StarCoder: unsqueeze, expand, reshape."""
+    b, _, n, d = q.shape
+    k, v = (x.unsqueeze(2).expand(b, KV, GROUP, n, d).reshape(b, HEADS, n, d) for x in (k, v))
+    return _softmax(torch.einsum("bhid,bhjd->bhij", q, k)) @ v
+
+
+def packed_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-BigCode, FlashDecoding: the queries of a group stand as further rows of their key head."""
+    b, _, n, d = q.shape
+    scores = q.reshape(b, KV, GROUP * n, d) @ k.mT
+    weights = _softmax(scores.view(b, KV, GROUP, n, n)).view(b, KV, GROUP * n, n)
+    return (weights @ v).view(b, HEADS, n, d)
+
+
+def crossed_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(GROUP, dim=1), v.repeat(1, GROUP, 1, 1)
+    return _softmax(q @ k.mT) @ v.roll(1, 2)
+
+
+def einsum_bhqd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """x-transformers, lucidrains: einsum over head-major tensors."""
+    return torch.einsum("bhqk,bhkd->bhqd", _softmax(torch.einsum("bhqd,bhkd->bhqk", q, k)), v)
+
+
+def einsum_bqhd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Flax ports, the FlashAttention tests' reference: einsum over token-major tensors."""
+    return torch.einsum("bhqk,bkhd->bqhd", _softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)), v)
+
+
+def einsum_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """MaxText, torchtitan ports: grouped einsum, token-major."""
+    b, n, _, d = q.shape
+    scores = torch.einsum("btgrd,bsgd->bgrts", q.view(b, n, KV, GROUP, d), k)
+    return torch.einsum("bgrts,bsgd->btgrd", _softmax(scores), v).reshape(b, n, HEADS * DIM)
+
+
+def einsum_wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhqk,bqhd->bqhd", _softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)), v)
+
+
+_CROSSED = NearMiss(crossed_groups, ".")
+_TILED = NearMiss(tiled, "head", readable=True)
+FORMS = (
+    Form(mla, spec(dim_v=6), near=(NearMiss(mla_absorbed, "product"),)),
+    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED)),
+    Form(enable_gqa, spec(kv=KV), near=(_TILED,)),
+    Form(five_dims, spec(kv=KV), near=(_TILED,)),
+    Form(expanded, spec(kv=KV), near=(_CROSSED,)),
+    Form(packed_queries, spec(kv=KV), near=(_TILED,)),
+    Form(einsum_bhqd, spec()),
+    Form(einsum_bqhd, spec(), token_major=True, near=(NearMiss(einsum_wrong, "."),)),
+    Form(einsum_groups, spec(kv=KV), token_major=True),
+)

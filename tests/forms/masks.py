@@ -1,0 +1,138 @@
+"""Forms 12, 13 and 24: makers of masks, and how a mask meets the score."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compile_attn.kernels.mask import Bidirectional, Causal, Chunked, Window
+from tests.forms.form import SCALE, Form, NearMiss, seen, spec
+
+
+def tril_buffer(q: Tensor, k: Tensor, v: Tensor, tril: Tensor) -> Tensor:
+    """nanoGPT: masked_fill(tril[:T, :T] == 0, -inf)."""
+    n = q.shape[2]
+    return (q @ k.mT * SCALE).masked_fill(tril[:, :, :n, :n] == 0, float("-inf")).softmax(-1) @ v
+
+
+def view_expand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DistilBERT: (mask == 0).view(..).expand_as(scores) into masked_fill."""
+    b, _, n, _ = q.shape
+    scores = (q * SCALE) @ k.transpose(2, 3)
+    hidden = (seen(n).int() == 0).view(1, 1, n, n).expand_as(scores)
+    return F.softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), dim=-1) @ v
+
+
+def where_min(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-2, GPT-NeoX, CodeGen: where(causal, scores, finfo.min), the value made a tensor."""
+    scores = q @ k.transpose(-1, -2) * SCALE
+    least = torch.full([], torch.finfo(scores.dtype).min, dtype=scores.dtype)
+    return F.softmax(torch.where(seen(q.shape[2]), scores, least), dim=-1) @ v
+
+
+def where_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-Neo: the causal where, then an additive mask of a window."""
+    n = q.shape[2]
+    scores = torch.where(seen(n), q @ k.transpose(-1, -2) * SCALE, torch.finfo(q.dtype).min)
+    window = torch.ones(n, n, dtype=torch.bool).triu(-3)
+    return F.softmax(scores + torch.where(window, 0.0, -1e9), dim=-1) @ v
+
+
+def triu_float(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's generate_square_subsequent_mask: triu of -inf, diagonal 1."""
+    n = q.shape[2]
+    return F.softmax(q @ k.mT * SCALE + torch.triu(torch.full((n, n), float("-inf")), diagonal=1), dim=-1) @ v
+
+
+def arange_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mistral's reference and transformers' sliding overlay: j <= i and j > i - w."""
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None, :]
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~((j <= i) & (j > i - 4)), -1e4), dim=-1) @ v
+
+
+def arange_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Llama 4: causal and i // size == j // size."""
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None, :]
+    allowed = (j <= i) & (i // 4 == j // 4)
+    return F.softmax(q @ k.mT * SCALE + torch.where(allowed, 0.0, float("-inf")), dim=-1) @ v
+
+
+def bool_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Tensor2Tensor: (1 - mask) * -1e4, with the mask as floats."""
+    hidden = 1.0 - torch.ones(q.shape[2], q.shape[2]).tril()
+    return F.softmax(q @ k.mT * SCALE + hidden * -1e4, dim=-1) @ v
+
+
+def multiplied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], q.shape[2]).tril()
+    return F.softmax(q @ k.mT * SCALE, dim=-1) * hidden @ v
+
+
+def soft_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.mT * SCALE + (1.0 - torch.ones(q.shape[2], q.shape[2]).tril()) * -2.0, dim=-1) @ v
+
+
+def strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(0)
+    return F.softmax((q @ k.mT * SCALE).masked_fill(hidden, -1e9), dim=-1) @ v
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """BERT turned decoder, GPT-J: causal and a padding mask [B, T] of ones and zeros, as (1 - m) * finfo.min."""
+    extra = (1.0 - mask[:, None, None, :]) * torch.finfo(q.dtype).min
+    scores = torch.where(seen(q.shape[2]), q @ k.mT * SCALE, torch.finfo(q.dtype).min)
+    return F.softmax(scores + extra, dim=-1) @ v
+
+
+def position_ids(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """JAX ports: compares the position ids that the caller gives."""
+    allowed = position[:, None, :, None] >= position[:, None, None, :]
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~allowed, -1e9), dim=-1) @ v
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """transformers' masking_utils: a new document wherever the position does not grow by one."""
+    first = position.new_zeros((position.shape[0], 1))
+    document = (torch.diff(position, prepend=first - 1, dim=-1) != 1).cumsum(-1)
+    allowed = seen(q.shape[2])[None, None] & (document[:, None, :, None] == document[:, None, None, :])
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~allowed, torch.finfo(q.dtype).min), dim=-1) @ v
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    """Packed training, attention-gym's document masking: ids of documents [B, T]."""
+    allowed = seen(q.shape[2]) & (document[:, None, :, None] == document[:, None, None, :])
+    return F.softmax(torch.where(allowed, q @ k.mT * SCALE, -torch.inf), dim=-1) @ v
+
+
+def _padding(batch: int, tokens: int) -> Tensor:
+    return torch.ones(batch, tokens)
+
+
+def _positions(batch: int, tokens: int) -> Tensor:
+    return torch.arange(tokens).repeat(batch, 1)
+
+
+def _documents(batch: int, tokens: int) -> Tensor:
+    return (torch.arange(tokens) // 5).repeat(batch, 1)
+
+
+_TRIL = {"tril": torch.ones(64, 64).tril().view(1, 1, 64, 64)}
+_FUTURE = "bidirectional|future|causal|left"
+_DATA = "captured|data|mask|padding|input"
+FORMS = (
+    Form(tril_buffer, spec(), tensors=_TRIL),
+    Form(view_expand, spec()),
+    Form(where_min, spec()),
+    Form(where_twice, spec(Window(3))),
+    Form(triu_float, spec(), near=(NearMiss(strict, "no key|sees|row|itself|visible"),)),
+    Form(arange_window, spec(Window(3))),
+    Form(arange_chunks, spec(Chunked(4))),
+    Form(bool_product, spec(), near=(NearMiss(multiplied, "."), NearMiss(soft_mask, _FUTURE, paged=True))),
+)
+DATA_FORMS = (
+    Form(padded, spec(), inputs={"mask": _padding}, paged=_DATA),
+    Form(position_ids, spec(Bidirectional()), inputs={"position": _positions}, paged=_DATA),
+    Form(packed, spec(Causal()), inputs={"position": _positions}, paged=_DATA),
+    Form(documents, spec(Causal()), inputs={"document": _documents}, paged=_DATA),
+)

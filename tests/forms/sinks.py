@@ -1,0 +1,103 @@
+"""Forms 15, 16 and 21: sinks, and softmax spelled out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compile_attn.kernels.spec import AttentionSpec
+from tests.forms.form import HEADS, SCALE, Form, NearMiss, additive, seen, spec
+
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+def _with_sink(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3) * SCALE + additive(q.shape[2])
+    return torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)], dim=-1)
+
+
+def sink_column(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """gpt-oss in transformers: cat, minus the maximum, softmax, the last column dropped."""
+    combined = _with_sink(q, k, sinks)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return F.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ v
+
+
+def sink_plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """OpenAI's own gpt-oss: no maximum, float softmax, cast back."""
+    return F.softmax(_with_sink(q, k, sinks).float(), dim=-1)[..., :-1].to(v.dtype) @ v
+
+
+def sink_first(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """StreamingLLM-like: the extra column stands first."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    both = torch.cat([sinks.view(1, HEADS, 1, 1).expand(q.shape[0], HEADS, q.shape[2], 1), scores], dim=-1)
+    return both.softmax(-1)[..., 1:] @ v
+
+
+def sink_wrong_column(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return F.softmax(_with_sink(q, k, sinks), dim=-1)[..., 1:] @ v
+
+
+def sink_valued(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return F.softmax(_with_sink(q, k, sinks), dim=-1) @ F.pad(v, (0, 0, 0, 1), value=1.0)
+
+
+def sink_gate(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """granite_swa: the output times sigmoid(logsumexp - sink)."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return (F.softmax(scores, dim=-1) @ v) * torch.sigmoid(lse - sinks.view(1, -1, 1, 1))
+
+
+def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Evan Miller's softmax1: exp / (1 + sum exp)."""
+    weights = torch.exp(q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), 0.0)
+    return (weights / (1.0 + weights.sum(-1, keepdim=True))) @ v
+
+
+def exp_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """CLIP-like code, tutorials, x-transformers' older masks: exp(x - max) / sum."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+    return (weights / weights.sum(dim=-1, keepdim=True)) @ v
+
+
+def exp_sum_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention's shape in plain code: the division after the product with v."""
+    scores = (q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
+def log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The exponential of log_softmax."""
+    return F.log_softmax(q @ k.mT * SCALE + additive(q.shape[2]), dim=-1).exp() @ v
+
+
+def exp_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.mT * SCALE + additive(q.shape[2]))
+    return (weights / weights.sum(dim=-2, keepdim=True)) @ v
+
+
+def exp_unnormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.exp(q @ k.mT * SCALE + additive(q.shape[2])) @ v
+
+
+def _sunk(found: AttentionSpec) -> bool:
+    return found.sinks is not None
+
+
+_S = {"sinks": SINKS}
+_COLUMNS = (NearMiss(sink_wrong_column, "."), NearMiss(sink_valued, "."))
+FORMS = (
+    Form(sink_column, spec(), _sunk, _S, near=_COLUMNS),
+    Form(sink_plain, spec(), _sunk, _S, near=_COLUMNS),
+    Form(sink_first, spec(), _sunk, _S),
+    Form(sink_gate, spec(), _sunk, _S),
+    Form(off_by_one, spec(), _sunk),
+    Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "."), NearMiss(exp_unnormalised, "."))),
+    Form(exp_sum_late, spec()),
+    Form(log_softmax, spec()),
+)

@@ -1,0 +1,185 @@
+"""Is every spelling of attention read for what it means, rewritten to the same numbers, and every near miss left alone?"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+
+from compile_attn.kernels.expr import B, H, I, J
+from compile_attn.kernels.mask import Mask
+from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.passes.pipeline import Rewriting, rewrite_stateless
+from compile_attn.passes.recognise import recognise
+from compile_attn.passes.report import Rejected
+from tests.capture import captured
+from tests.forms import biases, fused, layouts, masks, outputs, plain, scales, sinks
+from tests.forms.form import TOKENS, Form, NearMiss
+
+TOLERANCE = 1e-5  # float32, values of order 1: softmax and product in another order of summation
+ROOMS = (plain, scales, biases, masks, sinks, layouts, fused, outputs)
+STATELESS = [form for room in ROOMS for form in room.FORMS]
+FORMS = [*STATELESS, *masks.DATA_FORMS, *fused.FLEX]
+NEAR = {near.run.__name__: (form, near) for form in FORMS for near in form.near}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def _names(form: Form) -> str:
+    return form.run.__name__
+
+
+def _dynamic(form: Form, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, int]]:
+    token_dim = 1 if form.token_major else 2
+    return [(x, token_dim if place < 3 else 1) for place, x in enumerate(inputs)]
+
+
+def _read(form: Form, module: nn.Module, batch: int, paged: bool) -> tuple[list[AttentionSpec], list[Rejected]]:
+    inputs = form.arguments(batch)
+    normalized = captured(module, *inputs, dynamic=_dynamic(form, inputs))
+    sites, rejected = recognise(normalized, paged=paged, positions=frozenset())
+    return [site.spec for site in sites], rejected
+
+
+def _same_mask(found: Mask, wanted: Mask) -> bool:
+    """Equal as values, or, for General, equal as predicates on a box."""
+    if found == wanted:
+        return True
+    if type(found) is not type(wanted):
+        return False
+    a, b = (sympy.lambdify((B, H, I, J), mask.predicate()) for mask in (found, wanted))
+    return all(bool(a(0, 0, i, j)) == bool(b(0, 0, i, j)) for i in range(24) for j in range(24))
+
+
+def _assert_spec(form: Form, found: AttentionSpec) -> None:
+    wanted = form.spec
+    assert form.check(found), found.words()
+    for name in ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
+        assert getattr(found, name) == getattr(wanted, name), (name, found.words())
+    if found.score is None:
+        assert found.scale == pytest.approx(wanted.scale, rel=1e-6), found.words()
+        assert (found.softcap is None) == (wanted.softcap is None), found.words()
+        assert wanted.softcap is None or found.softcap == pytest.approx(wanted.softcap, rel=1e-6)
+
+
+def _leaves(output: object) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)  # type: ignore[call-overload]
+
+
+def _assert_same(found: object, wanted: object) -> None:
+    for one, other in zip(_leaves(found), _leaves(wanted), strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def _compiled(form: Form, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Rewriting, object]:
+    """What the backend's own entry makes of one call, run without an inner compiler."""
+    found: list[Rewriting] = []
+
+    def backend(gm: Any, examples: Any) -> Any:
+        found.append(rewrite_stateless(gm, examples, kernel="auto"))
+        return found[-1].module.forward
+
+    for tensor, dim in _dynamic(form, inputs):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    output = torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+    return found[0], output
+
+
+@pytest.mark.parametrize("form", FORMS, ids=_names)
+def test_form_is_read(form: Form) -> None:
+    specs, rejected = _read(form, form.module(), batch=2, paged=False)
+    assert len(specs) == 1, rejected
+    _assert_spec(form, specs[0])
+
+
+@pytest.mark.parametrize("form", STATELESS, ids=_names)
+def test_mask_is_classified(form: Form) -> None:
+    specs, rejected = _read(form, form.module(), batch=2, paged=False)
+    assert len(specs) == 1, rejected
+    assert _same_mask(specs[0].mask, form.spec.mask), specs[0].mask
+
+
+@pytest.mark.parametrize("form", FORMS, ids=_names)
+def test_form_is_read_when_paged(form: Form) -> None:
+    specs, rejected = _read(form, form.module(), batch=1, paged=True)
+    if form.paged is None:
+        assert len(specs) == 1, rejected
+        _assert_spec(form, specs[0])
+    else:
+        assert specs == [] and len(rejected) == 1, specs
+        assert re.search(form.paged, rejected[0].reason), rejected
+
+
+@pytest.mark.parametrize("form", FORMS, ids=_names)
+def test_numbers(form: Form) -> None:
+    module, inputs = form.module(), form.arguments()
+    wanted = module(*inputs)
+    rewriting, found = _compiled(form, module, inputs)
+    assert len(rewriting.report.sites) == 1, rewriting.report.rejected
+    assert "softmax" not in rewriting.report.after and "logsumexp" not in rewriting.report.after
+    _assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("form", [form for form in STATELESS if "past" not in form.tensors], ids=_names)
+def test_backend_serves_every_length(form: Form) -> None:
+    module = form.module()
+    fast = torch.compile(module, backend="paged_attn", options={"inner": "eager", "on_rejected": "error"}, dynamic=True)
+    for tokens in (TOKENS, 2, 17):
+        inputs = form.arguments(tokens=tokens)
+        _assert_same(fast(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_miss_is_left_alone(name: str) -> None:
+    form, near = NEAR[name]
+    module, inputs = form.module(near.run), form.arguments()
+    if near.paged:
+        return _assert_refused_when_paged(form, near)
+    torch.manual_seed(0)
+    wanted = module(*inputs)
+    torch.manual_seed(0)
+    rewriting, found = _compiled(form, module, inputs)
+    if near.readable and rewriting.report.sites:
+        return _assert_same(found, wanted)
+    assert rewriting.report.sites == ()
+    assert rewriting.report.rejected, "refused in silence"
+    assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), rewriting.report.rejected
+    assert all(one.where.node and one.where.source for one in rewriting.report.rejected)
+    assert rewriting.report.before == rewriting.report.after
+    return _assert_same(found, wanted)
+
+
+def _assert_refused_when_paged(form: Form, near: NearMiss) -> None:
+    specs, rejected = _read(form, form.module(near.run), batch=1, paged=True)
+    assert specs == [] and rejected, specs
+    assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rejected), rejected
+
+
+@pytest.mark.parametrize("form", fused.FLEX, ids=_names)
+def test_flex_near_miss_with_statistics(form: Form) -> None:
+    """flex_attention whose logsumexp is used too keeps it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flex_attention(q, k, v, return_lse=True)
+
+    module, inputs = form.module(run), form.arguments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = module(*inputs)
+    rewriting, found = _compiled(form, module, inputs)
+    assert rewriting.report.sites == () and rewriting.report.rejected
+    _assert_same(found, wanted)
