@@ -346,7 +346,7 @@ def _kv_dtype(asked: torch.dtype | str) -> torch.dtype | None:
 
 def _indexed(device: torch.device) -> torch.device:
     """`cuda` as `cuda:0`, so that devices compare equal."""
-    if device.type != "cpu" and device.index is None:
+    if device.type not in ("cpu", "meta") and device.index is None:
         return torch.device(device.type, torch.accelerator.current_device_index())
     return device
 

@@ -50,10 +50,12 @@ class TinyDecoder(nn.Module):
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, weight in self.named_parameters():
+            for name, weight in self.named_parameters():  # gains above 1, sines: a small change moves the next token
                 noise = torch.randn(weight.shape, generator=generator)
-                if weight.dim() == 2:  # gains above 1 and sines: a small change anywhere moves the next token
+                if weight.dim() == 2:
                     weight.copy_(noise if name in ("tok.weight", "pos.weight") else noise * (GAIN / WIDTH**0.5))
+                else:
+                    weight.copy_(noise * 0.2 if name.endswith("bias") else 1 + noise * 0.2)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.tok(input_ids) + self.pos(torch.arange(input_ids.shape[1], device=input_ids.device))
