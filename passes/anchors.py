@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from compile_attn.passes import emit
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, shape_of
-from compile_attn.passes.symbolic import Reader, number, unreadable
+from compile_attn.passes.symbolic import Reader, boolean, number, unreadable
 
 _aten = torch.ops.aten
 _SOFTMAX = ("softmax", "_softmax", "special_softmax", "_safe_softmax")
@@ -37,6 +36,8 @@ class Anchor:
     finish: fx.Node | None = None  # the node that ends the site, where that is not the product with the values
     refused: tuple[str, str] | None = None
     unit_sink: bool = False  # the normaliser is 1 + sum: a sink of logit 0
+    offset: int = 0  # probabilities of key j stand in column j + offset
+    hidden: fx.Node | None = None  # True where exp(score) was replaced by 0 before it was summed
 
     @property
     def shape(self) -> Index:
@@ -45,11 +46,10 @@ class Anchor:
 
     def score_at(self, reader: Reader, axes: Index) -> sympy.Basic:
         """The score at an index of the axes."""
-        return number(reader.at(self.scores, axes))
-
-    def extra_masks(self, reader: Reader, axes: Index) -> list[Boolean]:
-        """Masks applied outside the score."""
-        return []
+        score = number(reader.at(self.scores, axes))
+        if self.hidden is None:
+            return score
+        return sympy.Piecewise((-sympy.oo, boolean(reader.operand(self.hidden, axes))), (score, True))
 
     def sinks_at(self, reader: Reader, axes: Index) -> sympy.Basic | None:
         """The logit of the sink in a row."""
@@ -95,6 +95,9 @@ def find_anchors(graph: fx.Graph, reader: Reader) -> Iterator[Anchor]:
             yield anchor
         elif name == "scaled_dot_product_attention":
             yield _from_sdpa(graph, node)
+        elif "attention" in name:
+            why = f"the fused op {name} cannot be read"
+            yield Anchor(node, node, -1, node, refused=(why, "call F.scaled_dot_product_attention instead"))
 
 
 def _from_softmax(node: fx.Node) -> Anchor:
@@ -104,7 +107,7 @@ def _from_softmax(node: fx.Node) -> Anchor:
     split = _sink_column(scores, dim)
     if split is None:
         return Anchor(node, scores, dim, node)
-    return Anchor(node, split[0], dim, node, sink=split[1])
+    return Anchor(node, split[0], dim, node, sink=split[1], offset=split[2])
 
 
 def _without_shift(node: fx.Node, dim: int) -> fx.Node:
@@ -129,15 +132,18 @@ def _constant_along(node: fx.Node, part: fx.Node, dim: int) -> bool:
     return place < 0 or val(part).shape[place] == 1
 
 
-def _sink_column(scores: fx.Node, dim: int) -> tuple[fx.Node, fx.Node] | None:
-    """(scores, sink) of cat([scores, sink], dim) with one column of sinks, last."""
+def _sink_column(scores: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int] | None:
+    """(scores, sink, columns before the scores) of scores joined with one column of sinks."""
     if op_name(scores) != "cat":
         return None
     parts = scores.args[0]
     at = dim_of(argument(scores, 1, "dim", 0), val(scores).dim())
-    if len(parts) != 2 or at != dim or shape_of(parts[1])[dim] != 1:  # type: ignore[arg-type, index]
+    if len(parts) != 2 or at != dim:  # type: ignore[arg-type]
         return None
-    return _without_shift(parts[0], dim), parts[1]  # type: ignore[index, return-value]
+    first, last = parts  # type: ignore[misc]
+    if shape_of(last)[dim] == 1:
+        return _without_shift(first, dim), last, 0
+    return (_without_shift(last, dim), first, 1) if shape_of(first)[dim] == 1 else None
 
 
 def _from_exp(node: fx.Node) -> Anchor | None:
@@ -147,9 +153,14 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         inner: fx.Node = source.args[0]  # type: ignore[assignment]
         dim = dim_of(argument(source, 1, "dim"), val(inner).dim())
         return Anchor(node, _without_shift(inner, dim), dim, node)
+    exponential, hidden = node, None
+    for user in node.users:  # exp(scores).masked_fill(mask, 0)
+        if op_name(user) == "masked_fill" and user.args[0] is node and user.args[2] == 0:
+            node, hidden = user, user.args[1]
     total = next((u for u in node.users if op_name(u) == "sum" and argument(u, 1, "dim")), None)
     if total is None:
-        return None
+        why = "the exponential of a score is never divided by its sum over the keys"
+        return Anchor(exponential, source, -1, node, refused=(why, "write torch.softmax(scores, -1) @ v"))
     dims = argument(total, 1, "dim")
     if len(dims) != 1:
         return Anchor(node, source, -1, node, refused=(f"exp is summed over axes {dims}", "normalise over one axis"))
@@ -161,12 +172,12 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         return Anchor(node, scores, dim, node, refused=(why, "add exp(-max) instead of 1"))
     quotient = _quotient(node, divisor)
     if quotient is not None:
-        return Anchor(node, scores, dim, quotient, unit_sink=unit)
+        return Anchor(exponential, scores, dim, quotient, unit_sink=unit, hidden=hidden)
     finish = _quotient_after_product(divisor)
     if finish is None:
         why = "exp and its sum over an axis are not joined by a division that can be read"
         return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1) @ v"))
-    return Anchor(node, scores, dim, node, finish=finish, unit_sink=unit)
+    return Anchor(exponential, scores, dim, node, finish=finish, unit_sink=unit, hidden=hidden)
 
 
 def _unit_sink(total: fx.Node) -> tuple[bool, fx.Node]:

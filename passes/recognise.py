@@ -19,7 +19,7 @@ from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
 from compile_attn.passes.graph import Location, downstream, location, placeholders
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
-from compile_attn.passes.indices import Index, op_name, path, shape_of
+from compile_attn.passes.indices import Index, index_map, op_name, path, shape_of
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.report import Rejected
@@ -92,11 +92,15 @@ class _SiteReader:
             return self._read(anchor, batched=False)
 
     def _read(self, anchor: Anchor, batched: bool) -> AttentionSite | None:
-        if anchor.refused is not None:
+        if anchor.refused is not None and anchor.scores is anchor.softmax:
             raise unreadable(anchor.softmax, *anchor.refused)
         axes = self._axes(anchor)
         value = anchor.score_at(self.reader, axes)
         products = [dot for dot in value.atoms(Dot) if self._is_product(dot)]
+        if anchor.refused is not None:
+            if products:
+                raise unreadable(anchor.softmax, *anchor.refused)
+            return None
         if not products:
             return self._no_product(anchor, axes)
         if len(products) > 1:
@@ -149,7 +153,7 @@ class _SiteReader:
             why = f"the softmax runs over axis {anchor.dim}, which is not the key axis of the product {node.name}"
             raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
         if row not in axes and row != 0:
-            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
+            row = self._merged_row(anchor, axes, row, node)
         rows = self._rows(anchor, axes, row, batched)
         found = []
         for name, (operand, place), token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
@@ -164,6 +168,14 @@ class _SiteReader:
         if found[0].heads != rows.heads:
             raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
         return rows, found[0], found[1]
+
+    def _merged_row(self, anchor: Anchor, axes: Index, row: sympy.Expr, node: fx.Node) -> sympy.Expr:
+        """The token axis among several that are one axis of the product, as when grouped queries are packed into rows."""
+        inside = [n for n, axis in enumerate(axes) if axis in row.free_symbols]
+        long = [n for n in inside if anchor.shape[n] == anchor.shape[anchor.dim]] or [n for n in inside if anchor.shape[n].is_Symbol]
+        if len(long) != 1:
+            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
+        return axes[long[0]]
 
     def _operand_index(self, operand: object, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
         shape = shape_of(operand)  # type: ignore[arg-type]
@@ -188,6 +200,8 @@ class _SiteReader:
         count = 1
         for size in sizes.values():
             count *= size
+        if batch is not None:
+            self.reader.bounds.know(B, anchor.shape[batch])
         for symbol, size in ((H, count), (I, anchor.shape[query] if query is not None else 1), (J, anchor.shape[anchor.dim])):
             self.reader.bounds.know(symbol, sympy.sympify(size))
         queries = anchor.shape[query] if query is not None else sympy.Integer(1)
@@ -207,7 +221,7 @@ class _SiteReader:
             read = read_score(score, rows.keys if rows.keys.is_Symbol else None)
         except ScoreError as error:
             raise unreadable(anchor.softmax, error.reason, error.cure) from None
-        visible: Boolean = sympy.And(read.visible, *[m.xreplace(rows.values) for m in anchor.extra_masks(self.reader, self._axes(anchor))])
+        visible: Boolean = read.visible
         sinks = anchor.sinks_at(self.reader, self._axes(anchor))
         parts: dict[str, object] = {"scale": read.scale, "softcap": read.softcap, "bias": read.bias}
         if read.score is not None:
@@ -239,31 +253,52 @@ class _SiteReader:
                 raise unreadable(node, why, "a paged score may read parameters, buffers and positions only")
 
     def _values(self, anchor: Anchor, axes: Index, rows: _Rows) -> tuple[Operand, Found, sympy.Expr]:
-        node, side = anchor.value_product(self.reader.bounds)
-        out_shape = shape_of(node)
-        outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(out_shape))
+        """The output in plain axes, the values, and their head size. Where the product itself merges heads and tokens on one
+        axis, the output is the nearest layout of it that does not."""
+        product, side = anchor.value_product(self.reader.bounds)
+        output = product
+        while True:
+            try:
+                return self._values_at(anchor, axes, rows, product, side, output)
+            except Unreadable:
+                onward = [u for u in output.users if u.op == "call_function"]
+                if anchor.finish is not None or len(onward) != 1 or _layout_of(onward[0], output, self.reader) is None:
+                    raise
+                output = onward[0]
+
+    def _values_at(
+        self, anchor: Anchor, axes: Index, rows: _Rows, node: fx.Node, side: int, output: fx.Node
+    ) -> tuple[Operand, Found, sympy.Expr]:
+        outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(output)))
+        index = dict(path(output, outs, self.reader.bounds))[node]
         left, right = node.args[-2:]
         depth = shape_of(left)[-1]  # type: ignore[arg-type]
         inner = self.reader.bounds.symbol("c", depth)
-        left_index = self._operand_index(left, outs, outs[-2], inner)
-        right_index = self._operand_index(right, outs, inner, outs[-1])
+        left_index = self._operand_index(left, index, index[-2], inner)
+        right_index = self._operand_index(right, index, inner, index[-1])
         (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[:: 1 if side == 0 else -1]
         steps = path(weights, weight_index, self.reader.bounds)
-        place = next((index for step, index in steps if step is anchor.probabilities), None)
+        place = next((at for step, at in steps if step is anchor.probabilities), None)
         if place is None:
             raise unreadable(node, "the probabilities do not reach their product with the values by layout ops alone")
-        if place[anchor.dim] != inner:
-            raise unreadable(node, "the probabilities are contracted over another axis than the keys", "out = probabilities @ v")
+        if place[anchor.dim] != inner + anchor.offset:
+            why = "the softmax runs over another axis than the one that is contracted with the values"
+            raise unreadable(node, why, "out = softmax(scores, -1) @ v")
+        if depth != rows.keys:
+            why = f"{rows.keys} keys are normalised, but {depth} of them meet a value"
+            raise unreadable(node, why, "contract all of the probabilities with the values")
         back = self._invert(anchor, axes, rows, place, outs, node)
         value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value_index)
-        column = outs[-1] if side == 0 else outs[-2]
-        size = out_shape[-1] if side == 0 else out_shape[-2]
+        column = index[-1] if side == 0 else index[-2]
+        size = shape_of(node)[-1 if side == 0 else -2]
+        if column not in outs and column != 0:
+            raise unreadable(node, f"the channels of the output are {column}, not one axis")
         roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
         found = find_operand(value, value_index, roles, self.reader.bounds, scaled=False)
         if found is None:
             raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
         letters = tuple(self._letter(symbol, back, column) for symbol in outs)
-        return self._final(anchor, Operand(node, letters)), found, size
+        return self._final(anchor, Operand(output, letters)), found, size
 
     def _invert(
         self, anchor: Anchor, axes: Index, rows: _Rows, place: Index, outs: Index, node: fx.Node
@@ -275,6 +310,8 @@ class _SiteReader:
             if got in outs:
                 back[got] = rows.values[axis]
         unknown = {s for got, _ in merged for s in got.free_symbols} - set(back)
+        if len(unknown) > 1:
+            raise unreadable(node, f"the axes {sorted(map(str, unknown))} of the output mix heads and tokens")
         for symbol in unknown:  # heads that were apart in the scores and are one axis of the output
             back[symbol] = H
         for got, axis in merged:
@@ -327,3 +364,10 @@ class _SiteReader:
         return found
 
 
+
+
+def _layout_of(node: fx.Node, source: fx.Node, reader: Reader) -> Index | None:
+    """The index map of a layout op over `source`; None for any other op."""
+    outs = tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(node))) if "val" in node.meta else ()
+    step = index_map(node, outs, reader.bounds) if outs else None
+    return step[1] if step is not None and step[0] is source else None

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
-from compile_attn.kernels.expr import I, J, S
+from compile_attn.kernels.expr import I, J, Load, S
 
 # A fill of -1e4 or less is a mask in a row that sees a key: exp underflows to 0 in float32 below -104, so scores would have to
 # differ by more than 9,896 for a hidden key to weigh anything; a model that trained with such a fill relies on the same.
@@ -85,15 +86,29 @@ def _is_hidden(leaf: sympy.Expr) -> bool:
         raise ScoreError("the score is not a number in some branch (inf - inf)")
     if leaf in (-sympy.oo,):
         return True
-    constant, _ = leaf.as_coeff_Add()
-    return bool(constant.is_number and constant.is_real and float(constant) <= _HIDDEN)
+    constant, rest = leaf.as_coeff_Add()
+    if not (plain_number(constant) and float(constant) <= _HIDDEN):
+        return False
+    # A term as large as the fill may cancel it: (1 - mask) * -3e38 of a mask that is data is no constant fill.
+    return not any(abs(float(_size(term))) >= -_HIDDEN for term in sympy.Add.make_args(rest) if not term.has(S))
+
+
+def _size(term: sympy.Expr) -> sympy.Expr:
+    return term.as_coeff_Mul()[0]
+
+
+def plain_number(value: sympy.Expr) -> bool:
+    """A constant, and not an element of a tensor (which sympy takes for one, having no symbols)."""
+    return bool(value.is_number and value.is_real and not value.atoms(AppliedUndef, Load))
 
 
 def _without_row_terms(leaf: sympy.Expr) -> sympy.Expr:
     """Drop what is constant in j; write a term that is linear in j, and free of i, as slope * (j - i)."""
     kept: sympy.Expr = sympy.Integer(0)
-    for term in sympy.Add.make_args(sympy.expand(leaf)):
-        if not term.has(S, J):
+    terms = sympy.Add.make_args(sympy.expand(leaf))
+    large = any(abs(float(_size(term))) >= -_HIDDEN for term in terms if not term.has(S))
+    for term in terms:
+        if not term.has(S, J) and not large:  # a large term may be half of a difference: nothing is dropped then
             continue
         slope = sympy.diff(term, J) if not term.has(S) and not term.atoms(sympy.Function) & _with_j(term) else None
         linear = slope is not None and not slope.has(J, I) and sympy.expand(term - slope * J) == 0
@@ -134,11 +149,11 @@ def _canonical(core: sympy.Expr, visible: Boolean) -> Score:
     rest = None if bias == 0 else bias
     scores = sympy.collect(sympy.Add(*product), S)
     factor = scores.coeff(S)
-    if sympy.expand(scores - factor * S) == 0 and factor.is_number:
+    if sympy.expand(scores - factor * S) == 0 and plain_number(factor):
         return Score(visible, float(factor), None, rest)
     cap, curve = scores.as_coeff_Mul()
-    if isinstance(curve, sympy.tanh) and cap.is_positive:
+    if isinstance(curve, sympy.tanh) and plain_number(cap) and cap.is_positive:
         inner = curve.args[0].coeff(S)
-        if inner.is_number and sympy.expand(curve.args[0] - inner * S) == 0:
+        if plain_number(inner) and sympy.expand(curve.args[0] - inner * S) == 0:
             return Score(visible, float(inner * cap), float(cap), rest)
     return Score(visible, score=core)
