@@ -73,6 +73,7 @@ class Context:
     tables: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # slice of a table -> (dim, offset)
     lasts: dict[fx.Node, int] = field(default_factory=dict)  # selection of the last token -> token dim of its input
     bounds: list[int] = field(default_factory=list)  # positions that each table can serve
+    groups: dict[fx.Node, int] = field(default_factory=dict)  # sort -> number of groups that its rows were split into
     effects: list[Mixed] = field(default_factory=list)  # what happens whether or not the output depends on it
 
     def of(self, arg: object) -> Value:

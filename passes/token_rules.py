@@ -20,11 +20,7 @@ from compile_attn.passes.token_values import TOKENS, Axis, Free, Index, Iota, Mi
 Arguments = dict[str, Any]
 
 # Elementwise with broadcasting, but without torch.Tag.pointwise, which the context asks for first.
-_POINTWISE = """where masked_fill type_as __and__ __or__ __xor__ and or bitwise_and floor_divide isin copy hardswish polar
-complex real imag log_sigmoid log_sigmoid_forward fill clamp clip maximum minimum add mul sub rsub pow nan_to_num float_power
-subtract multiply divide true_divide negative absolute square not_equal equal greater less greater_equal less_equal logaddexp
-logical_and logical_or bitwise_not relu6 hardtanh softsign tanhshrink view_as_real_copy isclose fix xlogy special_expit expit
-special_log1p special_exp2 special_erf mish silu gelu sgn""".split()
+_POINTWISE = ["where", "masked_fill", "type_as", "__and__", "__or__", "__xor__", "and", "or", "bitwise_and", "floor_divide", "isin", "copy", "hardswish", "polar", "complex", "real", "imag", "log_sigmoid", "log_sigmoid_forward", "fill", "clamp", "clip", "maximum", "minimum", "add", "mul", "sub", "rsub", "pow", "nan_to_num", "float_power", "subtract", "multiply", "divide", "true_divide", "negative", "absolute", "square", "not_equal", "equal", "greater", "less", "greater_equal", "less_equal", "logaddexp", "logical_and", "logical_or", "bitwise_not", "relu6", "hardtanh", "softsign", "tanhshrink", "view_as_real_copy", "isclose", "fix", "xlogy", "special_expit", "expit", "special_log1p", "special_exp2", "special_erf", "mish", "silu", "gelu", "sgn"]
 
 
 @rule(*_POINTWISE)
@@ -165,11 +161,8 @@ def outer(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.aligned(node, [(args["self"], [0]), (args["vec2"], [1])])
 
 
-_REDUCTIONS = """sum mean amax amin max min logsumexp var std var_mean std_mean prod any all argmax argmin norm median nanmedian
-linalg_vector_norm nansum nanmean aminmax count_nonzero mode frobenius_norm special_logsumexp""".split()
-_ALONG = """softmax _softmax _safe_softmax log_softmax _log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort
-topk kthvalue glu diff special_softmax renorm msort fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_fft2 fft_ifft2 fft_fftn
-fft_rfft2 fft_rfftn fft_ifftn fft_irfftn flip roll normalize""".split()
+_REDUCTIONS = ["sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin", "norm", "median", "nanmedian", "linalg_vector_norm", "nansum", "nanmean", "aminmax", "count_nonzero", "mode", "frobenius_norm", "special_logsumexp"]
+_ALONG = ["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk", "kthvalue", "glu", "diff", "special_softmax", "renorm", "msort", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_fft2", "fft_ifft2", "fft_fftn", "fft_rfft2", "fft_rfftn", "fft_ifftn", "fft_irfftn", "flip", "roll", "normalize"]
 
 
 def _dims(args: Arguments, rank: int) -> list[int]:
@@ -207,9 +200,7 @@ def along(c: Context, node: fx.Node, args: Arguments) -> Value:
     x = node.args[0]
     rank = val(x).dim()  # type: ignore[arg-type]
     name = op_key(node).removeprefix("aten::")
-    if args.get("dim", 0) is None and not name.startswith("fft_"):
-        dims = list(range(rank))
-    elif name in ("fft_fftn", "fft_rfftn", "fft_ifftn", "fft_irfftn", "renorm", "msort") or len(tensors(args.values())) > 1:
+    if (args.get("dim", 0) is None and not name.startswith("fft_")) or name in ("fft_fftn", "fft_rfftn", "fft_ifftn", "fft_irfftn", "renorm", "msort") or len(tensors(args.values())) > 1:
         dims = list(range(rank))
     else:
         dims = _dims(args, rank)
@@ -353,9 +344,11 @@ def item(c: Context, node: fx.Node, args: Arguments) -> Value:
     value = c.of(source)
     if isinstance(value, Free):
         return Size(False)
-    if isinstance(value, Mixed) and value.counts is not None and op_key(source) == "aten::select":  # type: ignore[arg-type]
-        groups = value.counts[1]
-        return Size(True, (value.counts[0], source.args[2] % groups))  # type: ignore[union-attr,operator]
+    assert isinstance(source, fx.Node)
+    counted = c.of(source.args[0]) if op_key(source) == "aten::select" else None
+    if isinstance(counted, Mixed) and counted.counts is not None and not counted.cumulative:
+        ids, groups = counted.counts
+        return Size(True, (ids, source.args[2] % groups, groups))  # type: ignore[operator]
     return value if isinstance(value, Mixed) else c.mixed(node, "reads a number out of the tokens' values")
 
 
@@ -364,4 +357,4 @@ def assertion(c: Context, node: fx.Node, args: Arguments) -> Value:
     return Free()
 
 
-__all__ = ["RULES", "bound_positions", "for_each_result", "tensors", "row_axis", "operator", "TOKENS", "Row"]
+__all__ = ["RULES", "TOKENS", "Row", "bound_positions", "for_each_result", "operator", "row_axis", "tensors"]

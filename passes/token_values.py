@@ -58,10 +58,11 @@ class Free:
 
 @dataclass(frozen=True)
 class Size:
-    """A number: `on_tokens` when it depends on T or on data of tokens; `group` = (ids, g) when it is how many rows have id g."""
+    """A number: `on_tokens` when it depends on T or on data of tokens; `group` = (ids, g, E): how many
+    of the ids, of E kinds, are g."""
 
     on_tokens: bool
-    group: tuple[fx.Node, int] | None = None
+    group: tuple[fx.Node, int, int] | None = None
 
 
 @dataclass(frozen=True)

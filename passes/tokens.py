@@ -1,13 +1,180 @@
-"""Does only attention mix tokens? (being written)"""
+"""Does only attention mix tokens, and if so, how does the model read a packed batch?
+
+`prove_tokens` follows the token axis through the graph, refuses what is not proven to treat each token by itself, and rewrites
+positions, tables, the last token and the rows of the output. The rules are in `token_rules`, `token_views` and `token_moe`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from compile_attn.passes import emit, token_moe, token_rules, token_views
+from compile_attn.passes.graph import location, output_node, val
+from compile_attn.passes.report import Rejected, TokenRewrite
+from compile_attn.passes.token_context import Context, is_row
+from compile_attn.passes.token_rewrites import Rewriter
+from compile_attn.passes.token_rows import Mover
+from compile_attn.passes.token_values import LAST, TOKENS, Axis, Mixed, Sizes, Tok
+
+_aten = torch.ops.aten
+_RULE_FILES = (token_rules, token_views, token_moe)  # imported for the rules that they register
+
+
+@dataclass(frozen=True)
+class TokenProof:
+    """What was rewritten; the most positions that the model's tables serve; the most tokens that one call may hold."""
+
+    rewrites: tuple[TokenRewrite, ...]
+    max_positions: int | None
+    max_tokens: int | None
 
 
 class TokensRefused(Exception):
-    rejected: list[Any]
+    """The model is not proven to treat each token by itself outside attention; the graph is unchanged."""
+
+    def __init__(self, rejected: list[Rejected]) -> None:
+        super().__init__("; ".join(reason.reason for reason in rejected))
+        self.rejected = rejected
 
 
-def prove_tokens(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError
+def prove_tokens(
+    gm: fx.GraphModule,
+    *,
+    tokens: list[fx.Node],
+    positions: fx.Node,
+    rows: fx.Node,
+    constants: dict[fx.Node, torch.Tensor],
+    position_inputs: frozenset[fx.Node],
+    rejected: list[Rejected],
+) -> TokenProof:
+    """Prove that tokens are independent outside `paged_attn::attention`, then make the graph read a packed batch.
+
+    tokens: placeholders [1, T]; those in `position_inputs` hold positions. positions: [T] int64, the position of each packed
+    token in its sequence. rows: [R] int64, the tokens whose logits are wanted. rejected: sites that were not fused, whose
+    reasons a refusal repeats. Raises TokensRefused, the graph unchanged.
+    """
+    length = val(tokens[0]).shape[1]
+    if not isinstance(length, torch.SymInt):
+        why = f"the number of tokens is fixed at {length}"
+        raise TokensRefused([Rejected(why, location(tokens[0]), "compile with a dynamic number of tokens")])
+    context = Context(Sizes(length), frozenset(tokens), position_inputs, constants)
+    context.run(gm.graph)
+    logits = _check(context, gm.graph, rejected)
+    rewriter = Rewriter(context, gm.graph, positions, rows)
+    rewriter.apply()
+    _select_rows(context, rewriter, logits)
+    gm.graph.lint()
+    bounds = context.bounds
+    return TokenProof(tuple(rewriter.done), min(bounds) if bounds else None, _longest(length))
+
+
+def _check(context: Context, graph: fx.Graph, rejected: Sequence[Rejected]) -> int:
+    """The place of the logits among the outputs, or a refusal."""
+    output = output_node(graph)
+    bad: list[Mixed] = list(context.effects)
+    logits: int | None = None
+    outputs = output.args[0] if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
+    for place, arg in enumerate(outputs):
+        if not isinstance(arg, fx.Node):
+            continue
+        value = context.payload(output, arg) if is_row(context.of(arg)) else context.of(arg)
+        if isinstance(value, Mixed):
+            bad.append(value)
+        elif isinstance(value, Tok) and (not value.axis.plain or value.axis.space not in (TOKENS, LAST)):
+            bad.append(Mixed(f"output {place} is not of one row per token", arg, "return logits of shape [1, T, V]"))
+        elif isinstance(value, Tok) and logits is None and val(arg).is_floating_point():
+            logits = place
+    for user, arg in context.as_positions & context.as_rows:
+        bad.append(Mixed(f"{arg} is read as positions and as row numbers by one op", user))
+    if bad:
+        raise TokensRefused(list(dict.fromkeys(_explain(reason, rejected) for reason in bad)))
+    if logits is None:
+        why = "no output has a row per token, so there are no logits"
+        raise TokensRefused([Rejected(why, location(output), "return logits of shape [1, T, V], or x[:, -1:] of them")])
+    return logits
+
+
+def _explain(reason: Mixed, rejected: Sequence[Rejected]) -> Rejected:
+    """A refusal; where it is attention that was left as it was, with the recogniser's own reason."""
+    where = location(reason.node)
+    near = _attention_near(reason.node, rejected)
+    if near is None:
+        return Rejected(reason.reason, where, reason.cure)
+    return Rejected(f"{reason.reason}; attention was left as it was: {near.reason}", where, near.cure or reason.cure)
+
+
+def _attention_near(node: fx.Node, rejected: Sequence[Rejected]) -> Rejected | None:
+    """The rejected site that this node belongs to: one that it is, or that follows it closely, or of the same module."""
+    by_name = {site.where.node: site for site in rejected}
+    seen, todo = {node}, [node]
+    for current in todo:
+        if current.name in by_name:
+            return by_name[current.name]
+        todo.extend(user for user in current.users if user not in seen)
+        seen.update(current.users)
+        if len(todo) > 64:  # from the product of q and k to its softmax are 5 to 10 nodes in every model seen
+            break
+    module = location(node).module
+    return next((site for site in rejected if module and site.where.module == module), None)
+
+
+def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
+    """Logits of the wanted rows only, as [1, R, V] or [R, V]; the selection moves up to where it saves most."""
+    graph, output = rewriter.graph, output_node(rewriter.graph)
+    outputs = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
+    logits = outputs[place]
+    assert isinstance(logits, fx.Node)
+    value = context.values[logits]
+    live = {node for node in graph.nodes if node.users}
+    selections = list(rewriter.selections)
+    assert isinstance(value, Tok)
+    with graph.inserting_before(output):
+        if value.axis == Axis(TOKENS):
+            chosen = emit.call(graph, _aten.index_select.default, logits, value.dim, rewriter.rows, like=logits)
+            context.values[chosen] = Tok(value.dim, Axis(LAST))
+            selections.append(chosen)
+            outputs[place] = chosen
+            output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], (tuple, list)) else chosen,)  # type: ignore[call-arg]
+    moved = Mover(context, graph, rewriter.rows, selections).move()
+    _rows_second(context, rewriter, place, value)
+    rewriter.erase_dead(live)
+    if moved or value.axis == Axis(TOKENS):
+        rewriter.note("rows", logits, f"only the wanted rows go through the last {moved} ops")
+
+
+def _rows_second(context: Context, rewriter: Rewriter, place: int, value: Tok) -> None:
+    """[R, 1, V], from a last token that lost its axis and got a new one, as [1, R, V]."""
+    graph, output = rewriter.graph, output_node(rewriter.graph)
+    outputs = output.args[0]
+    logits = outputs[place] if isinstance(outputs, (tuple, list)) else outputs
+    assert isinstance(logits, fx.Node)
+    if value.axis.space is LAST and value.dim == 0 and val(logits).dim() == 3:
+        with graph.inserting_before(output):
+            turned = emit.call(graph, _aten.transpose.int, logits, 0, 1, like=logits)
+        output.replace_input_with(logits, turned)
+
+
+def _longest(length: torch.SymInt) -> int | None:
+    """The bound on T that the captured program itself sets, by a range or by a guard like T <= 1024."""
+    symbol = length.node.expr
+    env = length.node.shape_env  # what Dynamo recorded; reading it adds no guard
+    found: list[int] = []
+    if symbol in env.var_to_range and (upper := env.var_to_range[symbol].upper).is_Integer:
+        found.append(int(upper))
+    for guard in env.guards:
+        expr = guard.expr
+        if isinstance(expr, (sympy.Le, sympy.Lt)) and expr.lhs == symbol and expr.rhs.is_Integer:
+            found.append(int(expr.rhs) - isinstance(expr, sympy.Lt))
+        if isinstance(expr, (sympy.Ge, sympy.Gt)) and expr.rhs == symbol and expr.lhs.is_Integer:
+            found.append(int(expr.lhs) - isinstance(expr, sympy.Gt))
+    # Dynamo's own default upper bound of a dim is the largest int64, less one or so: no bound at all.
+    return min((bound for bound in found if bound < 2**31), default=None)
+
+
+__all__ = ["TokenProof", "TokensRefused", "prove_tokens", "re"]
