@@ -12,9 +12,9 @@ import torch
 class AttentionMetadata:
     """A batch of B sequences with T packed new tokens. All tensors on one device; int32 unless said otherwise.
 
-    block_table [B, max_pages]; seq_lens [B], new tokens included; query_lens [B], 0 for a pad row; cu_seqlens_q [B + 1];
-    positions [T] int64, in the own sequence, 0 for pad tokens; slot_mapping [T] int64, page * page_size + offset, -1 for pad
-    tokens; token_seq [T], the row of each token.
+    block_table [B, max_pages]; seq_lens [B], new tokens included; query_lens [B], 0 for a pad row;
+    cu_seqlens_q [B + 1]; positions [T] int64, in the own sequence, 0 for pad tokens; slot_mapping [T] int64,
+    page * page_size + offset, -1 for pad tokens; token_seq [T], the row of each token.
     """
 
     block_table: torch.Tensor
@@ -28,7 +28,12 @@ class AttentionMetadata:
 
     @classmethod
     def build(
-        cls, block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
+        cls,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_lens: torch.Tensor,
+        num_tokens: int,
+        page_size: int,
     ) -> AttentionMetadata:
         """Everything else from tables and lengths, on their device, without a host read."""
         derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
@@ -79,8 +84,8 @@ class AttentionMetadataBuilder:
         needed = -(-seq_len // self.page_size)
         if not 0 <= query_len <= seq_len or not needed <= len(pages) <= self.max_pages:
             raise ValueError(
-                f"a sequence of {seq_len} tokens, {query_len} of them new, in {len(pages)} pages of {self.page_size} tokens: give "
-                f"0 to {seq_len} new tokens and {needed} to {self.max_pages} pages"
+                f"a sequence of {seq_len} tokens, {query_len} of them new, in {len(pages)} pages of {self.page_size}: "
+                f"give 0 to {seq_len} new tokens and {needed} to {self.max_pages} pages"
             )
         self._tables.append([*pages, *[0] * (self.max_pages - len(pages))])
         self._seq_lens.append(seq_len)
@@ -90,9 +95,12 @@ class AttentionMetadataBuilder:
         """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
         total = sum(self._query_lens)
         if not self._tables or (num_tokens is not None and num_tokens < total):
-            raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
+            raise ValueError(
+                f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all"
+            )
         table, seq_lens, query_lens = (
-            torch.tensor(part, dtype=torch.int32, device=device) for part in (self._tables, self._seq_lens, self._query_lens)
+            torch.tensor(part, dtype=torch.int32, device=device)
+            for part in (self._tables, self._seq_lens, self._query_lens)
         )
         tokens = total if num_tokens is None else num_tokens
         return AttentionMetadata.build(table, seq_lens, query_lens, tokens, self.page_size)
@@ -101,7 +109,7 @@ class AttentionMetadataBuilder:
 def build_metadata(
     block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(cu_seqlens_q, positions, slot_mapping, token_seq); see `AttentionMetadata`. Shapes depend on num_tokens alone."""
+    """cu_seqlens_q, positions, slot_mapping, token_seq: see `AttentionMetadata`. Shapes depend on num_tokens only."""
     ends = query_lens.cumsum(0, dtype=torch.int32)
     cu_seqlens_q = torch.nn.functional.pad(ends, (1, 0))
     token = torch.arange(num_tokens, device=ends.device, dtype=torch.int32)
@@ -118,15 +126,17 @@ def build_metadata(
 def advance_step(
     input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor
 ) -> None:
-    """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1. Pad rows stay.
+    """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1.
 
-    input_ids and position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a pad row; sampled [B]
-    or [B, 1] int64, or longer. The metadata of the step is then `build_metadata`'s.
+    Pad rows stay. input_ids and position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a
+    pad row; sampled [B] or [B, 1] int64, or longer. The metadata of the step is then `build_metadata`'s.
     """
     rows = seq_lens.shape[0]
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
         if given.numel() < rows:
-            raise ValueError(f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row")
+            raise ValueError(
+                f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row"
+            )
     tokens, positions = input_ids.view(-1)[:rows], position_ids.view(-1)[:rows]
     live = seq_lens > 0
     tokens.copy_(torch.where(live, sampled.reshape(-1)[:rows], tokens))

@@ -1,7 +1,7 @@
 """What is the value of a score or mask expression on tensors of indices?
 
-Sympy is walked once per expression and becomes a tree of closures; evaluating it does no symbolic work. Integers stay exact
-int64; anything else is computed in `env["dtype"]`, float32 unless told otherwise, as eager PyTorch would.
+Sympy is walked once per expression and becomes a tree of closures; evaluating it does no symbolic work. Integers stay
+exact int64; anything else is computed in `env["dtype"]`, float32 unless told otherwise, as eager PyTorch would.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from sympy.logic.boolalg import ITE
 
 from compile_attn.kernels.expr import Load, Round, Trunc
 
-Env = Mapping[str, Any]  # symbol name -> tensor; "captured" -> the captured tensors; "dtype" -> of real values (optional)
+Env = Mapping[
+    str, Any
+]  # symbol name -> tensor; "captured" -> the captured tensors; "dtype" -> of real values (optional)
 Evaluate = Callable[[Env], Any]
 _DTYPES = {7: torch.bfloat16, 10: torch.float16, 23: torch.float32, 52: torch.float64}  # by explicit mantissa bits
 
 
 @functools.lru_cache(maxsize=4096)
 def evaluator(expr: sympy.Basic) -> Evaluate:
-    """A function from index tensors, which broadcast against each other, to the value of `expr`: a tensor or a number."""
+    """A function from index tensors, which broadcast against each other, to the value of `expr`, tensor or number."""
     if isinstance(expr, sympy.Symbol):
         return operator.itemgetter(expr.name)
     if expr is sympy.true or expr is sympy.false:
@@ -160,8 +162,6 @@ def _apply(expr: sympy.Basic, parts: Sequence[Evaluate]) -> Evaluate:
     if expr.func in (sympy.Max, sympy.Min):
         return lambda env: functools.reduce(fold, (_tensor(v, env) for v in _alike([part(env) for part in parts], env)))
     return lambda env: functools.reduce(fold, _alike([part(env) for part in parts], env))
-
-
 
 
 _UNARY: dict[type, Callable[[torch.Tensor], torch.Tensor]] = {

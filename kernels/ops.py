@@ -1,6 +1,7 @@
-"""Which ops may stand in a graph? `torch.ops.paged_attn.*`: schemas that declare every mutation, fakes, one implementation each.
+"""Which ops may stand in a graph? `torch.ops.paged_attn.*`: schemas that declare every mutation, and fakes.
 
-Importing this module registers them. They run on any device; the kernel that an `attention` or `attend` node names does the work.
+Importing this module registers them. They run on any device; the kernel that an `attention` or `attend` node names does
+the work.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
-_LIBRARY = torch.library.Library("paged_attn", "DEF")
+_LIBRARY = torch.library.Library("paged_attn", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         # needs_exact_strides: pages must reach the op as they lie, never as a restrided copy.
-        _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"paged_attn::{name}", fake, lib=_LIBRARY)
         return function
 
@@ -46,17 +47,21 @@ def attention(q: Any, k: Any, v: Any, captured: list[torch.Tensor], spec: str, k
 
 
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Called ahead of any backward, when an input requires grad in grad mode: eagerly and while a graph is traced for autograd."""
+    """Called in the forward when an input requires grad in grad mode: eagerly, and while autograd is traced."""
     raise RuntimeError(
-        f"paged_attn::attention has no gradient (kernel={inputs[5]!r}); it was called in grad mode on inputs that require grad. "
-        f"Call the model under torch.no_grad(), or compile it with options={{'kernel': 'sdpa'}} where a site's spec allows that"
+        f"paged_attn::attention has no gradient (kernel={inputs[5]!r}), but an input requires grad; call the "
+        f"model under torch.no_grad(), or compile it with options={{'kernel': 'sdpa'}} where its spec allows that"
     )
 
 
-torch.library.register_autograd("paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY)
+torch.library.register_autograd(
+    "paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY
+)
 
 
-def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int) -> tuple[Any, ...]:
+def _metadata_fake(
+    block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int
+) -> tuple[Any, ...]:
     int32, int64 = torch.int32, torch.int64
     starts = seq_lens.new_empty((seq_lens.shape[0] + 1,), dtype=int32)
     return starts, *(seq_lens.new_empty((num_tokens,), dtype=dtype) for dtype in (int64, int64, int32))
@@ -67,7 +72,9 @@ def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens:
     "-> (Tensor cu_seqlens_q, Tensor positions, Tensor slot_mapping, Tensor token_seq)",
     _metadata_fake,
 )
-def build_metadata(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: int, page_size: int) -> tuple[Any, ...]:
+def build_metadata(
+    block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: int, page_size: int
+) -> tuple[Any, ...]:
     """See `batch.AttentionMetadata`."""
     return batch.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
 
@@ -107,7 +114,7 @@ def attend(
     k_scale: Any = None,
     v_scale: Any = None,
 ) -> torch.Tensor:
-    """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t at positions[t] of sequence token_seq[t]; pad tokens give 0."""
+    """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0."""
     kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale)
     return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
 

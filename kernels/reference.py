@@ -1,11 +1,12 @@
 """What is right? Attention in plain torch, on any device, for any spec: every other kernel is held to this one.
 
-On the CPU, where reading lengths on the host costs nothing, decode rows are computed together and each longer row by itself,
-at its own length. Elsewhere shapes follow from the arguments' shapes alone, so that a CUDA graph can hold it.
+On the CPU, where reading lengths on the host costs nothing, decode rows are computed together and each longer row by
+itself, at its own length. Elsewhere shapes follow from the arguments' shapes alone, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from compile_attn.kernels.backend import Backend, Paged
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# Most elements of gathered keys at a time without host reads: 64 Mi float32 are 256 MiB, small beside any pool on a GPU.
+# Most elements of gathered keys at a time without host reads: 64 Mi float32 are 256 MiB, small beside a GPU's pool.
 _MAX_GATHERED = 1 << 26
 
 
@@ -41,12 +42,14 @@ class ReferenceBackend(Backend):
 def _attend_on_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
     out = q.new_zeros((q.shape[0], q.shape[1], kv.v_pages.shape[3]))
     starts, lengths = kv.cu_seqlens_q.tolist(), kv.seq_lens.tolist()
-    new = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    new = [end - begin for begin, end in itertools.pairwise(starts)]
     decodes = [row for row, count in enumerate(new) if count == 1]
     if decodes:
         tokens = torch.tensor([starts[row] for row in decodes])
         rows = torch.tensor(decodes)
-        part = _rows(q[tokens, None], kv, rows, kv.positions[tokens, None], max(lengths[row] for row in decodes), captured, spec)
+        part = _rows(
+            q[tokens, None], kv, rows, kv.positions[tokens, None], max(lengths[row] for row in decodes), captured, spec
+        )
         out[tokens] = part[:, 0]
     for row, count in enumerate(new):
         if count > 1:
@@ -80,7 +83,7 @@ def _rows(
     captured: Sequence[torch.Tensor],
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """q [N, Tq, Hq, D] of sequences `rows` [N] at positions [N, Tq], over the first `longest` slots -> [N, Tq, Hq, Dv]."""
+    """q [N, Tq, Hq, D] of sequences `rows` [N] at positions [N, Tq], over `longest` slots -> [N, Tq, Hq, Dv]."""
     slots = torch.arange(longest, device=q.device)
     page_size = kv.k_pages.shape[1]
     # Beyond its sequence a table may hold anything; the page read there is discarded below.
@@ -131,7 +134,7 @@ def attention(
     captured: Sequence[torch.Tensor],
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """softmax_j(score(s, b, h, i, j)) v in float32 or wider, returned in the dtype of q; a row that sees no key gives 0.
+    """softmax_j(score(s, b, h, i, j)) v in float32 or wider, returned in the dtype of q; a row without keys gives 0.
 
     q [N, Hq, Tq, D], k [N, Hkv, L, D], v [N, Hkv, L, Dv]; positions i and sequences b broadcast against [N, Hq, Tq, L];
     `owned`, likewise, says which keys exist.
@@ -139,7 +142,7 @@ def attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = spec.num_q_heads // spec.num_kv_heads
     # The heads of a group are rows of one product, so that no key is copied for each.
-    grouped = q.to(dtype).unflatten(1, (spec.num_kv_heads, group)).flatten(2, 3)
+    grouped = q.to(dtype).reshape(q.shape[0], spec.num_kv_heads, group * q.shape[2], q.shape[3])
     s = (grouped @ k.to(dtype).transpose(-1, -2)).view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     j = torch.arange(k.shape[2], device=q.device)
     h = torch.arange(spec.num_q_heads, device=q.device)[:, None, None]

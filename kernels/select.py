@@ -59,8 +59,12 @@ def choose(
             backend(kernel)
         reasons = _reasons(kernel, request)
         if reasons:
-            raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
-        return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
+            raise UnsupportedError(
+                f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}"
+            )
+        return Choice(
+            kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel}
+        )
     passed_over: dict[str, tuple[str, ...]] = {}
     taken = ""
     for name in _preferred(request):

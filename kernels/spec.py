@@ -1,12 +1,14 @@
 """What does one attention compute, and what must a kernel be able to do for it?
 
-`AttentionSpec` is the meaning of an attention site: no torch, no graph, no kernel. Spellings end here and machines begin here.
+`AttentionSpec` is the meaning of an attention site: no torch, no graph, no kernel. Spellings end here,
+machines begin here.
 
 Shape legend, used by every file of the project:
     B  sequences in the batch          P   pages in the pool
     T  new tokens in the batch         PS  tokens in a page (page_size)
     Hq / Hkv  query / key-value heads  D / Dv  head sizes of q,k / of v
-    KV pages are two tensors a layer, K [P, PS, Hkv, D] and V [P, PS, Hkv, Dv]. Query head h reads KV head h // (Hq // Hkv).
+    KV pages are two tensors a layer, K [P, PS, Hkv, D] and V [P, PS, Hkv, Dv].
+    Query head h reads KV head h // (Hq // Hkv).
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Feature(Enum):
     BIAS = auto()  # any other bias
     SCORE = auto()  # a score that is not scale, softcap, bias in this order
     SINKS = auto()
-    CAPTURED = auto()  # reads captured tensors per query or key; values per head (sinks, ALiBi slopes) are plain vectors
+    CAPTURED = (
+        auto()
+    )  # reads captured tensors per query or key; values per head (sinks, ALiBi slopes) are plain vectors
     BIDIRECTIONAL = auto()
     WINDOW = auto()
     CHUNKED = auto()
@@ -47,9 +51,9 @@ class Feature(Enum):
 class AttentionSpec:
     """out[i] = sum_j softmax_j(score(s, b, h, i, j) where mask) v[j], with s = q[i].k[j].
 
-    The order is fixed: score = bias(b,h,i,j) + softcap * tanh(scale * s / softcap); then the mask; then `sinks(h)` joins the
-    normaliser as exp(sinks(h)). Where a model uses another order, `score` holds the whole expression and scale, softcap and
-    bias keep their defaults. Every row is proven to see at least one key.
+    The order is fixed: score = bias(b,h,i,j) + softcap * tanh(scale * s / softcap); then the mask; then `sinks(h)`
+    joins the normaliser as exp(sinks(h)). Where a model uses another order, `score` holds the whole expression and scale,
+    softcap and bias keep their defaults. Every row is proven to see at least one key.
     """
 
     num_q_heads: int
@@ -75,7 +79,7 @@ class AttentionSpec:
     def alibi_slope(self) -> sympy.Expr | None:
         """slope(h), where the bias is slope(h) * (j - i) up to terms constant in j; else None.
 
-        With sinks nothing is constant: they are added to the normaliser unshifted. |i - j| counts as i - j under a causal mask.
+        With sinks nothing is constant: they join the normaliser unshifted. Under a causal mask |i - j| is i - j.
         """
         if self.bias is None:
             return None
@@ -92,7 +96,11 @@ class AttentionSpec:
         """What a backend must have to serve this spec."""
         asked = {Feature[name] for name in self.mask.features()}
         slope = self.alibi_slope()
-        pairs = [part for part in (None if slope is not None else self.bias, self.score, self.mask.predicate()) if part is not None]
+        pairs = [
+            part
+            for part in (None if slope is not None else self.bias, self.score, self.mask.predicate())
+            if part is not None
+        ]
         asked |= {Feature.GQA} if self.num_q_heads != self.num_kv_heads else set()
         asked |= {Feature.SOFTCAP} if self.softcap is not None else set()
         asked |= {Feature.SCORE} if self.score is not None else set()
@@ -152,7 +160,9 @@ class AttentionSpec:
         return spec
 
 
-_MASKS = tuple("Causal Bidirectional Window Chunked Prefix SameDocument BlockSparse General All Any".split())
+_MASKS = tuple(
+    ["Causal", "Bidirectional", "Window", "Chunked", "Prefix", "SameDocument", "BlockSparse", "General", "All", "Any"]
+)
 
 
 def _build(**parts: object) -> AttentionSpec:

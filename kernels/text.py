@@ -1,6 +1,6 @@
 """How does a spec travel as text, through a graph, a file or a log?
 
-Python-like text that a person can read, exact in every float, read back through `ast` with a whitelist: nothing is executed.
+Python-like text that a person can read, exact in every float, read back through `ast` with a whitelist; nothing runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,30 @@ from compile_attn.kernels import expr as language
 _SYMBOLS = {symbol.name: symbol for symbol in (language.S, language.B, language.H, language.I, language.J)}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(sympy, name)
-    for name in "floor ceiling Mod Min Max Abs tanh exp log sqrt sin cos sign erf Piecewise Eq Ne Xor".split()
+    for name in [
+        "floor",
+        "ceiling",
+        "Mod",
+        "Min",
+        "Max",
+        "Abs",
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "sin",
+        "cos",
+        "sign",
+        "erf",
+        "Piecewise",
+        "Eq",
+        "Ne",
+        "Xor",
+    ]
 } | {"Load": language.Load, "Round": language.Round, "Trunc": language.Trunc, "ITE": ITE}
-_NODES = {name: getattr(sympy, name) for name in "Add Mul Pow And Or Not Lt Le Gt Ge Rational".split()}
+_NODES = {
+    name: getattr(sympy, name) for name in ["Add", "Mul", "Pow", "And", "Or", "Not", "Lt", "Le", "Gt", "Ge", "Rational"]
+}
 _CONSTANTS = {"oo": sympy.oo, "nan": sympy.nan, "pi": sympy.pi, "E": sympy.E}
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
@@ -57,15 +78,15 @@ class _Exact(StrPrinter):  # type: ignore[misc]
 class _Literal(_Exact):
     """Every node by its name: no operator, so nothing that reading could rearrange."""
 
-    def emptyPrinter(self, expr: Any) -> str:  # noqa: N802  sympy's name for the fallback
+    def emptyPrinter(self, expr: Any) -> str:
         if isinstance(expr, sympy.Tuple) or not isinstance(expr, sympy.Basic) or not expr.args:
             return str(super().emptyPrinter(expr))
         if expr.func not in _NAMES:
             raise ValueError(f"no text for {expr.func.__name__}; a spec may hold {', '.join(sorted(_CLASSES))}")
         return f"{_NAMES[expr.func]}({', '.join(map(self._print, expr.args))})"
 
-    _print_Add = _print_Mul = _print_Pow = _print_And = _print_Or = _print_Not = emptyPrinter  # noqa: N815
-    _print_Relational = _print_Piecewise = _print_Xor = _print_ITE = emptyPrinter  # noqa: N815
+    _print_Add = _print_Mul = _print_Pow = _print_And = _print_Or = _print_Not = emptyPrinter
+    _print_Relational = _print_Piecewise = _print_Xor = _print_ITE = emptyPrinter
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,7 +126,7 @@ def parse(text: str, constructors: Mapping[str, Callable[..., Any]] | None = Non
 def _read(node: ast.AST, names: Mapping[str, Callable[..., Any]]) -> Any:
     match node:
         case ast.Constant(value=bool() | None):
-            return {True: sympy.true, False: sympy.false, None: None}[node.value]
+            return None if node.value is None else sympy.sympify(bool(node.value))
         case ast.Constant(value=int()):
             return sympy.Integer(node.value)
         case ast.Constant(value=float()):
@@ -128,7 +149,9 @@ def _read(node: ast.AST, names: Mapping[str, Callable[..., Any]]) -> Any:
             with sympy.evaluate(False):
                 return _read(part, _CLASSES)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            return names[name](*(_read(a, names) for a in args), **{str(k.arg): _read(k.value, names) for k in keywords})
+            return names[name](
+                *(_read(a, names) for a in args), **{str(k.arg): _read(k.value, names) for k in keywords}
+            )
     raise KeyError(ast.dump(node)[:80])
 
 

@@ -18,8 +18,8 @@ def write_kv(
 ) -> None:
     """Token t goes to page slot // PS, offset slot % PS; a negative slot is skipped.
 
-    k [T, Hkv, D], v [T, Hkv, Dv], k_pages [P, PS, Hkv, D], v_pages [P, PS, Hkv, Dv], slot_mapping [T] int64. Pages hold x, or
-    with a scale, one or one a KV head, x / scale; fp8 pages saturate.
+    k [T, Hkv, D], v [T, Hkv, Dv], k_pages [P, PS, Hkv, D], v_pages [P, PS, Hkv, Dv], slot_mapping [T] int64. Pages
+    hold x, or with a scale, one or one a KV head, x / scale; fp8 pages saturate.
     """
     _check(k, v, k_pages, v_pages, slot_mapping)
     if k.is_cuda:
@@ -50,8 +50,10 @@ def _check(k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: tor
     for name, new, pages in (("k", k, k_pages), ("v", v, v_pages)):
         if new.shape[1:] != pages.shape[2:] or new.shape[0] != slots.shape[0]:
             raise ValueError(
-                f"write_kv: {name} {list(new.shape)} does not fit pages {list(pages.shape)} and {slots.shape[0]} slots; {name} must "
-                f"be [T, Hkv, D], its pages [P, PS, Hkv, D], with T slots"
+                f"write_kv: {name} {list(new.shape)} does not fit {list(pages.shape)} and {slots.shape[0]} slots; "
+                f"{name} must be [T, Hkv, D], its pages [P, PS, Hkv, D], with T slots"
             )
         if not pages.is_contiguous():
-            raise ValueError(f"write_kv: {name}_pages have strides {pages.stride()}; pages must be contiguous [P, PS, Hkv, D]")
+            raise ValueError(
+                f"write_kv: {name}_pages have strides {pages.stride()}; pages must be contiguous [P, PS, Hkv, D]"
+            )

@@ -1,4 +1,4 @@
-"""What should attention over pages give? Scalar float64 loops over the spec's own expressions, through sympy's lambdify alone."""
+"""What should attention over pages give? Scalar float64 loops over the spec's expressions, through lambdify."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compile_attn.kernels.spec import AttentionSpec
 SLOPE = 2 ** (-(H + 1) * sympy.Rational(1, 2))
 _BUCKET = sympy.Piecewise((I - J, I - J < 4), (4 + Trunc(sympy.log(sympy.Max(I - J, 1) / 4.0) / math.log(8) * 4), True))
 
-# Captured tensors that the specs below read: documents, a bias a head and bucket, sinks a head, a padding mask. 64 tokens at most.
+# What the specs below read: documents, a bias a head and bucket, sinks a head, a padding mask. 64 tokens at most.
 CAPTURED = (
     torch.arange(64).div(7, rounding_mode="floor").expand(8, 64),
     torch.linspace(-2, 2, 4 * 9).view(4, 9),
@@ -64,7 +64,13 @@ def scalar(expr: sympy.Basic, captured: Sequence[torch.Tensor]) -> Callable[...,
 
 
 def attend_row(
-    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: int, i: int, captured: Sequence[torch.Tensor]
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    b: int,
+    i: int,
+    captured: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """One query [Hq, D] at position i of sequence b, over k [L, Hkv, D] and v [L, Hkv, Dv] -> [Hq, Dv] float64."""
     q, k, v = q.double(), k.double(), v.double()

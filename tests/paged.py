@@ -16,7 +16,7 @@ from tests.oracle import attend_row
 
 @dataclass
 class PagedBatch:
-    """Sequences with `contexts[n]` tokens in their pages and `news[n]` packed new ones, written too; (0, 0) is a pad row."""
+    """Sequences whose keys and values, those of new tokens included, are in pages; q holds the new tokens, packed."""
 
     spec: AttentionSpec
     metadata: AttentionMetadata
@@ -39,7 +39,9 @@ class PagedBatch:
         """By the oracle, in float64."""
         out = torch.zeros(self.q.shape[0], self.spec.num_q_heads, self.spec.head_dim_v, dtype=torch.float64)
         token = 0
-        for row, (length, new) in enumerate(zip(self.metadata.seq_lens.tolist(), self.metadata.query_lens.tolist(), strict=True)):
+        for row, (length, new) in enumerate(
+            zip(self.metadata.seq_lens.tolist(), self.metadata.query_lens.tolist(), strict=True)
+        ):
             for position in range(length - new, length):
                 out[token] = attend_row(self.spec, self.q[token], self.k[row], self.v[row], row, position, captured)
                 token += 1

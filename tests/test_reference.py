@@ -66,7 +66,9 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     batch = paged_batch(SPECS["everything"], MIXED, dtype=dtype)
     out = batch.attend(CAPTURED)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, batch.expected(CAPTURED).to(dtype))  # torch's own tolerance for the dtype: one rounding
+    torch.testing.assert_close(
+        out, batch.expected(CAPTURED).to(dtype)
+    )  # torch's own tolerance for the dtype: one rounding
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,7 +109,9 @@ def test_fp8_pages_with_scales(dtype: torch.dtype) -> None:
     spec = batch.spec.encode()
     out = torch.ops.paged_attn.attend(batch.q, k_pages, v_pages, *where, [], spec, "reference", k_scale, v_scale)
     error = (out - batch.attend([])).abs().max()
-    assert error < (0.2 if dtype == torch.float8_e4m3fn else 0.4)  # half a unit of 3 (2) mantissa bits of values up to 3
+    assert error < (
+        0.2 if dtype == torch.float8_e4m3fn else 0.4
+    )  # half a unit of 3 (2) mantissa bits of values up to 3
 
 
 EXPRESSIONS = [
@@ -144,7 +148,12 @@ def test_evaluation_equals_scalars(expr: sympy.Basic, dtype: torch.dtype) -> Non
     found = torch.stack([value[at] for at in index]).double()
     if value.is_floating_point():
         assert value.dtype == dtype
-        torch.testing.assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=2e-6 if dtype == torch.float32 else 1e-12)
+        torch.testing.assert_close(
+            found,
+            expected,
+            rtol=1e-12 if dtype == torch.float64 else 1e-6,
+            atol=2e-6 if dtype == torch.float32 else 1e-12,
+        )
     else:
         assert torch.equal(found, expected)
 

@@ -1,0 +1,159 @@
+"""Does a step know where its tokens stand, whatever the batch, and does advancing equal rebuilding?"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compile_attn.kernels.ops  # noqa: F401
+from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, build_metadata
+
+SEQUENCES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=7)
+
+
+def build(
+    tables: list[list[int]], lengths: list[int], news: list[int], page_size: int, tokens: int
+) -> AttentionMetadata:
+    builder = AttentionMetadataBuilder(page_size, max(1, *map(len, tables)))
+    for table, length, new in zip(tables, lengths, news, strict=True):
+        builder.add(table, length, new)
+    return builder.build(num_tokens=tokens)
+
+
+def make(sequences: list[tuple[int, int]], page_size: int, pad_tokens: int) -> AttentionMetadata:
+    tables, used = [], 0
+    for context, new in sequences:
+        count = -(-(context + new + 1) // page_size)
+        tables.append(list(range(used, used + count)))
+        used += count
+    tokens = sum(new for _, new in sequences) + pad_tokens
+    return build(tables, [sum(each) for each in sequences], [new for _, new in sequences], page_size, tokens)
+
+
+def equal(a: AttentionMetadata, b: AttentionMetadata) -> None:
+    for name, tensor in vars(a).items():
+        assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(getattr(b, name))), name
+
+
+@pytest.mark.parametrize(
+    ("page_size", "table", "context", "new", "slots"),
+    [
+        (4, [7, 3], 0, 6, [28, 29, 30, 31, 12, 13]),
+        (4, [7, 3], 4, 3, [12, 13, 14]),
+        (4, [7, 3, 9], 8, 1, [36]),
+    ],
+)
+def test_slots(page_size: int, table: list[int], context: int, new: int, slots: list[int]) -> None:
+    metadata = build([table], [context + new], [new], page_size, new)
+    assert metadata.slot_mapping.tolist() == slots
+    assert metadata.positions.tolist() == list(range(context, context + new))
+
+
+def test_a_mixed_batch_with_padding() -> None:
+    metadata = build([[3, 5], [], [1], [8, 9]], [20, 0, 6, 17], [3, 0, 2, 1], 16, 8)
+    assert metadata.cu_seqlens_q.tolist() == [0, 3, 3, 5, 6]
+    assert metadata.positions.tolist() == [17, 18, 19, 4, 5, 16, 0, 0]
+    assert metadata.slot_mapping.tolist() == [81, 82, 83, 20, 21, 144, -1, -1]
+    assert metadata.token_seq.tolist() == [0, 0, 0, 2, 2, 3, 3, 3]
+    dtypes = [getattr(metadata, name).dtype for name in ("cu_seqlens_q", "positions", "slot_mapping", "token_seq")]
+    assert dtypes == [torch.int32, torch.int64, torch.int64, torch.int32]
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEQUENCES, st.integers(1, 8), st.integers(0, 4))
+def test_any_batch(sequences: list[tuple[int, int]], page_size: int, pad_tokens: int) -> None:
+    metadata = make(sequences, page_size, pad_tokens)
+    expected = [(row, at) for row, (context, new) in enumerate(sequences) for at in range(context, context + new)]
+    count = len(expected)
+    assert list(zip(metadata.token_seq.tolist()[:count], metadata.positions.tolist()[:count], strict=True)) == expected
+    table = metadata.block_table.tolist()
+    slots = [table[row][at // page_size] * page_size + at % page_size for row, at in expected]
+    assert metadata.slot_mapping.tolist() == slots + [-1] * pad_tokens
+    assert len(set(slots)) == count  # no slot is written twice
+    assert not metadata.positions[count:].any()
+    assert all(0 <= row < len(sequences) for row in metadata.token_seq.tolist())
+    ends = [0]
+    for _, new in sequences:
+        ends.append(ends[-1] + new)
+    assert metadata.cu_seqlens_q.tolist() == ends
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=5), st.integers(1, 5), st.integers(1, 6))
+def test_advancing_equals_rebuilding(lengths: list[int], page_size: int, steps: int) -> None:
+    """Steps in place, beside the metadata of a batch built at the final lengths. Length 0: a pad row, at the end."""
+    lengths = sorted(lengths, reverse=True)
+    live = [int(length > 0) for length in lengths]
+    tables = [list(range(row * 20, row * 20 + 20)) if alive else [] for row, alive in enumerate(live)]
+    rows = len(lengths)
+    metadata = build(tables, lengths, live, page_size, rows)
+    seq_lens = metadata.seq_lens.clone()
+    input_ids, position_ids = torch.full((1, rows + 1), 7), torch.zeros(1, rows + 1, dtype=torch.int64)
+    for step in range(steps):
+        metadata = metadata.advance_step()
+        sampled = torch.arange(rows)[:, None] + 100 * step
+        torch.ops.paged_attn.advance_step(input_ids, position_ids, seq_lens, sampled)
+    final = [length + steps * alive for length, alive in zip(lengths, live, strict=True)]
+    equal(metadata, build(tables, final, live, page_size, rows))
+    assert torch.equal(seq_lens, metadata.seq_lens)
+    assert position_ids[0, :rows].tolist() == [
+        length - 1 if alive else 0 for length, alive in zip(final, live, strict=True)
+    ]
+    tokens = [row + 100 * (steps - 1) if alive else 7 for row, alive in enumerate(live)]
+    assert input_ids[0].tolist() == [*tokens, 7]  # the pad token stays
+
+
+def test_views_count_from_zero() -> None:
+    metadata = build([[3, 5, 0], [1, 2, 4], [8, 9], [10, 11, 12]], [20, 42, 17, 33], [20, 10, 1, 1], 16, 33)
+    prefill, decode = metadata.prefill_metadata(2, 30), metadata.decode_metadata(2, 30)
+    assert prefill is not None
+    assert decode is not None
+    assert prefill.cu_seqlens_q.tolist() == [0, 20, 30]
+    assert decode.cu_seqlens_q.tolist() == [0, 1, 2]
+    assert decode.slot_mapping.tolist() == [144, 192, -1]
+    assert decode.token_seq.tolist() == [0, 1, 1]
+    assert decode.seq_lens.tolist() == [17, 33]
+    for view in (prefill, decode):
+        equal(view, AttentionMetadata.build(view.block_table, view.seq_lens, view.query_lens, len(view.positions), 16))
+    assert metadata.prefill_metadata(0, 0) is None
+    assert metadata.decode_metadata(4, 32) is None
+
+
+def test_bad_input_is_named() -> None:
+    builder = AttentionMetadataBuilder(page_size=4, max_pages=2)
+    with pytest.raises(
+        ValueError, match="a sequence of 5 tokens, 1 of them new, in 1 pages of 4: give 0 to 5 new tokens and 2 to"
+    ):
+        builder.add([3], 5, 1)
+    with pytest.raises(ValueError, match="9 of them new"):
+        builder.add([3, 4], 5, 9)
+    with pytest.raises(ValueError, match="in 3 pages"):
+        builder.add([3, 4, 5], 5, 1)
+    with pytest.raises(ValueError, match="0 sequences"):
+        builder.build()
+    builder.add([3, 4], 5, 3)
+    with pytest.raises(ValueError, match="3 new tokens in num_tokens=2"):
+        builder.build(num_tokens=2)
+    ids, lengths = torch.zeros(1, 2, dtype=torch.int64), torch.ones(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="input_ids holds 2 values, the batch 3 rows"):
+        torch.ops.paged_attn.advance_step(ids, ids.clone(), lengths, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_a_cuda_graph() -> None:
+    """No host read, no shape from data: captured once, right for another batch in the same buffers."""
+    host = make([(3, 5), (9, 1), (0, 0), (17, 1)], 4, 3)
+    other = make([(1, 1), (2, 6), (5, 1), (0, 0)], 4, 2)
+    width = host.block_table.shape[1]
+    buffers = [each.cuda() for each in (host.block_table, host.seq_lens, host.query_lens)]
+    build_metadata(*buffers, 10, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = build_metadata(*buffers, 10, 4)
+    for metadata in (host, other):
+        table = torch.nn.functional.pad(metadata.block_table, (0, width - metadata.block_table.shape[1]))
+        for buffer, new in zip(buffers, (table, metadata.seq_lens, metadata.query_lens), strict=True):
+            buffer.copy_(new)
+        graph.replay()
+        for a, b in zip(found, build_metadata(table, metadata.seq_lens, metadata.query_lens, 10, 4), strict=True):
+            assert torch.equal(a.cpu(), b)
