@@ -52,8 +52,8 @@ class AttentionSpec:
     """out[i] = sum_j softmax_j(score(s, b, h, i, j) where mask) v[j], with s = q[i].k[j].
 
     The order is fixed: score = bias(b,h,i,j) + softcap * tanh(scale * s / softcap); then the mask; then `sinks(h)`
-    joins the normaliser as exp(sinks(h)). Where a model uses another order, `score` holds the whole expression and scale,
-    softcap and bias keep their defaults. Every row is proven to see at least one key.
+    joins the normaliser as exp(sinks(h)). Where a model uses another order, `score` holds the whole expression and
+    scale, softcap and bias keep their defaults. Every row is proven to see at least one key.
     """
 
     num_q_heads: int

@@ -106,7 +106,6 @@ def rewrite_paged(
     report = replace(report, sites=rewritten, rejected=tuple(rejected))
     proof = _prove(normalized, tokens, step, position_inputs, rejected, report, clock)
     with clock.phase("lower"):
-        cleanup(graph)
         layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
         cleanup(graph)
     with clock.phase("verify"):

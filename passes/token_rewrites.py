@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
 
 from compile_attn.passes import emit
 from compile_attn.passes.graph import location, val
@@ -32,6 +33,7 @@ class Rewriter:
     graph: fx.Graph
     positions: fx.Node
     rows: fx.Node
+    mode: FakeTensorMode
     done: list[TokenRewrite] = field(default_factory=list)
     selections: list[fx.Node] = field(default_factory=list)  # index_select nodes that keep R of T rows
     _as_positions: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -146,8 +148,8 @@ class Rewriter:
         if node in self.context.position_inputs:
             with self.graph.inserting_after(self.positions):
                 length = emit.size(self.graph, self.positions, 0)
-                rows = emit.call(self.graph, _aten.arange.default, length)
-                rows.kwargs = {"device": val(self.positions).device}
+                rows = self.graph.call_function(_aten.arange.default, (length,), {"device": val(self.positions).device})
+                remake(rows, self.mode)
                 new = self._spread(rows, node, 1)
             self.context.values[new] = self.context.values[node]
         elif source is None or not self._begins_at_positions(node):
@@ -214,17 +216,21 @@ class Rewriter:
             node.replace_all_uses_with(source)
 
 
-def refresh(graph: fx.Graph, changed: set[fx.Node]) -> None:
+def refresh(graph: fx.Graph, changed: set[fx.Node], mode: FakeTensorMode) -> None:
     """Make `val` anew for these nodes, and for what follows from them as long as shapes change."""
     for node in graph.nodes:
-        if node.op != "call_function" or not (node in changed or any(arg in changed for arg in node.all_input_nodes)):
-            continue
-        before = node.meta.get("val")
-        with torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if _shapes(before) != _shapes(node.meta["val"]):
-            changed.add(node)
+        if node.op == "call_function" and (node in changed or any(arg in changed for arg in node.all_input_nodes)):
+            before = node.meta.get("val")
+            remake(node, mode)
+            if _shapes(before) != _shapes(node.meta["val"]):
+                changed.add(node)
+
+
+def remake(node: fx.Node, mode: FakeTensorMode) -> None:
+    """Make `val` anew from the inputs' values."""
+    with torch.no_grad(), mode:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _shapes(made: object) -> object:
@@ -237,4 +243,4 @@ def _by_name(pair: tuple[fx.Node, fx.Node]) -> tuple[str, str]:
     return pair[0].name, pair[1].name
 
 
-__all__ = ["TOKENS", "Rewriter", "refresh"]
+__all__ = ["TOKENS", "Rewriter", "refresh", "remake"]

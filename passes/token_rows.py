@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compile_attn.passes import emit
 from compile_attn.passes.graph import val
 from compile_attn.passes.token_context import Context, op_key
-from compile_attn.passes.token_rewrites import refresh
+from compile_attn.passes.token_rewrites import refresh, remake
 from compile_attn.passes.token_values import TOKENS, Axis, Free, Iota, Size, Tok
 
 _aten = torch.ops.aten
@@ -30,6 +31,7 @@ class Mover:
     graph: fx.Graph
     rows: fx.Node
     selections: list[fx.Node]
+    mode: FakeTensorMode
     _selected: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def move(self) -> int:
@@ -44,7 +46,7 @@ class Mover:
             if source in moved:
                 selection.replace_all_uses_with(source)
                 self.graph.erase_node(selection)
-        refresh(self.graph, set(moved))
+        refresh(self.graph, set(moved), self.mode)
         return len(moved)
 
     def _movable(self) -> set[fx.Node]:
@@ -100,7 +102,7 @@ class Mover:
             return made
         if self._is_count(arg):
             made = self.graph.node_copy(arg, lambda size: self._on_rows(user, size, set()))
-            refresh(self.graph, {made})
+            remake(made, self.mode)
             return made
         assert isinstance(value, Tok)
         return emit.call(self.graph, _aten.index_select.default, arg, value.dim, self.rows, like=user)

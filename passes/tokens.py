@@ -66,7 +66,7 @@ def prove_tokens(
     context = Context(Sizes(length), frozenset(tokens), position_inputs, constants)
     context.run(gm.graph)
     logits = _check(context, gm.graph, rejected)
-    rewriter = Rewriter(context, gm.graph, positions, rows)
+    rewriter = Rewriter(context, gm.graph, positions, rows, val(tokens[0]).fake_mode)
     rewriter.apply()
     _select_rows(context, rewriter, logits)
     gm.graph.lint()
@@ -141,7 +141,7 @@ def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
             selections.append(chosen)
             outputs[place] = chosen
             output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], (tuple, list)) else chosen,)  # type: ignore[call-arg]
-    moved = Mover(context, graph, rewriter.rows, selections).move()
+    moved = Mover(context, graph, rewriter.rows, selections, rewriter.mode).move()
     _rows_second(context, rewriter, place, value)
     rewriter.erase_dead(live)
     if moved or value.axis == Axis(TOKENS):

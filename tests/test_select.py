@@ -45,7 +45,8 @@ def test_a_forced_kernel() -> None:
         choose(SPECS["everything"], CPU, torch.float32, 16, "sdpa")
     assert str(error.value) == (
         "kernel 'sdpa' was asked for, but it does not serve paged calls; choose kernel='auto'; "
-        "it does not compute softcap 2.5; choose kernel='auto'; it does not compute attention sinks; choose kernel='auto'. "
+        "it does not compute softcap 2.5; choose kernel='auto'; "
+        "it does not compute attention sinks; choose kernel='auto'. "
         f"The site: {SPECS['everything'].words()}"
     )
     with pytest.raises(

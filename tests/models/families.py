@@ -7,7 +7,7 @@ that prompts of 41 tokens exceed them, and weights are large enough that every v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Family:
     config: Mapping[str, Any]
     forms: tuple[str, ...] = FORMS
     sees_all: bool = True  # token 0 reaches the last logits of a prompt of 41 tokens
-    traits: frozenset[str] = field(default_factory=frozenset)
+    refused: str | None = None  # why it cannot be paged, as a regular expression; None: it can
 
 
 def build(family: Family, form: str = "eager", seed: int = 0) -> nn.Module:

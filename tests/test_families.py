@@ -1,0 +1,65 @@
+"""Does every family of causal language models page, with no code of its own anywhere?
+
+Each family once by default, eager and SDPA in turn; `-m every_form` runs the other form of each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.models.families import FAMILIES, VOCAB, Family, build
+from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
+
+PAGED = [family for family in FAMILIES if family.refused is None]
+REFUSED = [family for family in FAMILIES if family.refused is not None]
+DEFAULT = [(family, family.forms[place % len(family.forms)]) for place, family in enumerate(PAGED)]
+OTHERS = [(family, form) for family in PAGED for form in family.forms if (family, form) not in DEFAULT]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Every test compiles anew, and transformers' own deprecations are not ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def _name(case: tuple[Family, str]) -> str:
+    return f"{case[0].name}-{case[1]}"
+
+
+def _check(family: Family, form: str) -> None:
+    model = build(family, form)
+    assert_context_matters(model, VOCAB, family.sees_all)
+    case = paged(model, VOCAB)
+    assert case.lm.report is not None and case.lm.report.sites and not case.lm.report.rejected
+    answers = assert_same_tokens(case)
+    assert_same_logits(case, answers)
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=_name)
+def test_family(case: tuple[Family, str]) -> None:
+    _check(*case)
+
+
+@pytest.mark.every_form
+@pytest.mark.parametrize("case", OTHERS, ids=_name)
+def test_other_form(case: tuple[Family, str]) -> None:
+    _check(*case)
+
+
+def test_there_are_enough_families() -> None:
+    assert len({family.model_type for family in PAGED}) >= 34
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "falcon-alibi"])
+def test_more_sequences_at_once(name: str) -> None:
+    """Eight places and a large budget: all prompts in one batch, whole."""
+    family = next(one for one in FAMILIES if one.name == name)
+    assert_same_tokens(paged(build(family, "eager"), VOCAB, max_seqs=8, budget=128))
