@@ -1,23 +1,27 @@
 """What is right? Attention in plain torch, on any device, for any spec: every other kernel is held to this one.
 
-On the CPU, where reading lengths on the host costs nothing, decode rows are computed together and each longer row by
-itself, at its own length. Elsewhere shapes follow from the arguments' shapes alone, so that a CUDA graph can hold it.
+On the CPU, where reading lengths on the host costs nothing, only the pages that a mask lets a query see are read, and
+short rows are computed together. Elsewhere all shapes follow from the arguments' shapes, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from compile_attn.kernels.backend import Backend, Paged
-from compile_attn.kernels.evaluate import evaluator
+from compile_attn.kernels.evaluate import Evaluate, evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# Most elements of gathered keys at a time without host reads: 64 Mi float32 are 256 MiB, small beside a GPU's pool.
-_MAX_GATHERED = 1 << 26
+# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 rows of 300 tokens of
+# 4 heads of 64, one after another: 7 ms; all at once: 50 ms). Elsewhere 2^26, 256 MiB, is small beside a pool.
+_MAX_GATHERED_CPU, _MAX_GATHERED = 1 << 17, 1 << 26
+# Most queries of one row at a time: bounds the scores, Hq * 256 * L, and lets a causal mask skip keys.
+_MAX_QUERIES = 256
 
 
 class ReferenceBackend(Backend):
@@ -31,7 +35,8 @@ class ReferenceBackend(Backend):
     ) -> torch.Tensor:
         batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
         i = torch.arange(q.shape[2], device=q.device)[:, None]
-        return attention(q, k, v, i, batch, None, captured, spec)
+        j = torch.arange(k.shape[2], device=q.device)
+        return attention(q, k, v, batch, i, j, None, captured, spec)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         if q.device.type == "cpu":
@@ -39,39 +44,66 @@ class ReferenceBackend(Backend):
         return _attend_without_host(q, kv, captured, spec)
 
 
+# Work of the host path: queries [first, first + count) of one row, and the pages [low, high) that they can see.
+_Part = tuple[int, int, int, int, int]  # first, count, row, low, high
+
+
 def _attend_on_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
     out = q.new_zeros((q.shape[0], q.shape[1], kv.v_pages.shape[3]))
-    starts, lengths = kv.cu_seqlens_q.tolist(), kv.seq_lens.tolist()
-    new = [end - begin for begin, end in itertools.pairwise(starts)]
-    decodes = [row for row, count in enumerate(new) if count == 1]
-    if decodes:
-        tokens = torch.tensor([starts[row] for row in decodes])
-        rows = torch.tensor(decodes)
-        part = _rows(
-            q[tokens, None], kv, rows, kv.positions[tokens, None], max(lengths[row] for row in decodes), captured, spec
-        )
-        out[tokens] = part[:, 0]
-    for row, count in enumerate(new):
-        if count > 1:
-            span = slice(starts[row], starts[row + 1])
-            positions = kv.positions[None, span]
-            out[span] = _rows(q[None, span], kv, torch.tensor([row]), positions, lengths[row], captured, spec)[0]
+    parts = list(_parts(kv.cu_seqlens_q.tolist(), kv.seq_lens.tolist(), kv.k_pages.shape[1], spec))
+    page_size, heads, dim = kv.k_pages.shape[1:]
+    for together in _together(parts, max(1, _MAX_GATHERED_CPU // (page_size * heads * dim))):
+        first, count, _, low, high = together[0]
+        if len(together) == 1:
+            tokens: slice | torch.Tensor = slice(first, first + count)
+        else:
+            tokens = torch.tensor([part[0] for part in together])
+        rows, lows = torch.tensor([part[2] for part in together]), torch.tensor([part[3] for part in together])
+        queries = q[tokens].unflatten(0, (len(together), count))
+        positions = kv.positions[tokens].unflatten(0, (len(together), count))
+        width = max(part[4] - part[3] for part in together)
+        out[tokens] = _rows(queries, kv, rows, positions, lows, width, captured, spec).flatten(0, 1)
     return out
+
+
+def _parts(starts: list[int], lengths: list[int], page_size: int, spec: AttentionSpec) -> Iterator[_Part]:
+    causal, window = spec.mask.causal(), spec.mask.window()
+    for row, (begin, end) in enumerate(itertools.pairwise(starts)):
+        for first in range(begin, end, _MAX_QUERIES):
+            count = min(_MAX_QUERIES, end - first)
+            position = lengths[row] - (end - first)
+            last_key = position + count if causal else lengths[row]
+            low = 0 if window is None else max(0, position - window) // page_size
+            yield first, count, row, low, -(-last_key // page_size)
+
+
+def _together(parts: Sequence[_Part], max_pages: int) -> Iterator[list[_Part]]:
+    """Single queries in groups of similar width, as many as `max_pages` allow; longer parts alone."""
+    yield from ([part] for part in parts if part[1] > 1)
+    group: list[_Part] = []
+    for part in sorted((part for part in parts if part[1] == 1), key=lambda part: part[4] - part[3]):
+        if group and (len(group) + 1) * (part[4] - part[3]) > max_pages:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 def _attend_without_host(
     q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec
 ) -> torch.Tensor:
     """Every token as a row of its own, over the whole width of the table, as many at a time as memory allows."""
-    longest = kv.block_table.shape[1] * kv.k_pages.shape[1]
-    step = max(1, _MAX_GATHERED // max(1, longest * kv.k_pages.shape[2] * max(spec.head_dim, spec.head_dim_v)))
-    parts = [q.new_zeros((0, q.shape[1], kv.v_pages.shape[3]))]
+    width = kv.block_table.shape[1]
+    step = max(1, _MAX_GATHERED // max(1, width * kv.k_pages[0].numel()))
+    outs = [q.new_zeros((0, q.shape[1], kv.v_pages.shape[3]))]
     for first in range(0, q.shape[0], step):
         span = slice(first, first + step)
         rows = kv.token_seq[span].long()
-        parts.append(_rows(q[span, None], kv, rows, kv.positions[span, None], longest, captured, spec)[:, 0])
+        part = _rows(q[span, None], kv, rows, kv.positions[span, None], torch.zeros_like(rows), width, captured, spec)
+        outs.append(part[:, 0])
     real = torch.arange(q.shape[0], device=q.device) < kv.cu_seqlens_q[-1]
-    return torch.cat(parts).masked_fill(~real[:, None, None], 0)
+    return torch.cat(outs).masked_fill(~real[:, None, None], 0)
 
 
 def _rows(
@@ -79,82 +111,77 @@ def _rows(
     kv: Paged,
     rows: torch.Tensor,
     positions: torch.Tensor,
-    longest: int,
+    lows: torch.Tensor,
+    width: int,
     captured: Sequence[torch.Tensor],
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """q [N, Tq, Hq, D] of sequences `rows` [N] at positions [N, Tq], over `longest` slots -> [N, Tq, Hq, Dv]."""
-    slots = torch.arange(longest, device=q.device)
+    """q [N, Tq, Hq, D] of sequences `rows` at positions [N, Tq], over `width` pages from `lows` on -> [N, Tq, Hq, Dv]."""
     page_size = kv.k_pages.shape[1]
-    # Beyond its sequence a table may hold anything; the page read there is discarded below.
-    pages = kv.block_table[rows][:, slots // page_size].long().clamp(0, kv.k_pages.shape[0] - 1)
-    owned = slots < kv.seq_lens[rows, None]
+    page = lows[:, None] + torch.arange(width, device=q.device)
+    # Beyond its sequence a table may hold anything; what is read through it there is not owned.
+    table = kv.block_table[rows[:, None], page.clamp(max=kv.block_table.shape[1] - 1)]
+    table = table.clamp(0, kv.k_pages.shape[0] - 1)
+    j = (lows * page_size)[:, None] + torch.arange(width * page_size, device=q.device)
+    owned = j < kv.seq_lens[rows, None]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k = _gather(kv.k_pages, pages, slots % page_size, owned, kv.k_scale, dtype)
-    v = _gather(kv.v_pages, pages, slots % page_size, owned, kv.v_scale, dtype)
-    out = attention(
-        q.transpose(1, 2),
-        k,
-        v,
-        positions[:, None, :, None],
-        rows[:, None, None, None],
-        owned[:, None, None],
-        captured,
-        spec,
-    )
+    k = _gather(kv.k_pages, table, kv.k_scale, dtype)
+    v = _gather(kv.v_pages, table, kv.v_scale, dtype)
+    # A freed page may hold NaN, and 0 * NaN is NaN (Law 8); a score of such a key is replaced, not multiplied.
+    v = v.masked_fill(~owned[:, None, :, None], 0)
+    b, i = rows[:, None, None, None], positions[:, None, :, None]
+    out = attention(q.transpose(1, 2), k, v, b, i, j[:, None, None], owned[:, None, None], captured, spec)
     return out.transpose(1, 2)
 
 
-def _gather(
-    pool: torch.Tensor,
-    pages: torch.Tensor,
-    offsets: torch.Tensor,
-    owned: torch.Tensor,
-    scale: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Slots as [N, Hkv, L, D], zero where the sequence does not own them: 0 * NaN of a freed page is NaN (Law 8)."""
-    if pool.dtype.itemsize == 1:  # fp8 has no masked_fill, and indexing it is not everywhere
-        found = pool.view(torch.uint8)[pages, offsets].view(pool.dtype).to(dtype)
-    else:
-        found = pool[pages, offsets].to(dtype)
-    found = found.masked_fill_(~owned[:, :, None, None], 0)
+def _gather(pool: torch.Tensor, table: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Whole pages as [N, Hkv, width * PS, D]."""
+    stored = pool.view(torch.uint8) if pool.dtype.itemsize == 1 else pool  # bytes: not every device indexes fp8
+    found = stored.index_select(0, table.flatten()).view(pool.dtype).to(dtype)
+    found = found.view(table.shape[0], table.shape[1] * pool.shape[1], *pool.shape[2:])
     if scale is not None:
         found = found * scale.to(dtype).reshape(-1, 1)  # one, or one a KV head
     return found.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(spec: AttentionSpec) -> tuple[Evaluate, Evaluate, Evaluate | None]:
+    """Score, mask and sinks as functions of tensors: nothing symbolic happens in a step."""
+    sinks = None if spec.sinks is None else evaluator(spec.sinks)
+    return evaluator(spec.expression()), evaluator(spec.mask.predicate()), sinks
 
 
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    i: torch.Tensor,
     b: torch.Tensor,
+    i: torch.Tensor,
+    j: torch.Tensor,
     owned: torch.Tensor | None,
     captured: Sequence[torch.Tensor],
     spec: AttentionSpec,
 ) -> torch.Tensor:
     """softmax_j(score(s, b, h, i, j)) v in float32 or wider, returned in the dtype of q; a row without keys gives 0.
 
-    q [N, Hq, Tq, D], k [N, Hkv, L, D], v [N, Hkv, L, Dv]; positions i and sequences b broadcast against [N, Hq, Tq, L];
+    q [N, Hq, Tq, D], k [N, Hkv, L, D], v [N, Hkv, L, Dv]; sequences b and positions i, j broadcast against [N, Hq, Tq, L];
     `owned`, likewise, says which keys exist.
     """
+    score_of, visible_of, sink_of = _read(spec)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    group = spec.num_q_heads // spec.num_kv_heads
     # The heads of a group are rows of one product, so that no key is copied for each.
-    grouped = q.to(dtype).reshape(q.shape[0], spec.num_kv_heads, group * q.shape[2], q.shape[3])
-    s = (grouped @ k.to(dtype).transpose(-1, -2)).view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    j = torch.arange(k.shape[2], device=q.device)
+    grouped = (q.shape[0], spec.num_kv_heads, q.shape[1] // spec.num_kv_heads * q.shape[2])
+    s = q.to(dtype).reshape(*grouped, q.shape[3]) @ k.to(dtype).transpose(-1, -2)
+    s = s.view(*q.shape[:3], k.shape[2])
     h = torch.arange(spec.num_q_heads, device=q.device)[:, None, None]
     env = {"s": s, "b": b, "h": h, "i": i, "j": j, "captured": captured, "dtype": dtype}
-    score = torch.as_tensor(evaluator(spec.expression())(env), device=q.device).to(dtype).expand(s.shape)
-    hidden = ~torch.as_tensor(evaluator(spec.mask.predicate())(env), device=q.device)
-    hidden = hidden if owned is None else hidden | ~owned
-    score = score.masked_fill(hidden, -math.inf)
+    score = torch.as_tensor(score_of(env), device=q.device).to(dtype).expand(s.shape)
+    visible = torch.as_tensor(visible_of(env), device=q.device)
+    score = score.masked_fill(~(visible if owned is None else visible & owned), -math.inf)
     sink = None
-    if spec.sinks is not None:
-        sink = torch.as_tensor(evaluator(spec.sinks)(env), device=q.device).to(dtype).expand(*s.shape[:3], 1)
-    probabilities = _softmax(score, sink).view(grouped.shape[0], grouped.shape[1], grouped.shape[2], k.shape[2])
+    if sink_of is not None:
+        sink = torch.as_tensor(sink_of(env), device=q.device).to(dtype).expand(*s.shape[:3], 1)
+    probabilities = _softmax(score, sink).reshape(*grouped, k.shape[2])
     return (probabilities @ v.to(dtype)).view(*q.shape[:3], v.shape[3]).to(q.dtype)
 
 
@@ -164,5 +191,4 @@ def _softmax(score: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
         score = torch.cat([score, sink], -1)
     probabilities = torch.softmax(score, -1)
     probabilities = probabilities if sink is None else probabilities[..., :-1]
-    nothing = score.amax(-1, keepdim=True) == -math.inf
-    return probabilities.masked_fill(nothing, 0)
+    return probabilities.masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)

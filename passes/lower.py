@@ -103,7 +103,10 @@ def _as_output(graph: fx.Graph, fused: fx.Node, output: Operand, like: fx.Node) 
     """The fused [B, H, T, Dv] in the shape of the node that it replaces. Strides may differ: cleanup makes views reshapes."""
     axes = output.axes
     order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
-    shape = emit.sizes(graph, output.node, order)
+    place = {"b": 0, "t": 2}  # the other axes have constant sizes
+    shape = [
+        emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim]) for dim in order
+    ]
     node = emit.reshape(graph, fused, shape, like)
     return emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
 

@@ -87,6 +87,7 @@ def rewrite_paged(
     `token_ids` and `positions` are the places of those inputs among the examples.
     """
     clock = _Clock()
+    _unify_lengths(gm, [token_ids, *([] if positions is None else [positions])])
     with clock.phase("normalize"):
         normalized = normalize(gm, examples)
     module, graph = normalized.module, normalized.module.graph
@@ -169,6 +170,14 @@ def _fuse_all(
         added = len(graph.nodes) - count
         rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, len(site.replaced), added))
     return tuple(rewritten), refused
+
+
+def _unify_lengths(gm: fx.GraphModule, places: Sequence[int]) -> None:
+    """Token ids and position ids hold the same tokens: one symbol. Comparing backed symbols adds the guard that says so."""
+    inputs = placeholders(gm.graph)
+    lengths = [inputs[place].meta["example_value"].shape[-1] for place in places]
+    for other in lengths[1:]:
+        bool(lengths[0] == other)
 
 
 def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Report) -> None:

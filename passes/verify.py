@@ -69,7 +69,8 @@ def _contiguous(shape: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
 def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
     """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises."""
     module.graph.lint()
-    _Propagate(module).run(*inputs.values)
+    with inputs.mode:
+        _Propagate(module).run(*inputs.values)
 
 
 class _Propagate(fx.Interpreter):
