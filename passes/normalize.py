@@ -54,6 +54,10 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = getattr(module, str(node.target), None)
+            real = getattr(value, "constant", None)  # a tensor literal traced as a FakeTensor keeps its value there
+            if real is not None:
+                setattr(module, str(node.target), real)
+                value = real
             if isinstance(value, torch.Tensor):
                 constants[node] = value
     module.recompile()

@@ -98,7 +98,7 @@ def _index_rows(c: Context, node: fx.Node, x: fx.Node, used: dict[int, fx.Node],
         if int(literal) != -1:
             return c.mixed(node, f"picks token {int(literal)} of the sequence; only the last one can be picked")
         others = [dim for dim in used if dim != value.dim]
-        if any(c.shape(x)[dim] != 1 or not isinstance(c.of(used[dim]), Free) for dim in others):
+        if any(not is_one(c.shape(x)[dim]) or not isinstance(c.of(used[dim]), Free) for dim in others):
             return c.mixed(node, _COMPUTED)
         return last_token(c, node, x, value.dim)
     own = front + rank - val(by).dim() + found.dim
@@ -220,7 +220,7 @@ def sort(c: Context, node: fx.Node, args: Arguments) -> Value:
     only_indices = op_key(node) == "aten::argsort"
     if not isinstance(value, Row) or dim != value.dim:
         return along(c, node, args)
-    if any(size != 1 for place, size in enumerate(c.shape(x)) if place != dim) or op_key(node) == "aten::msort":
+    if any(not is_one(size) for place, size in enumerate(c.shape(x)) if place != dim) or op_key(node) == "aten::msort":
         return c.mixed(node, f"sorts each channel over tokens; {BY_ITSELF}")
     if isinstance(value, Index) and value.bijective and not args.get("descending", False):
         c.as_rows.add((node, x))

@@ -17,7 +17,7 @@ from compile_attn.passes import emit
 from compile_attn.passes.graph import location, val
 from compile_attn.passes.report import TokenRewrite
 from compile_attn.passes.token_context import Context, op_key
-from compile_attn.passes.token_values import LAST, TOKENS, Axis, Index, Iota, Row, Tok, row_axis
+from compile_attn.passes.token_values import LAST, TOKENS, Axis, Index, Iota, Row, Tok, is_one, row_axis
 
 _aten = torch.ops.aten
 _SHAPED = frozenset(f"aten::{name}" for name in ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_copy", "squeeze_copy", "select", "select_copy"])  # fmt: skip
@@ -122,7 +122,7 @@ class Rewriter:
         for place in range(rank):
             if place != dim:
                 vector = emit.call(self.graph, _aten.unsqueeze.default, vector, place, like=like)
-        if any(size != 1 for place, size in enumerate(val(like).shape) if place != dim):
+        if any(place != dim and not is_one(size) for place, size in enumerate(val(like).shape)):
             shape = [-1 if place == dim else int(size) for place, size in enumerate(val(like).shape)]
             vector = emit.call(self.graph, _aten.expand.default, vector, shape, like=like)
         return vector
@@ -216,16 +216,6 @@ class Rewriter:
             node.replace_all_uses_with(source)
 
 
-def refresh(graph: fx.Graph, changed: set[fx.Node], mode: FakeTensorMode) -> None:
-    """Make `val` anew for these nodes, and for what follows from them as long as shapes change."""
-    for node in graph.nodes:
-        if node.op == "call_function" and (node in changed or any(arg in changed for arg in node.all_input_nodes)):
-            before = node.meta.get("val")
-            remake(node, mode)
-            if _shapes(before) != _shapes(node.meta["val"]):
-                changed.add(node)
-
-
 def remake(node: fx.Node, mode: FakeTensorMode) -> None:
     """Make `val` anew from the inputs' values."""
     with torch.no_grad(), mode:
@@ -233,14 +223,8 @@ def remake(node: fx.Node, mode: FakeTensorMode) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _shapes(made: object) -> object:
-    if isinstance(made, torch.Tensor):
-        return [str(size) for size in made.shape]
-    return [_shapes(part) for part in made] if isinstance(made, (tuple, list)) else str(made)
-
-
 def _by_name(pair: tuple[fx.Node, fx.Node]) -> tuple[str, str]:
     return pair[0].name, pair[1].name
 
 
-__all__ = ["TOKENS", "Rewriter", "refresh", "remake"]
+__all__ = ["TOKENS", "Rewriter", "remake"]

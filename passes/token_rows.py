@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compile_attn.passes import emit
 from compile_attn.passes.graph import val
 from compile_attn.passes.token_context import Context, op_key
-from compile_attn.passes.token_rewrites import refresh, remake
 from compile_attn.passes.token_values import TOKENS, Axis, Free, Iota, Size, Tok
 
 _aten = torch.ops.aten
@@ -31,7 +29,6 @@ class Mover:
     graph: fx.Graph
     rows: fx.Node
     selections: list[fx.Node]
-    mode: FakeTensorMode
     _selected: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def move(self) -> int:
@@ -46,7 +43,8 @@ class Mover:
             if source in moved:
                 selection.replace_all_uses_with(source)
                 self.graph.erase_node(selection)
-        refresh(self.graph, set(moved), self.mode)
+        for node in moved:
+            node.meta.pop("val", None)  # it says T; whoever needs it runs the graph on fake tensors anew
         return len(moved)
 
     def _movable(self) -> set[fx.Node]:
@@ -97,12 +95,12 @@ class Mover:
         if isinstance(value, Size):
             count = self.context.sizes.count(arg.meta["val"])
             assert count is not None
-            made = emit.product(self.graph, [emit.size(self.graph, self.rows, 0), count] if count != 1 else [emit.size(self.graph, self.rows, 0)])
-            assert isinstance(made, fx.Node)
-            return made
+            size = emit.product(self.graph, [emit.size(self.graph, self.rows, 0), count])
+            assert isinstance(size, fx.Node)
+            return size
         if self._is_count(arg):
             made = self.graph.node_copy(arg, lambda size: self._on_rows(user, size, set()))
-            remake(made, self.mode)
+            made.meta.pop("val", None)
             return made
         assert isinstance(value, Tok)
         return emit.call(self.graph, _aten.index_select.default, arg, value.dim, self.rows, like=user)

@@ -132,6 +132,12 @@ class Sizes:
         symbols = size.node.expr.free_symbols
         return self.symbol in symbols or any(str(symbol).startswith(("u", "zuf")) for symbol in symbols)
 
+    def is_data(self, size: object) -> bool:
+        """Whether this number was read from data (an unbacked symbol)."""
+        if not isinstance(size, torch.SymInt):
+            return False
+        return all(str(symbol).startswith("u") for symbol in size.node.expr.free_symbols)
+
     def count(self, size: object) -> int | None:
         """c where the size is c * T, else None."""
         return self._count(size.node.expr) if isinstance(size, torch.SymInt) else None
@@ -147,12 +153,19 @@ class Sizes:
         return isinstance(index, int) and index == -1
 
 
-def product(sizes: Sequence[Any]) -> Any:
-    """The product of sizes; an int where all are."""
-    result: Any = 1
+def product(sizes: Sequence[object]) -> int | None:
+    """The product of sizes, or None where one of them is a symbol."""
+    result = 1
     for size in sizes:
-        result = size if isinstance(result, int) and result == 1 else result * size
+        if not isinstance(size, int):
+            return None
+        result *= size
     return result
+
+
+def is_one(size: object) -> bool:
+    """Whether a size is the literal 1; asking a symbol would add a guard."""
+    return isinstance(size, int) and size == 1
 
 
 def row_axis(value: Row) -> Axis:
@@ -166,6 +179,8 @@ def has_size(sizes: Sizes, size: object, axis: Axis) -> bool:
         return axis.plain  # the size of a group is data; the split that made it was checked
     if axis.space is LAST:
         return isinstance(size, int) and size == axis.pre * axis.post
+    if axis.space.kind == "sorted" and sizes.is_data(size):
+        return axis.plain  # its groups, joined again
     return sizes.count(size) == axis.count
 
 
@@ -178,13 +193,13 @@ def reshaped_axis(
     space `last` have size 1 in P and fit several dims: the one with least merged into it, then the same dim, then the last.
     """
     ahead, behind = product(before[:dim]), product(before[dim + 1 :])
-    if not (isinstance(ahead, int) and isinstance(behind, int)):
+    if ahead is None or behind is None:
         return None
     ahead, behind = ahead * axis.pre, behind * axis.post
     found: list[tuple[tuple[int, bool, int], Axis]] = []
     for place, size in enumerate(after):
         pre, post = product(after[:place]), product(after[place + 1 :])
-        if not (isinstance(pre, int) and isinstance(post, int)) or not pre or not post or ahead % pre or behind % post:
+        if not pre or not post or ahead % pre or behind % post:
             continue
         new = replace(axis, pre=ahead // pre, post=behind // post)
         if has_size(sizes, size, new):

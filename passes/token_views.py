@@ -37,6 +37,7 @@ from compile_attn.passes.token_values import (
     Size,
     Tok,
     Value,
+    is_one,
     reshaped_axis,
     row_axis,
 )
@@ -101,7 +102,7 @@ def expand(c: Context, node: fx.Node, args: Arguments) -> Value:
     shape = c.shape(node)
     if isinstance(value, Row):
         dim = value.dim + len(shape) - val(node.args[0]).dim()  # type: ignore[arg-type]
-        if row_axis(value).space is LAST and shape[dim] != row_axis(value).count:
+        if row_axis(value).space is LAST and not is_one(shape[dim]):
             return c.mixed(node, "repeats the last token along a new axis")
         return replace(value, dim=dim)
     return _uniform(c, node, None)
@@ -236,9 +237,10 @@ def slice_(c: Context, node: fx.Node, args: Arguments) -> Value:
         return value
     had, kept = c.shape(x)[dim], c.shape(node)[dim]
     number = start.meta["val"] if isinstance(start, fx.Node) else start
-    if args.get("step", 1) == 1 and (had is kept or c.sizes.count(had) == c.sizes.count(kept) is not None or had == kept == 1):
+    same = c.sizes.count(had) is not None and c.sizes.count(had) == c.sizes.count(kept)
+    if args.get("step", 1) == 1 and (same or (is_one(had) and is_one(kept))):
         return value
-    if isinstance(kept, int) and kept == 1 and c.sizes.is_last(number):
+    if is_one(kept) and c.sizes.is_last(number):
         return last_token(c, node, x, dim)
     return c.mixed(node, f"keeps only some of the tokens (from {number}); only the last one can be picked")
 

@@ -130,7 +130,7 @@ def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
     outputs = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
     logits = outputs[place]
     assert isinstance(logits, fx.Node)
-    value = context.values[logits]
+    value, rank = context.values[logits], val(logits).dim()
     live = {node for node in graph.nodes if node.users}
     selections = list(rewriter.selections)
     assert isinstance(value, Tok)
@@ -141,22 +141,22 @@ def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
             selections.append(chosen)
             outputs[place] = chosen
             output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], (tuple, list)) else chosen,)  # type: ignore[call-arg]
-    moved = Mover(context, graph, rewriter.rows, selections, rewriter.mode).move()
-    _rows_second(context, rewriter, place, value)
+    moved = Mover(context, graph, rewriter.rows, selections).move()
+    _rows_second(rewriter, place, value, rank)
     rewriter.erase_dead(live)
     if moved or value.axis == Axis(TOKENS):
         rewriter.note("rows", logits, f"only the wanted rows go through the last {moved} ops")
 
 
-def _rows_second(context: Context, rewriter: Rewriter, place: int, value: Tok) -> None:
+def _rows_second(rewriter: Rewriter, place: int, value: Tok, rank: int) -> None:
     """[R, 1, V], from a last token that lost its axis and got a new one, as [1, R, V]."""
     graph, output = rewriter.graph, output_node(rewriter.graph)
     outputs = output.args[0]
     logits = outputs[place] if isinstance(outputs, (tuple, list)) else outputs
     assert isinstance(logits, fx.Node)
-    if value.axis.space is LAST and value.dim == 0 and val(logits).dim() == 3:
+    if value.axis.space is LAST and value.dim == 0 and rank == 3:
         with graph.inserting_before(output):
-            turned = emit.call(graph, _aten.transpose.int, logits, 0, 1, like=logits)
+            turned = graph.call_function(_aten.transpose.int, (logits, 0, 1))
         output.replace_input_with(logits, turned)
 
 
