@@ -1,7 +1,7 @@
 """What is right? Attention in plain torch, on any device, for any spec: every other kernel is held to this one.
 
-On the CPU, where reading lengths on the host costs nothing, only the pages that a mask lets a query see are read, and
-short rows are computed together. Elsewhere all shapes follow from the arguments' shapes, so that a CUDA graph can hold it.
+On the CPU, where reading lengths on the host costs nothing, only the pages that a mask lets a query see are
+read, and short rows are computed together. Elsewhere all shapes follow from the arguments' shapes, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from compile_attn.kernels.backend import Backend, Paged
 from compile_attn.kernels.evaluate import Evaluate, evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 rows of 300 tokens of
-# 4 heads of 64, one after another: 7 ms; all at once: 50 ms). Elsewhere 2^26, 256 MiB, is small beside a pool.
+# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 decodes over 50 to 680
+# tokens, 4 KV heads of 64, one busy core: 59 ms, with 2^22 161 ms). Elsewhere 2^26, 256 MiB, is small beside a pool.
 _MAX_GATHERED_CPU, _MAX_GATHERED = 1 << 17, 1 << 26
 # Most queries of one row at a time: bounds the scores, Hq * 256 * L, and lets a causal mask skip keys.
 _MAX_QUERIES = 256
@@ -53,7 +53,7 @@ def _attend_on_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor]
     parts = list(_parts(kv.cu_seqlens_q.tolist(), kv.seq_lens.tolist(), kv.k_pages.shape[1], spec))
     page_size, heads, dim = kv.k_pages.shape[1:]
     for together in _together(parts, max(1, _MAX_GATHERED_CPU // (page_size * heads * dim))):
-        first, count, _, low, high = together[0]
+        first, count = together[0][:2]
         if len(together) == 1:
             tokens: slice | torch.Tensor = slice(first, first + count)
         else:
@@ -116,7 +116,7 @@ def _rows(
     captured: Sequence[torch.Tensor],
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """q [N, Tq, Hq, D] of sequences `rows` at positions [N, Tq], over `width` pages from `lows` on -> [N, Tq, Hq, Dv]."""
+    """q [N, Tq, Hq, D] of sequences `rows` at [N, Tq], over `width` pages from `lows` on -> [N, Tq, Hq, Dv]."""
     page_size = kv.k_pages.shape[1]
     page = lows[:, None] + torch.arange(width, device=q.device)
     # Beyond its sequence a table may hold anything; what is read through it there is not owned.
@@ -128,7 +128,7 @@ def _rows(
     k = _gather(kv.k_pages, table, kv.k_scale, dtype)
     v = _gather(kv.v_pages, table, kv.v_scale, dtype)
     # A freed page may hold NaN, and 0 * NaN is NaN (Law 8); a score of such a key is replaced, not multiplied.
-    v = v.masked_fill(~owned[:, None, :, None], 0)
+    v.masked_fill_(~owned[:, None, :, None], 0)
     b, i = rows[:, None, None, None], positions[:, None, :, None]
     out = attention(q.transpose(1, 2), k, v, b, i, j[:, None, None], owned[:, None, None], captured, spec)
     return out.transpose(1, 2)
@@ -164,8 +164,8 @@ def attention(
 ) -> torch.Tensor:
     """softmax_j(score(s, b, h, i, j)) v in float32 or wider, returned in the dtype of q; a row without keys gives 0.
 
-    q [N, Hq, Tq, D], k [N, Hkv, L, D], v [N, Hkv, L, Dv]; sequences b and positions i, j broadcast against [N, Hq, Tq, L];
-    `owned`, likewise, says which keys exist.
+    q [N, Hq, Tq, D], k [N, Hkv, L, D], v [N, Hkv, L, Dv]; sequences b and positions i, j broadcast against
+    [N, Hq, Tq, L]; `owned`, likewise, says which keys exist.
     """
     score_of, visible_of, sink_of = _read(spec)
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import compile_attn.kernels.ops  # noqa: F401
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import reference
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load, Round, S, Trunc
-from compile_attn.kernels.reference import _attend_without_host
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import CAPTURED, SPECS, attend_row, scalar
 from tests.paged import PagedBatch, paged_batch
@@ -27,7 +27,7 @@ def without_host(batch: PagedBatch) -> torch.Tensor:
     """What a CUDA device computes, run here."""
     at = batch.metadata
     kv = Paged(batch.k_pages, batch.v_pages, at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
-    return _attend_without_host(batch.q, kv, CAPTURED, batch.spec)
+    return reference._attend_without_host(batch.q, kv, CAPTURED, batch.spec)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -86,6 +86,14 @@ def test_any_batch_equals_oracle(
     expected = batch.expected(CAPTURED)
     torch.testing.assert_close(batch.attend(CAPTURED).double(), expected, atol=FLOAT32, rtol=0)
     torch.testing.assert_close(without_host(batch).double(), expected, atol=FLOAT32, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "prefix", "everything"])
+def test_long_rows_are_cut_into_blocks_of_queries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_MAX_QUERIES", 2)
+    monkeypatch.setattr(reference, "_MAX_GATHERED_CPU", 1)
+    batch = paged_batch(SPECS[name], MIXED)
+    torch.testing.assert_close(batch.attend(CAPTURED).double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
 
 
 def test_a_row_without_keys_is_zero() -> None:
