@@ -70,11 +70,15 @@ def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
     """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises."""
     module.graph.lint()
     with inputs.mode:
-        _Propagate(module).run(*inputs.values)
+        _Propagate(module, inputs.mode).run(*inputs.values)
 
 
 class _Propagate(fx.Interpreter):
     """Record each node's fake value, and name the node that fails."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self._mode = mode
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.no_grad():
@@ -84,9 +88,4 @@ class _Propagate(fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        if isinstance(value, torch.Tensor):
-            from torch._guards import detect_fake_mode
-
-            mode = detect_fake_mode([v for v in self.env.values() if isinstance(v, torch.Tensor)])
-            return mode.from_tensor(value, static_shapes=True) if mode is not None else value
-        return value
+        return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
