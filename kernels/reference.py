@@ -1,7 +1,7 @@
 """What is right? Attention in plain torch, on any device, for any spec: every other kernel is held to this one.
 
-On the CPU, where reading lengths on the host costs nothing, only the pages that a mask lets a query see are
-read, and short rows are computed together. Elsewhere all shapes follow from the arguments' shapes, so that a CUDA graph can hold it.
+On the CPU, where reading lengths on the host costs nothing, only pages that a mask can show are read, and short
+rows are computed together. Elsewhere all shapes follow from the arguments' shapes, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from compile_attn.kernels.backend import Backend, Paged
 from compile_attn.kernels.evaluate import Evaluate, evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 decodes over 50 to 680
-# tokens, 4 KV heads of 64, one busy core: 59 ms, with 2^22 161 ms). Elsewhere 2^26, 256 MiB, is small beside a pool.
+# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 decodes over 50 to
+# 680 tokens, 4 KV heads of 64, one busy core: 59 ms, with 2^22 161 ms). Elsewhere 2^26, 256 MiB, are small beside a pool.
 _MAX_GATHERED_CPU, _MAX_GATHERED = 1 << 17, 1 << 26
 # Most queries of one row at a time: bounds the scores, Hq * 256 * L, and lets a causal mask skip keys.
 _MAX_QUERIES = 256
@@ -59,8 +59,8 @@ def _attend_on_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor]
         else:
             tokens = torch.tensor([part[0] for part in together])
         rows, lows = torch.tensor([part[2] for part in together]), torch.tensor([part[3] for part in together])
-        queries = q[tokens].unflatten(0, (len(together), count))
-        positions = kv.positions[tokens].unflatten(0, (len(together), count))
+        queries = q[tokens].view(len(together), count, *q.shape[1:])
+        positions = kv.positions[tokens].view(len(together), count)
         width = max(part[4] - part[3] for part in together)
         out[tokens] = _rows(queries, kv, rows, positions, lows, width, captured, spec).flatten(0, 1)
     return out
