@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -192,10 +193,11 @@ class Context:
 
     def _op(self, node: fx.Node, target: torch._ops.OpOverload) -> Value:
         inputs = [self.of(arg) for arg in node.all_input_nodes]
-        known = RULES.get(op_key(node))
-        if torch.Tag.nondeterministic_seeded in target.tags and known is None:
+        op = _described(target)
+        known = RULES.get(op.name)
+        if op.random and known is None:
             return self.mixed(node, "draws random numbers", "call model.eval()")
-        if target._schema.is_mutable:
+        if op.mutable:
             self.effects.append(self.mixed(node, "writes to a tensor at every call; a paged model keeps no other state"))
             return self.effects[-1]
         bad = first_mixed(inputs)
@@ -208,13 +210,13 @@ class Context:
             return self.mixed(node, ON_LENGTH, CURE_LENGTH)
         if known is not None:
             return known.apply(self, node, bind(node))
-        if torch.Tag.pointwise in target.tags:
+        if op.pointwise:
             return RULES["aten::add"].apply(self, node, bind(node))
         return self.mixed(node, f"is not known to keep tokens apart; {BY_ITSELF}", "write it with ops that are known")
 
     def _free(self, node: fx.Node) -> Value:
         known = RULES.get(op_key(node))
-        random = torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+        random = _described(node.target).random  # type: ignore[arg-type]
         return known.apply(self, node, bind(node)) if random and known is not None else Free()
 
     def _checked(self, node: fx.Node, value: Value) -> Value:
@@ -272,9 +274,27 @@ def is_row(value: Value) -> bool:
     return isinstance(value, Row)
 
 
+@dataclass(frozen=True)
+class _Op:
+    """What a schema says, read once: reading it from C++ costs more than the rules do."""
+
+    name: str
+    parameters: tuple[tuple[str, Any], ...]
+    random: bool
+    pointwise: bool
+    mutable: bool
+
+
+@cache
+def _described(op: torch._ops.OpOverload) -> _Op:
+    parameters = tuple((parameter.name, parameter.default_value) for parameter in op._schema.arguments)
+    random, pointwise = torch.Tag.nondeterministic_seeded in op.tags, torch.Tag.pointwise in op.tags
+    return _Op(op._schema.name, parameters, random, pointwise, op._schema.is_mutable)
+
+
 def op_key(node: fx.Node) -> str:
     """`aten::add` for every overload of add; "" for what is no op."""
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    return _described(node.target).name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def op_name(node: fx.Node) -> str:
@@ -286,8 +306,8 @@ def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of an op by their names in its schema, defaults included."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    bound: dict[str, Any] = {}
-    for place, parameter in enumerate(node.target._schema.arguments):
-        given = node.args[place] if place < len(node.args) else node.kwargs.get(parameter.name, parameter.default_value)
-        bound[parameter.name] = given
-    return bound
+    args, kwargs = node.args, node.kwargs
+    return {
+        name: args[place] if place < len(args) else kwargs.get(name, default)
+        for place, (name, default) in enumerate(_described(node.target).parameters)
+    }
