@@ -66,12 +66,18 @@ def _real(value: Any, env: Env) -> Any:
     return value.to(torch.promote_types(env.get("dtype", torch.float32), value.dtype))
 
 
+def constant(value: Any, device: torch.device | None, real: torch.dtype = torch.float32) -> torch.Tensor:
+    """An expression's value as a tensor, filled on its device: no CUDA graph can hold a copy from the host."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=real if isinstance(value, float) else None, device=device)
+
+
 def _tensor(value: Any, env: Env) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     like = next((each for each in env.values() if isinstance(each, torch.Tensor)), None)
-    dtype = env.get("dtype", torch.float32) if isinstance(value, float) else None
-    return torch.as_tensor(value, dtype=dtype, device=None if like is None else like.device)
+    return constant(value, None if like is None else like.device, env.get("dtype", torch.float32))
 
 
 def _whole(value: Any) -> bool:
@@ -87,7 +93,7 @@ def _alike(values: Sequence[Any], env: Env) -> list[Any]:
 def _load(number: int, index: Sequence[Evaluate]) -> Evaluate:
     def load(env: Env) -> Any:
         tensor = env["captured"][number]
-        places = [torch.as_tensor(place(env), device=tensor.device).long() for place in index]
+        places = [constant(place(env), tensor.device).long() for place in index]
         # Out of range only where a mask or a Piecewise discards the value; clamped so that the read itself is legal.
         value = tensor[tuple(place.clamp(0, size - 1) for place, size in zip(places, tensor.shape, strict=True))]
         return _real(value, env) if value.is_floating_point() else value.long()
@@ -174,7 +180,7 @@ _UNARY: dict[type, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _SAME: dict[type, Callable[[Any], Any]] = {
     sympy.Abs: abs,
-    Trunc: lambda value: value if _whole(value) else torch.trunc(torch.as_tensor(value)).long(),
+    Trunc: lambda value: value if _whole(value) else torch.trunc(constant(value, None)).long(),
     sympy.sign: lambda value: torch.sign(value) if isinstance(value, torch.Tensor) else (value > 0) - (value < 0),
     sympy.Not: lambda value: not value if isinstance(value, bool) else ~value,
 }

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from compile_attn.kernels.backend import Backend, Paged
-from compile_attn.kernels.evaluate import Evaluate, evaluator
+from compile_attn.kernels.evaluate import Evaluate, constant, evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 decodes over 50 to
-# 680 tokens, 4 KV heads of 64, one busy core: 59 ms, with 2^22 161 ms). Elsewhere 2^26, 256 MiB, are small beside a pool.
+# Most elements of gathered keys at a time. On a CPU 2^17 float32, 512 KiB, stay in a core's cache (64 decodes over
+# 50 to 680 tokens, 4 KV heads of 64, one busy core: 59 ms, with 2^22 161 ms). Elsewhere 2^26: 256 MiB, little
+# beside a pool.
 _MAX_GATHERED_CPU, _MAX_GATHERED = 1 << 17, 1 << 26
 # Most queries of one row at a time: bounds the scores, Hq * 256 * L, and lets a causal mask skip keys.
 _MAX_QUERIES = 256
@@ -175,12 +176,12 @@ def attention(
     s = s.view(*q.shape[:3], k.shape[2])
     h = torch.arange(spec.num_q_heads, device=q.device)[:, None, None]
     env = {"s": s, "b": b, "h": h, "i": i, "j": j, "captured": captured, "dtype": dtype}
-    score = torch.as_tensor(score_of(env), device=q.device).to(dtype).expand(s.shape)
-    visible = torch.as_tensor(visible_of(env), device=q.device)
+    score = constant(score_of(env), q.device, dtype).to(dtype).expand(s.shape)
+    visible = constant(visible_of(env), q.device)
     score = score.masked_fill(~(visible if owned is None else visible & owned), -math.inf)
     sink = None
     if sink_of is not None:
-        sink = torch.as_tensor(sink_of(env), device=q.device).to(dtype).expand(*s.shape[:3], 1)
+        sink = constant(sink_of(env), q.device, dtype).to(dtype).expand(*s.shape[:3], 1)
     probabilities = _softmax(score, sink).reshape(*grouped, k.shape[2])
     return (probabilities @ v.to(dtype)).view(*q.shape[:3], v.shape[3]).to(q.dtype)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from compile_attn.kernels.backend import Backend
-from compile_attn.kernels.evaluate import evaluator
+from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
@@ -42,9 +42,9 @@ def _mask(q: torch.Tensor, k: torch.Tensor, captured: Sequence[torch.Tensor], sp
         "captured": captured,
         "dtype": torch.promote_types(q.dtype, torch.float32),
     }
-    mask = torch.as_tensor(evaluator(spec.mask.predicate())(env), device=q.device)
+    mask = constant(evaluator(spec.mask.predicate())(env), q.device)
     if spec.bias is not None:
-        bias = torch.as_tensor(evaluator(spec.bias)(env), device=q.device).to(q.dtype)
+        bias = constant(evaluator(spec.bias)(env), q.device).to(q.dtype)
         mask = torch.where(mask, bias, float("-inf"))
     leading = mask.shape[:-2] if mask.dim() > 2 else ()
     return mask.expand(*leading, q.shape[2], k.shape[2])

@@ -39,7 +39,7 @@ def _write(  # type: ignore[no-untyped-def]
         )
         if SCALED:
             by = tl.load(scale + head, mask=inside, other=1.0) if SCALE_PER_HEAD else tl.load(scale)
-            value = value.to(tl.float32) / by.to(tl.float32)
+            value = tl.div_rn(value.to(tl.float32), by.to(tl.float32))  # as torch divides; `/` is approximate
         if LIMIT > 0:  # fp8: saturate, where a plain cast gives NaN or infinity
             value = tl.clamp(value.to(tl.float32), -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         tl.store(pages + slot * width + feature, value.to(pages.dtype.element_ty), mask=inside)
