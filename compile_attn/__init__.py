@@ -1,1 +1,50 @@
-"""What is the public face?"""
+"""Read the attention a PyTorch model computes, and serve it from a paged KV cache.
+
+`torch.compile(model, backend="paged_attn")` needs no import. Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
+    from compile_attn.explain import explain
+    from compile_attn.lm import Output, PagedLM
+    from compile_attn.options import Options
+    from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
+    from compile_attn.sampling import Sampling
+
+_HOMES = {
+    "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
+    "explain": ("explain",),
+    "lm": ("Output", "PagedLM"),
+    "options": ("Options",),
+    "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
+    "sampling": ("Sampling",),
+}
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Options",
+    "OutOfPages",
+    "Output",
+    "PagedKVCache",
+    "PagedLM",
+    "RefusedError",
+    "Rejected",
+    "Report",
+    "Rewritten",
+    "Sampling",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"compile_attn.{module}"), name)
+            globals()[name] = value  # over the submodule of the same name, which the import has just set
+            return value
+    raise AttributeError(f"module 'compile_attn' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
-def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
+def paged_attn(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Compiled:
     """The torch.compile backend. Unknown options raise ValueError; see `Options` for the known ones."""
     chosen = Options.read(options)
     if chosen.cache is not None:
@@ -50,13 +52,20 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     try:
         places = _token_places(gm, examples, cache)
         geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq)
-        rewriting = rewrite_paged(gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1])
+        rewriting = rewrite_paged(
+            gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1]
+        )
     except RefusedError as refused:
         _emit(refused.report)
         cache.report = refused.report
         return _raise_when_called(refused)
     _emit(rewriting.report)
-    cache.bind(rewriting.layers, owner=_owner(gm, examples), max_positions=rewriting.report.max_positions, max_tokens=rewriting.max_tokens)
+    cache.bind(
+        rewriting.layers,
+        owner=_owner(gm, examples),
+        max_positions=rewriting.report.max_positions,
+        max_tokens=rewriting.max_tokens,
+    )
     cache.report = rewriting.report
     compiled = _compile_paged(rewriting, options.inner)
     pages = [pool for pair in zip(cache.k_pages, cache.v_pages, strict=True) for pool in pair]
@@ -87,8 +96,8 @@ def _compile_inner(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner) 
     # Private, fenced here: the call that torch.compile's own "inductor" backend makes.
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Compiled = compile_fx(module, list(inputs))
-    return compiled
+    compiled: Any = compile_fx(module, list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCache) -> tuple[int, int | None]:

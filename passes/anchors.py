@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -68,7 +69,9 @@ class Anchor:
             if products:
                 product = products[0]
                 if op_name(product) == "baddbmm":
-                    raise unreadable(product, "the product with the values adds something (baddbmm)", "use a plain product")
+                    raise unreadable(
+                        product, "the product with the values adds something (baddbmm)", "use a plain product"
+                    )
                 return product, 0 if product.args[0] is node else 1
             onward = [u for u in node.users if _is_layout(u, bounds)]
             if not onward:
@@ -114,9 +117,12 @@ def _without_shift(node: fx.Node, dim: int) -> fx.Node:
     """Softmax ignores what is constant along its axis: x for x - max(x), through casts between floats."""
     while True:
         name = op_name(node)
-        if name == "sub" and len(node.args) == 2 and is_tensor(node.args[1]) and _constant_along(node, node.args[1], dim):  # type: ignore[arg-type]
-            node = node.args[0]  # type: ignore[assignment]
-        elif name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim):
+        if (
+            name == "sub"
+            and len(node.args) == 2
+            and is_tensor(node.args[1])
+            and _constant_along(node, node.args[1], dim)
+        ) or (name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim)):
             node = node.args[0]  # type: ignore[assignment]
         else:
             return node
@@ -136,11 +142,11 @@ def _sink_column(scores: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int] | No
     """(scores, sink, columns before the scores) of scores joined with one column of sinks."""
     if op_name(scores) != "cat":
         return None
-    parts = scores.args[0]
+    parts: Any = scores.args[0]
     at = dim_of(argument(scores, 1, "dim", 0), val(scores).dim())
-    if len(parts) != 2 or at != dim:  # type: ignore[arg-type]
+    if len(parts) != 2 or at != dim:
         return None
-    first, last = parts  # type: ignore[misc]
+    first, last = parts
     if shape_of(last)[dim] == 1:
         return _without_shift(first, dim), last, 0
     return (_without_shift(last, dim), first, 1) if shape_of(first)[dim] == 1 else None
@@ -153,7 +159,8 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         inner: fx.Node = source.args[0]  # type: ignore[assignment]
         dim = dim_of(argument(source, 1, "dim"), val(inner).dim())
         return Anchor(node, _without_shift(inner, dim), dim, node)
-    exponential, hidden = node, None
+    exponential: fx.Node = node
+    hidden: Any = None
     for user in node.users:  # exp(scores).masked_fill(mask, 0)
         if op_name(user) == "masked_fill" and user.args[0] is node and user.args[2] == 0:
             node, hidden = user, user.args[1]
@@ -192,7 +199,9 @@ def _quotient(exp: fx.Node, divisor: fx.Node) -> fx.Node | None:
     for user in exp.users:
         if op_name(user) == "div" and user.args[0] is exp and _comes_from(user.args[1], divisor):
             return user
-        if op_name(user) == "mul" and any(_comes_from(arg, divisor, inverse=True) for arg in user.args if arg is not exp):
+        if op_name(user) == "mul" and any(
+            _comes_from(arg, divisor, inverse=True) for arg in user.args if arg is not exp
+        ):
             return user
     return None
 
@@ -231,7 +240,9 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> Anchor:
     with graph.inserting_before(node):
         heads, kv_heads = (val(x).shape[-3] if val(x).dim() > 2 else 1 for x in (q, k))  # type: ignore[arg-type]
         if argument(node, 7, "enable_gqa", False) and heads != kv_heads:
-            k, v = (emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v))
+            k, v = (
+                emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v)
+            )
         keys = emit.call(graph, _aten.transpose.int, k, -2, -1, like=node)
         product = emit.call(graph, _aten.matmul.default, q, keys, like=node)
         factor = scale if scale is not None else 1.0 / math.sqrt(val(q).shape[-1])  # type: ignore[arg-type]
@@ -249,4 +260,3 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> Anchor:
         weights = emit.call(graph, _aten.softmax.int, scores, -1, like=node)
         emit.call(graph, _aten.matmul.default, weights, v, like=node)
     return Anchor(weights, scores, val(scores).dim() - 1, weights, finish=node)
-

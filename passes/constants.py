@@ -15,7 +15,7 @@ _RUNS = 4  # a band with more edges than this is better left a tensor
 
 def read_constant(tensor: torch.Tensor, index: Index) -> sympy.Basic | None:
     """The element of a known tensor as an expression, proven on every element; None where no closed form is found."""
-    if tensor.is_meta or isinstance(tensor, torch.nn.Parameter) and tensor.numel() > 64:
+    if tensor.is_meta or (isinstance(tensor, torch.nn.Parameter) and tensor.numel() > 64):
         return None  # a weight: never a closed form, and its values may be trained
     fixed = [place if place.is_Integer else None for place in index]
     part = tensor.detach()

@@ -80,7 +80,7 @@ def same_size(a: object, b: object) -> bool:
     """Whether two sizes (int or SymInt) are provably equal; never adds a guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return a is b or bool(statically_known_true(a == b))  # type: ignore[arg-type]
+    return a is b or bool(statically_known_true(a == b))
 
 
 def downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -205,8 +205,8 @@ def _part(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     source: fx.Node = whole.args[0]  # type: ignore[assignment]
     dim = dim_of(argument(whole, 1 if name == "unbind" else 2, "dim", 0), val(source).dim())
     if name == "unbind":
-        return source, (*index[:dim], sympy.Integer(number), *index[dim:])  # type: ignore[call-overload]
-    start = sum((as_expr(part.shape[dim]) for part in whole.meta["val"][:number]), sympy.Integer(0))  # type: ignore[misc]
+        return source, (*index[:dim], sympy.Integer(number), *index[dim:])
+    start = sum((as_expr(part.shape[dim]) for part in whole.meta["val"][:number]), sympy.Integer(0))
     return source, (*index[:dim], index[dim] + start, *index[dim + 1 :])
 
 
@@ -290,7 +290,9 @@ def _dropout(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> In
 
 _RULES = {
     **dict.fromkeys(("alias", "clone", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "positive"), _same),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"), _view),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"), _view
+    ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),

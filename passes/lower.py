@@ -105,13 +105,16 @@ def _as_output(graph: fx.Graph, fused: fx.Node, output: Operand, like: fx.Node) 
     order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
     place = {"b": 0, "t": 2}  # the other axes have constant sizes
     shape = [
-        emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim]) for dim in order
+        emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim])
+        for dim in order
     ]
     node = emit.reshape(graph, fused, shape, like)
     return emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
 
 
-def add_step_inputs(module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int) -> StepNodes:
+def add_step_inputs(
+    module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int
+) -> StepNodes:
     """Add the placeholders of `STEP_INPUTS` and the one metadata node, ahead of all computation.
 
     `examples` are fake tensors for the placeholders: block_table [B, max_pages] int32, seq_lens [B] int32, query_lens [B]
@@ -148,14 +151,15 @@ def page(module: fx.GraphModule, step: StepNodes, num_pages: int, page_size: int
     Returns what each site keeps, in the order of the new placeholders (K and V of site 0, of site 1, ...).
     """
     graph = module.graph
-    layers = []
+    layers: list[LayerKV] = []
     for fused in [n for n in graph.nodes if n.target is _ops.attention.default]:
         q, k, v, captured, spec, kernel = fused.args
-        layer = LayerKV(*(val(k).shape[n] for n in (1, 3)), val(v).shape[3], val(k).dtype, val(k).device)  # type: ignore[arg-type]
+        key, value = val(k), val(v)
+        layer = LayerKV(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), key.dtype, key.device)
         number = len(layers)
-        pool = val(k).new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim))
+        pool = key.new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim))
         k_pages = add_placeholder(graph, f"k_pages_{number}", pool)
-        pool = val(v).new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim_v))
+        pool = value.new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim_v))
         v_pages = add_placeholder(graph, f"v_pages_{number}", pool)
         with graph.inserting_before(fused):
             q, k, v = (_token_major(graph, node, fused) for node in (q, k, v))

@@ -52,7 +52,9 @@ def _classify(visible: Boolean) -> Mask:
 
 def _candidates(visible: Boolean) -> Iterator[Mask]:
     """Families that the constants of the predicate suggest."""
-    constants = sorted({abs(int(c)) + d for c in visible.atoms(sympy.Integer) for d in (-1, 0, 1) if abs(int(c)) + d >= 0})
+    constants = sorted(
+        {abs(int(c)) + d for c in visible.atoms(sympy.Integer) for d in (-1, 0, 1) if abs(int(c)) + d >= 0}
+    )
     yield Causal()
     families: list[Mask] = [Causal(), *(Window(c) for c in constants), *(Prefix(c) for c in constants if c > 0)]
     yield from families[1:]
@@ -74,7 +76,9 @@ def _candidates(visible: Boolean) -> Iterator[Mask]:
 
 def _chunk_size(atom: Boolean) -> int | None:
     for size in sorted({int(c.q) for c in atom.atoms(sympy.Rational) if c.q > 1}):
-        if isinstance(atom, sympy.Eq) and _canonical(atom) == _canonical(sympy.Eq(sympy.floor(I / size), sympy.floor(J / size))):
+        if isinstance(atom, sympy.Eq) and _canonical(atom) == _canonical(
+            sympy.Eq(sympy.floor(I / size), sympy.floor(J / size))
+        ):
             return size
     return None
 
@@ -95,7 +99,12 @@ def equal(a: Boolean, b: Boolean) -> bool:
     constants = {0} | {c for part in (a, b) for c in _thresholds(part)}
     i, j = _points(constants)
     return all(
-        bool(np.array_equal(_evaluate(a, dict(zip(free, truth, strict=True)), i, j), _evaluate(b, dict(zip(free, truth, strict=True)), i, j)))
+        bool(
+            np.array_equal(
+                _evaluate(a, dict(zip(free, truth, strict=True)), i, j),
+                _evaluate(b, dict(zip(free, truth, strict=True)), i, j),
+            )
+        )
         for truth in itertools.product((False, True), repeat=len(free))
     )
 
@@ -119,7 +128,9 @@ def _linear(atom: Boolean) -> tuple[int, int, int] | None:
     constant = sympy.expand(difference - a * I - b * J)
     if not (a.is_Integer and b.is_Integer and constant.is_Integer):
         return None
-    return (int(a), int(b), int(constant)) if (abs(a), abs(b)) in ((1, 0), (0, 1)) or (abs(a) == 1 and a == -b) else None
+    return (
+        (int(a), int(b), int(constant)) if (abs(a), abs(b)) in ((1, 0), (0, 1)) or (abs(a) == 1 and a == -b) else None
+    )
 
 
 def _free_atoms(predicate: Boolean) -> list[Boolean]:
@@ -156,7 +167,14 @@ def _evaluate(predicate: Boolean, free: dict[Boolean, bool], i: np.ndarray, j: n
         value = free[_canonical(predicate)]
         return np.full(i.shape, not value if isinstance(predicate, sympy.Ne) else value)
     value = line[0] * i + line[1] * j + line[2]
-    compare = {sympy.Lt: np.less, sympy.Le: np.less_equal, sympy.Gt: np.greater, sympy.Ge: np.greater_equal, sympy.Eq: np.equal, sympy.Ne: np.not_equal}
+    compare = {
+        sympy.Lt: np.less,
+        sympy.Le: np.less_equal,
+        sympy.Gt: np.greater,
+        sympy.Ge: np.greater_equal,
+        sympy.Eq: np.equal,
+        sympy.Ne: np.not_equal,
+    }
     return compare[predicate.func](value, 0)  # type: ignore[no-any-return]
 
 
@@ -164,5 +182,3 @@ def sees_itself(visible: Boolean) -> bool:
     """Whether key j = i is visible to every query i: proven, for every value of the free atoms that j = i leaves open."""
     diagonal = visible.subs(J, I)
     return diagonal is sympy.true or equal(diagonal, sympy.true)
-
-

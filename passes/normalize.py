@@ -23,7 +23,9 @@ class Normalized:
     """A graph with the placeholders of the captured one, in its order, and the real values for them where they are constants."""
 
     module: fx.GraphModule
-    constants: dict[fx.Node, torch.Tensor]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
+    constants: dict[
+        fx.Node, torch.Tensor
+    ]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
     sources: dict[fx.Node, str]  # placeholder -> name in the user's terms: "input_ids", "model.norm.weight"
 
 

@@ -102,9 +102,12 @@ class _SiteReader:
                 raise unreadable(anchor.softmax, *anchor.refused)
             return None
         if not products:
-            return self._no_product(anchor, axes)
+            self._no_product(anchor, axes)
+            return None
         if len(products) > 1:
-            raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
+            raise unreadable(
+                anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported"
+            )
         (product,) = products
         rows, q, k = self._queries_and_keys(anchor, axes, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
@@ -118,7 +121,9 @@ class _SiteReader:
         k, v = (self._full(anchor, found, heads_kv) for found in (k, v))
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
         replaced = self._dead(anchor, output.node, product)
-        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced)
+        return AttentionSite(
+            location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced
+        )
 
     def _axes(self, anchor: Anchor) -> Index:
         sizes = anchor.shape
@@ -127,7 +132,7 @@ class _SiteReader:
     def _is_product(self, dot: sympy.Expr) -> bool:
         """Whether both operands of a contraction carry data (a contraction of constants is a constant)."""
         node = self.reader.contractions[int(dot.args[0])]
-        return all(operand in self.data for operand in node.args[-2:])
+        return all(operand in self.data for operand in operands(node))
 
     def _no_product(self, anchor: Anchor, axes: Index) -> None:
         """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
@@ -140,11 +145,14 @@ class _SiteReader:
     ) -> tuple[_Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
         index: Index = product.args[1:]
-        left, right = node.args[-2:]
-        depth = shape_of(left)[-1]  # type: ignore[arg-type]
+        left, right = operands(node)
+        depth = shape_of(left)[-1]
         channel = self.reader.bounds.symbol("d", depth)
         column = axes[anchor.dim]
-        sides = [(left, self._operand_index(left, index, index[-2], channel)), (right, self._operand_index(right, index, channel, index[-1]))]
+        sides = [
+            (left, self._operand_index(left, index, index[-2], channel)),
+            (right, self._operand_index(right, index, channel, index[-1])),
+        ]
         if index[-1] == column:
             row, (query, key) = index[-2], sides
         elif index[-2] == column:
@@ -163,7 +171,9 @@ class _SiteReader:
             if got is None or (name == "queries" and got.heads != rows.heads):
                 got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
             if got is None:
-                raise unreadable(node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}")
+                raise unreadable(
+                    node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}"
+                )
             found.append(got)
         if found[0].heads != rows.heads:
             raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
@@ -172,13 +182,17 @@ class _SiteReader:
     def _merged_row(self, anchor: Anchor, axes: Index, row: sympy.Expr, node: fx.Node) -> sympy.Expr:
         """The token axis among several that are one axis of the product, as when grouped queries are packed into rows."""
         inside = [n for n, axis in enumerate(axes) if axis in row.free_symbols]
-        long = [n for n in inside if anchor.shape[n] == anchor.shape[anchor.dim]] or [n for n in inside if anchor.shape[n].is_Symbol]
+        long = [n for n in inside if anchor.shape[n] == anchor.shape[anchor.dim]] or [
+            n for n in inside if anchor.shape[n].is_Symbol
+        ]
         if len(long) != 1:
-            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
+            raise unreadable(
+                node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis"
+            )
         return axes[long[0]]
 
-    def _operand_index(self, operand: object, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
-        shape = shape_of(operand)  # type: ignore[arg-type]
+    def _operand_index(self, operand: fx.Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
+        shape = shape_of(operand)
         leading = index[len(index) - len(shape) : -2]
         lead = tuple(sympy.Integer(0) if size == 1 else place for place, size in zip(leading, shape, strict=False))
         return (*lead, row, column)
@@ -186,7 +200,11 @@ class _SiteReader:
     def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr, batched: bool) -> _Rows:
         query = axes.index(row) if row != 0 else None
         rest = [n for n in range(len(axes)) if n not in (query, anchor.dim) and axes[n] != 0]
-        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0 else None
+        batch = (
+            rest[0]
+            if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0
+            else None
+        )
         heads = [n for n in rest if n != batch]
         if not all(anchor.shape[n].is_Integer for n in heads):
             raise unreadable(anchor.softmax, f"a score of shape {anchor.shape} has a head axis of unknown size")
@@ -202,15 +220,23 @@ class _SiteReader:
             count *= size
         if batch is not None:
             self.reader.bounds.know(B, anchor.shape[batch])
-        for symbol, size in ((H, count), (I, anchor.shape[query] if query is not None else 1), (J, anchor.shape[anchor.dim])):
+        for symbol, size in (
+            (H, count),
+            (I, anchor.shape[query] if query is not None else 1),
+            (J, anchor.shape[anchor.dim]),
+        ):
             self.reader.bounds.know(symbol, sympy.sympify(size))
         queries = anchor.shape[query] if query is not None else sympy.Integer(1)
         keys = anchor.shape[anchor.dim]
         if self.paged and keys != queries:
             why = f"{queries} queries attend to {keys} keys; a paged model's keys are those of its own tokens"
-            raise unreadable(anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache")
+            raise unreadable(
+                anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache"
+            )
         if self.paged and keys.is_Integer:
-            raise unreadable(anchor.softmax, f"the sequence length is a constant, {keys}", "mark it dynamic, with at least 2 tokens")
+            raise unreadable(
+                anchor.softmax, f"the sequence length is a constant, {keys}", "mark it dynamic, with at least 2 tokens"
+            )
         return _Rows(values, count, B if batch is not None else None, queries, keys)
 
     def _meaning(self, anchor: Anchor, score: sympy.Expr, rows: _Rows) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
@@ -230,11 +256,15 @@ class _SiteReader:
             parts["sinks"] = number(sinks).xreplace(rows.values)
         tensors = [part for part in (*parts.values(), visible) if isinstance(part, sympy.Basic)]
         if any(part.has(Opaque) or part.has(Dot) for part in tensors):
-            raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
+            raise unreadable(
+                anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row"
+            )
         loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
         captured = tuple(self.reader.captured[number] for number in loads)
         self._check_captured(anchor, captured)
-        rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
+        rename = {
+            load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)
+        }
         parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
         visible = visible.xreplace(rename)
         mask = Bidirectional() if visible is sympy.true else classify(visible)
@@ -271,12 +301,14 @@ class _SiteReader:
     ) -> tuple[Operand, Found, sympy.Expr]:
         outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(output)))
         index = dict(path(output, outs, self.reader.bounds))[node]
-        left, right = node.args[-2:]
-        depth = shape_of(left)[-1]  # type: ignore[arg-type]
+        left, right = operands(node)
+        depth = shape_of(left)[-1]
         inner = self.reader.bounds.symbol("c", depth)
         left_index = self._operand_index(left, index, index[-2], inner)
         right_index = self._operand_index(right, index, inner, index[-1])
-        (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[:: 1 if side == 0 else -1]
+        (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[
+            :: 1 if side == 0 else -1
+        ]
         steps = path(weights, weight_index, self.reader.bounds)
         place = next((at for step, at in steps if step is anchor.probabilities), None)
         if place is None:
@@ -296,7 +328,9 @@ class _SiteReader:
         roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
         found = find_operand(value, value_index, roles, self.reader.bounds, scaled=False)
         if found is None:
-            raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
+            raise unreadable(
+                node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}"
+            )
         letters = tuple(self._letter(symbol, back, column) for symbol in outs)
         return self._final(anchor, Operand(output, letters)), found, size
 
@@ -339,7 +373,9 @@ class _SiteReader:
     def _full(self, anchor: Anchor, found: Found, heads: int) -> Found:
         """K and V with equally many heads. Two different counts would need a repeat, which nobody writes."""
         if found.heads != heads:
-            raise unreadable(anchor.softmax, f"keys and values have different numbers of heads ({found.heads} and {heads})")
+            raise unreadable(
+                anchor.softmax, f"keys and values have different numbers of heads ({found.heads} and {heads})"
+            )
         return replace(found)
 
     def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
@@ -348,7 +384,9 @@ class _SiteReader:
         for node in inside - {output}:
             for user in node.users:
                 if user not in inside and op_name(user) != "sym_size":
-                    what = "probabilities are" if node in downstream([anchor.softmax]) | {anchor.softmax} else "scores are"
+                    what = (
+                        "probabilities are" if node in downstream([anchor.softmax]) | {anchor.softmax} else "scores are"
+                    )
                     why = f"the {what} also used by {user.name} ({op_name(user) or user.op})"
                     raise unreadable(node, why, "return no attention weights")
         return frozenset(inside)
@@ -364,10 +402,20 @@ class _SiteReader:
         return found
 
 
+def operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two factors of a contraction."""
+    left, right = product.args[-2:]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        raise TypeError(f"{product.name} multiplies something that is no tensor")
+    return left, right
 
 
 def _layout_of(node: fx.Node, source: fx.Node, reader: Reader) -> Index | None:
     """The index map of a layout op over `source`; None for any other op."""
-    outs = tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(node))) if "val" in node.meta else ()
+    outs = (
+        tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(node)))
+        if "val" in node.meta
+        else ()
+    )
     step = index_map(node, outs, reader.bounds) if outs else None
     return step[1] if step is not None and step[0] is source else None

@@ -5,11 +5,18 @@ A Report is a value: sites rewritten, sites rejected, what was done about tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from typing import TYPE_CHECKING
 
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.graph import Location
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,66 @@ class Report:
     before: str = ""  # the normalised graph as text
     after: str = ""
     max_positions: int | None = None  # length of the shortest position table that the model indexes by position
+
+    def diff(self) -> str:
+        """Unified diff of the normalised graph before and after; empty where nothing was rewritten."""
+        lines = difflib.unified_diff(self.before.splitlines(), self.after.splitlines(), "before", "after", lineterm="")
+        return "\n".join(lines) if self.after else ""
+
+    def to_html(self, path: str | None = None) -> str:
+        """One self-contained page: sites, masks as pictures, the diff. Written to `path` where that is given."""
+        from compile_attn.passes.render import html
+
+        page = html(self)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(page)
+        return page
+
+    def summary(self) -> str:
+        """One line."""
+        done = f"{len(self.sites)} attention site(s) rewritten ({self.mode}), {len(self.rejected)} rejected"
+        return done + (f", {len(self.tokens)} token rewrite(s)" if self.mode == "paged" else "")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.summary()
+        if self.sites:
+            yield _table("rewritten", ("where", "what it computes", "kernel", "others"), [_site_row(site) for site in self.sites])
+        if self.rejected:
+            rows = [(one.where.module or one.where.node, one.reason, one.cure, one.where.source) for one in self.rejected]
+            yield _table("rejected", ("where", "reason", "cure", "source"), rows)
+        if self.tokens:
+            rows = [(one.kind, one.where.module or one.where.node, one.detail) for one in self.tokens]
+            yield _table("tokens", ("kind", "where", "rewrite"), rows)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def _site_row(site: Rewritten) -> tuple[str, ...]:
+    others = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in site.passed_over.items())
+    return site.where.module or site.where.node, site.spec.words(), site.kernel, others
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table in which equal neighbours that differ in place alone share a row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title, title_justify="left")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    place = 1 if title == "tokens" else 0
+    for row in rows:
+        groups.setdefault((*row[:place], "", *row[place + 1 :]), []).append(row[place])
+    for row, places in groups.items():
+        where = places[0] if len(places) == 1 else f"{places[0]} ... {places[-1]} ({len(places)})"
+        table.add_row(*(Text(where if n == place else cell) for n, cell in enumerate(row)))
+    return table
 
 
 class RefusedError(RuntimeError):

@@ -46,7 +46,9 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
     hidden = False
     for count, (leaf, when) in enumerate(_branches(expr, sympy.true)):
         if count >= _BRANCHES:
-            raise ScoreError(f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()")
+            raise ScoreError(
+                f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()"
+            )
         if _is_hidden(leaf):
             hidden = True
             continue
@@ -58,12 +60,16 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
             same.append(when)
     if not seen:
         raise ScoreError("every key is masked")
-    visible = _in_range(sympy.Or(*(when for _, conditions in seen for when in conditions)) if hidden else sympy.true, length)
+    visible = _in_range(
+        sympy.Or(*(when for _, conditions in seen for when in conditions)) if hidden else sympy.true, length
+    )
     pieces = [(leaf, _in_range(sympy.Or(*conditions), length)) for leaf, conditions in seen]
     core = pieces[0][0] if len(pieces) == 1 else sympy.Piecewise(*pieces[:-1], (pieces[-1][0], True))
     for part in (visible, core):
         if length is not None and part.has(length):
-            raise ScoreError(f"the score depends on the sequence length {length}: {part}", "write it in positions alone")
+            raise ScoreError(
+                f"the score depends on the sequence length {length}: {part}", "write it in positions alone"
+            )
     return _canonical(core, visible)
 
 
@@ -112,7 +118,7 @@ def _without_row_terms(leaf: sympy.Expr) -> sympy.Expr:
             continue
         slope = sympy.diff(term, J) if not term.has(S) and not term.atoms(sympy.Function) & _with_j(term) else None
         linear = slope is not None and not slope.has(J, I) and sympy.expand(term - slope * J) == 0
-        kept += slope * (J - I) if linear else term  # type: ignore[operator]
+        kept += slope * (J - I) if linear else term
     return kept
 
 
@@ -132,7 +138,9 @@ def _in_range(condition: Boolean, length: sympy.Symbol | None) -> Boolean:
                 if margin is None:
                     continue
                 rest = sympy.expand(margin - (length - place))  # length - place is at least 1
-                if rest.is_Integer and (rest >= 0 or (not atom.is_Relational) or (rest >= -1 and isinstance(atom, (sympy.Ge, sympy.Le)))):
+                if rest.is_Integer and (
+                    rest >= 0 or (not atom.is_Relational) or (rest >= -1 and isinstance(atom, (sympy.Ge, sympy.Le)))
+                ):
                     known[atom] = sympy.true
                 rest = sympy.expand(-margin - (length - place))
                 if rest.is_Integer and (rest >= 0 or (rest >= -1 and isinstance(atom, (sympy.Gt, sympy.Lt)))):

@@ -312,7 +312,9 @@ def _cast_op(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:
     return _cast(reader.at(source, index), val(source).dtype, val(node).dtype)
 
 
-def _matching_type(rule: Callable[[Reader, fx.Node, Index], sympy.Basic]) -> Callable[[Reader, fx.Node, Index], sympy.Basic]:
+def _matching_type(
+    rule: Callable[[Reader, fx.Node, Index], sympy.Basic],
+) -> Callable[[Reader, fx.Node, Index], sympy.Basic]:
     """Arithmetic whose result type is narrower than float32 rounds; scores excepted."""
 
     def typed(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:
@@ -380,4 +382,15 @@ RULES: dict[str, Callable[[Reader, fx.Node, Index], sympy.Basic]] = {
 from compile_attn.passes import symbolic_makers  # noqa: E402
 
 RULES.update(symbolic_makers.RULES)
-__all__ = ["Dot", "Opaque", "Reader", "Unreadable", "boolean", "dim_of", "is_boolean", "number", "shape_of", "unreadable"]
+__all__ = [
+    "Dot",
+    "Opaque",
+    "Reader",
+    "Unreadable",
+    "boolean",
+    "dim_of",
+    "is_boolean",
+    "number",
+    "shape_of",
+    "unreadable",
+]

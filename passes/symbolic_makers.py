@@ -68,7 +68,7 @@ def _cat(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         end = start + shape_of(part)[dim]
         place = (*index[:dim], index[dim] - start, *index[dim + 1 :])
         if reader.bounds.below(index[dim] - start, shape_of(part)[dim]):
-            return reader.at(part, place)  # type: ignore[no-any-return]
+            return reader.at(part, place)
         pieces.append((reader.at(part, place), sympy.Lt(index[dim], end)))
         start = end
     result = pieces[-1][0]
@@ -82,7 +82,7 @@ def _stack(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     dim = dim_of(argument(node, 1, "dim", 0), len(index))
     rest = (*index[:dim], *index[dim + 1 :])
     if index[dim].is_Integer:
-        return reader.at(parts[int(index[dim])], rest)  # type: ignore[no-any-return]
+        return reader.at(parts[int(index[dim])], rest)
     raise NotImplementedError
 
 
@@ -100,8 +100,10 @@ def _index(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     inner = index[begin : begin + width]
     rest = iter((*index[:begin], *index[begin + width :]))
     shape = shape_of(source)  # type: ignore[arg-type]
-    chosen = [next(rest) if p is None else _wrap(reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)]
-    return reader.at(source, tuple(chosen))  # type: ignore[no-any-return]
+    chosen = [
+        next(rest) if p is None else _wrap(reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)
+    ]
+    return reader.at(source, tuple(chosen))
 
 
 def _wrap(place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
@@ -112,18 +114,18 @@ def _wrap(place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
 def _index_select(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     dim = dim_of(argument(node, 1, "dim"), len(index))
     place = reader.at(node.args[2], (index[dim],))
-    return reader.at(node.args[0], (*index[:dim], place, *index[dim + 1 :]))  # type: ignore[no-any-return]
+    return reader.at(node.args[0], (*index[:dim], place, *index[dim + 1 :]))
 
 
 def _gather(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     dim = dim_of(argument(node, 1, "dim"), len(index))
     place = reader.at(node.args[2], index)
-    return reader.at(node.args[0], (*index[:dim], place, *index[dim + 1 :]))  # type: ignore[no-any-return]
+    return reader.at(node.args[0], (*index[:dim], place, *index[dim + 1 :]))
 
 
 def _embedding(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     row = reader.at(node.args[1], index[:-1])
-    return reader.at(node.args[0], (row, index[-1]))  # type: ignore[no-any-return]
+    return reader.at(node.args[0], (row, index[-1]))
 
 
 def _diff(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
@@ -137,7 +139,7 @@ def _diff(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         return (*index[:dim], index[dim] + by, *index[dim + 1 :])
 
     if prepend is None:
-        return reader.at(source, move(1)) - reader.at(source, index)  # type: ignore[no-any-return]
+        return reader.at(source, move(1)) - reader.at(source, index)
     if shape_of(prepend)[dim] != 1:
         raise NotImplementedError
     first = (*index[:dim], sympy.Integer(0), *index[dim + 1 :])
@@ -157,12 +159,12 @@ def _cumsum(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     value = s.number(reader.at(node.args[0], (*index[:dim], step, *index[dim + 1 :])))
     if value.has(step) or value.has(s.Dot):
         raise NotImplementedError
-    return value * (index[dim] + 1)  # type: ignore[no-any-return]
+    return value * (index[dim] + 1)
 
 
 def _row_reduction(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     """A reduction: only that it is free of the axis it runs over is known."""
-    return reader.opaque_at(node, index)  # type: ignore[no-any-return]
+    return reader.opaque_at(node, index)
 
 
 def _reduction(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
@@ -186,14 +188,14 @@ def _slice_scatter(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     place = (*index[:dim], index[dim] - start, *index[dim + 1 :])
     inside = sympy.And(sympy.Ge(index[dim], start), sympy.Lt(index[dim], start + length))
     if start == 0 and length == size:
-        return reader.at(source, index)  # type: ignore[no-any-return]
-    return s._choose(inside, reader.at(source, place), reader.at(base, index))  # type: ignore[no-any-return]
+        return reader.at(source, index)
+    return s._choose(inside, reader.at(source, place), reader.at(base, index))
 
 
 def _copy(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     s = _symbolic()
     source: fx.Node = node.args[1]  # type: ignore[assignment]
-    return s._cast(reader.at(source, broadcast(index, source)), val(source).dtype, val(node).dtype)  # type: ignore[no-any-return]
+    return s._cast(reader.at(source, broadcast(index, source)), val(source).dtype, val(node).dtype)
 
 
 def _pad(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
@@ -206,8 +208,10 @@ def _pad(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         dim, before, after = len(index) - 1 - pair, as_expr(widths[2 * pair]), as_expr(widths[2 * pair + 1])
         place[dim] = place[dim] - before
         inside = inside if before == 0 or before.is_negative else sympy.And(inside, sympy.Ge(index[dim], before))
-        inside = inside if after == 0 or after.is_negative else sympy.And(inside, sympy.Lt(index[dim], before + shape[dim]))
-    return s._choose(inside, reader.at(source, tuple(place)), fill)  # type: ignore[no-any-return]
+        inside = (
+            inside if after == 0 or after.is_negative else sympy.And(inside, sympy.Lt(index[dim], before + shape[dim]))
+        )
+    return s._choose(inside, reader.at(source, tuple(place)), fill)
 
 
 def _getitem_reduction(node: fx.Node) -> bool:

@@ -169,7 +169,9 @@ class Context:
             return Size(self.sizes.depends(value))
         if any(self.sizes.depends(size) for size in value.shape):
             what = f"input {node.name} of shape {tuple(value.shape)} is given per token"
-            return Mixed(f"{what}; a paged step provides token ids and positions only", node, "leave it out of the call")
+            return Mixed(
+                f"{what}; a paged step provides token ids and positions only", node, "leave it out of the call"
+            )
         return Free()
 
     def _getitem(self, node: fx.Node) -> Value:
@@ -198,7 +200,9 @@ class Context:
         if op.random and known is None:
             return self.mixed(node, "draws random numbers", "call model.eval()")
         if op.mutable:
-            self.effects.append(self.mixed(node, "writes to a tensor at every call; a paged model keeps no other state"))
+            self.effects.append(
+                self.mixed(node, "writes to a tensor at every call; a paged model keeps no other state")
+            )
             return self.effects[-1]
         bad = first_mixed(inputs)
         if bad is not None and (known is None or not known.counts):
@@ -216,7 +220,7 @@ class Context:
 
     def _free(self, node: fx.Node) -> Value:
         known = RULES.get(op_key(node))
-        random = _described(node.target).random  # type: ignore[arg-type]
+        random = _described(node.target).random
         return known.apply(self, node, bind(node)) if random and known is not None else Free()
 
     def _checked(self, node: fx.Node, value: Value) -> Value:
@@ -248,7 +252,9 @@ class Context:
         return self.constants.get(node) if isinstance(node, fx.Node) else None
 
 
-_COPIES = frozenset(f"aten::{name}" for name in ("lift_fresh_copy", "clone", "alias", "detach", "contiguous", "_to_copy"))
+_COPIES = frozenset(
+    f"aten::{name}" for name in ("lift_fresh_copy", "clone", "alias", "detach", "contiguous", "_to_copy")
+)
 
 
 def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
@@ -261,7 +267,11 @@ def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
         return context.mixed(node, f"pairs tokens with each other; {BY_ITSELF}")
     if a.axis == b.axis:
         return replace(a, uniform=a.uniform and b.uniform)
-    if (a.uniform or b.uniform) and a.axis.count == b.axis.count and "part" not in (a.axis.space.kind, b.axis.space.kind):
+    if (
+        (a.uniform or b.uniform)
+        and a.axis.count == b.axis.count
+        and "part" not in (a.axis.space.kind, b.axis.space.kind)
+    ):
         return replace(b if a.uniform else a, uniform=a.uniform and b.uniform)
     return context.mixed(node, "combines rows that stand in different orders")
 

@@ -20,7 +20,73 @@ from compile_attn.passes.token_values import TOKENS, Axis, Free, Index, Iota, Mi
 Arguments = dict[str, Any]
 
 # Elementwise with broadcasting, but without torch.Tag.pointwise, which the context asks for first.
-_POINTWISE = ["where", "masked_fill", "type_as", "__and__", "__or__", "__xor__", "and", "or", "bitwise_and", "floor_divide", "isin", "copy", "hardswish", "polar", "complex", "real", "imag", "log_sigmoid", "log_sigmoid_forward", "fill", "clamp", "clip", "maximum", "minimum", "add", "mul", "sub", "rsub", "pow", "nan_to_num", "float_power", "subtract", "multiply", "divide", "true_divide", "negative", "absolute", "square", "not_equal", "equal", "greater", "less", "greater_equal", "less_equal", "logaddexp", "logical_and", "logical_or", "bitwise_not", "relu6", "hardtanh", "softsign", "tanhshrink", "view_as_real_copy", "isclose", "fix", "xlogy", "special_expit", "expit", "special_log1p", "special_exp2", "special_erf", "mish", "silu", "gelu", "sgn"]
+_POINTWISE = [
+    "where",
+    "masked_fill",
+    "type_as",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "and",
+    "or",
+    "bitwise_and",
+    "floor_divide",
+    "isin",
+    "copy",
+    "hardswish",
+    "polar",
+    "complex",
+    "real",
+    "imag",
+    "log_sigmoid",
+    "log_sigmoid_forward",
+    "fill",
+    "clamp",
+    "clip",
+    "maximum",
+    "minimum",
+    "add",
+    "mul",
+    "sub",
+    "rsub",
+    "pow",
+    "nan_to_num",
+    "float_power",
+    "subtract",
+    "multiply",
+    "divide",
+    "true_divide",
+    "negative",
+    "absolute",
+    "square",
+    "not_equal",
+    "equal",
+    "greater",
+    "less",
+    "greater_equal",
+    "less_equal",
+    "logaddexp",
+    "logical_and",
+    "logical_or",
+    "bitwise_not",
+    "relu6",
+    "hardtanh",
+    "softsign",
+    "tanhshrink",
+    "view_as_real_copy",
+    "isclose",
+    "fix",
+    "xlogy",
+    "special_expit",
+    "expit",
+    "special_log1p",
+    "special_exp2",
+    "special_erf",
+    "mish",
+    "silu",
+    "gelu",
+    "sgn",
+]
 
 
 @rule(*_POINTWISE)
@@ -91,7 +157,19 @@ def tensors(args: Any) -> list[fx.Node]:
     return found
 
 
-@rule("_to_copy", "to", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive", "float", counts=True)
+@rule(
+    "_to_copy",
+    "to",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "positive",
+    "float",
+    counts=True,
+)
 def cast(c: Context, node: fx.Node, args: Arguments) -> Value:
     """The same numbers in another dtype or layout. A cast to bool compares with zero."""
     value = c.of(node.args[0])
@@ -114,7 +192,9 @@ def dropout(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.mixed(node, "is on", "call model.eval()")
 
 
-def _contract(c: Context, node: fx.Node, a: object, b: object, *, strict: bool) -> list[tuple[object, list[int | None]]]:
+def _contract(
+    c: Context, node: fx.Node, a: object, b: object, *, strict: bool
+) -> list[tuple[object, list[int | None]]]:
     """Places of the dims of a matrix product's operands: [..., n, k] x [..., k, m], vectors without n or m."""
     rank, ra, rb = val(node).dim(), val(a).dim(), val(b).dim()  # type: ignore[arg-type]
     m = 0 if rb == 1 else 1
@@ -141,7 +221,14 @@ def matmul(c: Context, node: fx.Node, args: Arguments) -> Value:
 
 
 def _factors(args: Arguments) -> tuple[str, str]:
-    for pair in (("mat1", "mat2"), ("batch1", "batch2"), ("mat", "vec"), ("self", "mat2"), ("self", "other"), ("self", "vec")):
+    for pair in (
+        ("mat1", "mat2"),
+        ("batch1", "batch2"),
+        ("mat", "vec"),
+        ("self", "mat2"),
+        ("self", "other"),
+        ("self", "vec"),
+    ):
         if all(name in args for name in pair):
             return pair
     return "self", "tensor"
@@ -153,7 +240,7 @@ def linear(c: Context, node: fx.Node, args: Arguments) -> Value:
     rank = val(node).dim()
     out: list[int | None] = [rank - 1] if val(weight).dim() == 2 else []
     places = [(x, [*range(val(x).dim() - 1), None]), (weight, [*out, None])]
-    return c.aligned(node, [*places, (bias, [rank - 1])])  # type: ignore[list-item]
+    return c.aligned(node, [*places, (bias, [rank - 1])])
 
 
 @rule("outer", "ger")
@@ -161,8 +248,72 @@ def outer(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.aligned(node, [(args["self"], [0]), (args["vec2"], [1])])
 
 
-_REDUCTIONS = ["sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin", "norm", "median", "nanmedian", "linalg_vector_norm", "nansum", "nanmean", "aminmax", "count_nonzero", "mode", "frobenius_norm", "special_logsumexp"]
-_ALONG = ["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk", "kthvalue", "glu", "diff", "special_softmax", "renorm", "msort", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_fft2", "fft_ifft2", "fft_fftn", "fft_rfft2", "fft_rfftn", "fft_ifftn", "fft_irfftn", "flip", "roll", "normalize"]
+_REDUCTIONS = [
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "logsumexp",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "prod",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "norm",
+    "median",
+    "nanmedian",
+    "linalg_vector_norm",
+    "nansum",
+    "nanmean",
+    "aminmax",
+    "count_nonzero",
+    "mode",
+    "frobenius_norm",
+    "special_logsumexp",
+]
+_ALONG = [
+    "softmax",
+    "_softmax",
+    "_safe_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "softmin",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "cummax",
+    "cummin",
+    "sort",
+    "argsort",
+    "topk",
+    "kthvalue",
+    "glu",
+    "diff",
+    "special_softmax",
+    "renorm",
+    "msort",
+    "fft_fft",
+    "fft_ifft",
+    "fft_rfft",
+    "fft_irfft",
+    "fft_hfft",
+    "fft_fft2",
+    "fft_ifft2",
+    "fft_fftn",
+    "fft_rfft2",
+    "fft_rfftn",
+    "fft_ifftn",
+    "fft_irfftn",
+    "flip",
+    "roll",
+    "normalize",
+]
 
 
 def _dims(args: Arguments, rank: int) -> list[int]:
@@ -200,7 +351,11 @@ def along(c: Context, node: fx.Node, args: Arguments) -> Value:
     x = node.args[0]
     rank = val(x).dim()  # type: ignore[arg-type]
     name = op_key(node).removeprefix("aten::")
-    if (args.get("dim", 0) is None and not name.startswith("fft_")) or name in ("fft_fftn", "fft_rfftn", "fft_ifftn", "fft_irfftn", "renorm", "msort") or len(tensors(args.values())) > 1:
+    if (
+        (args.get("dim", 0) is None and not name.startswith("fft_"))
+        or name in ("fft_fftn", "fft_rfftn", "fft_ifftn", "fft_irfftn", "renorm", "msort")
+        or len(tensors(args.values())) > 1
+    ):
         dims = list(range(rank))
     else:
         dims = _dims(args, rank)
@@ -232,7 +387,13 @@ def group_norm(c: Context, node: fx.Node, args: Arguments) -> Value:
     return for_each_result(node, value)
 
 
-@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+@rule(
+    "batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+)
 def batch_norm(c: Context, node: fx.Node, args: Arguments) -> Value:
     if args.get("training", False):
         return c.mixed(node, f"takes its statistics over tokens; {BY_ITSELF}", "call model.eval()")
@@ -298,7 +459,9 @@ def attention(c: Context, node: fx.Node, args: Arguments) -> Value:
         if isinstance(value := c.of(captured), Mixed):
             return value
         if not isinstance(value, Free):
-            return c.mixed(node, f"captures {captured}, which is given per token", "leave padding masks out of the call")
+            return c.mixed(
+                node, f"captures {captured}, which is given per token", "leave padding masks out of the call"
+            )
     return Tok(2)
 
 
@@ -352,7 +515,9 @@ def item(c: Context, node: fx.Node, args: Arguments) -> Value:
     return value if isinstance(value, Mixed) else c.mixed(node, "reads a number out of the tokens' values")
 
 
-@rule("_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", lengths=True, counts=True)
+@rule(
+    "_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", lengths=True, counts=True
+)
 def assertion(c: Context, node: fx.Node, args: Arguments) -> Value:
     return Free()
 

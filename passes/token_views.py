@@ -81,7 +81,19 @@ def unsqueeze(c: Context, node: fx.Node, args: Arguments) -> Value:
     return replace(value, dim=value.dim + (args["dim"] % val(node).dim() <= value.dim))
 
 
-@rule("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint", "permute_copy")
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "numpy_T",
+    "mT",
+    "adjoint",
+    "permute_copy",
+)
 def permute(c: Context, node: fx.Node, args: Arguments) -> Value:
     value = c.of(node.args[0])
     assert isinstance(value, Row)
@@ -316,7 +328,9 @@ def _joined_groups(c: Context, node: fx.Node, values: Sequence[Value], dim: int)
     axes = [value.axis if isinstance(value, Tok) and value.dim == dim else Axis() for value in values]
     sort = axes[0].space.node
     whole = sort is not None and len(axes) == c.groups.get(sort)
-    if whole and all(axis.space.kind == "part" and axis.space.node is sort and axis.space.group == g for g, axis in enumerate(axes)):
+    if whole and all(
+        axis.space.kind == "part" and axis.space.node is sort and axis.space.group == g for g, axis in enumerate(axes)
+    ):
         return Tok(dim, Axis(replace(axes[0].space, kind="sorted", group=-1)))
     return c.mixed(node, f"joins other rows to the token axis; {BY_ITSELF}")
 

@@ -140,7 +140,7 @@ def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
             context.values[chosen] = Tok(value.dim, Axis(LAST))
             selections.append(chosen)
             outputs[place] = chosen
-            output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], (tuple, list)) else chosen,)  # type: ignore[call-arg]
+            output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], (tuple, list)) else chosen,)
     moved = Mover(context, graph, rewriter.rows, selections).move()
     _rows_second(rewriter, place, value, rank)
     rewriter.erase_dead(live)
