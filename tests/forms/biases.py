@@ -94,8 +94,17 @@ FORMS = (
     Form(bloom, spec(), _alibi, {"slopes": SLOPES}, near=(_VALUES,)),
     Form(slice_and_add, spec(), _alibi, {"alibi": _row()}),
     Form(distances, spec(), _alibi, {"slopes": SLOPES}, near=(_VALUES,)),
-    Form(position_bias, spec(scale=1.0), lambda s: s.bias.has(Load), {"table": torch.linspace(-1, 1, 8 * HEADS).view(8, HEADS)}),
+    Form(
+        position_bias,
+        spec(scale=1.0),
+        lambda s: s.bias.has(Load),
+        {"table": torch.linspace(-1, 1, 8 * HEADS).view(8, HEADS)},
+    ),
     Form(bias_square, spec(), lambda s: s.bias.has(Load), _TABLES, near=(NearMiss(two_products, "product"),)),
-    Form(softcap, spec(softcap=1.5), near=(NearMiss(softcap_after_mask, "bidirectional|future|causal|order|left", paged=True),)),
+    Form(
+        softcap,
+        spec(softcap=1.5),
+        near=(NearMiss(softcap_after_mask, "bidirectional|future|causal|order|left", paged=True),),
+    ),
     Form(softcap_with_bias, spec(), lambda s: s.score is not None, {"slopes": SLOPES}),
 )

@@ -49,32 +49,41 @@ class Form:
     near: tuple[NearMiss, ...] = ()
 
     def module(self, run: Attention | None = None) -> nn.Module:
-        return Site(run or self.run, self.tensors)
+        return Site(self, run or self.run)
 
     def arguments(self, batch: int = BATCH, tokens: int = TOKENS) -> tuple[Tensor, ...]:
-        """q, k, v and the further inputs of one call."""
-        spec = self.spec
-        sizes = [(spec.num_q_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim_v)]
-        generator = torch.Generator().manual_seed(tokens)
-        made = [torch.randn(batch, heads, tokens, dim, generator=generator) for heads, dim in sizes]
-        made = [x.transpose(1, 2).contiguous() if self.token_major else x for x in made]
-        return (*made, *(make(batch, tokens) for make in self.inputs.values()))
+        """The packed queries, keys and values [B, T, C], and the further inputs of one call."""
+        width = sum(heads * dim for heads, dim in self.sizes)
+        packed = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(tokens))
+        return (packed, *(make(batch, tokens) for make in self.inputs.values()))
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heads and head size of q, k and v."""
+        s = self.spec
+        return ((s.num_q_heads, s.head_dim), (s.num_kv_heads, s.head_dim), (s.num_kv_heads, s.head_dim_v))
 
 
 class Site(nn.Module):
-    """A module around one attention function, with its parameters."""
+    """A module around one attention function: splits a packed projection into q, k, v, and holds the parameters."""
 
-    def __init__(self, run: Attention, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, form: Form, run: Attention) -> None:
         super().__init__()
-        self.run, self.names = run, tuple(tensors)
-        for name, tensor in tensors.items():
+        self.run, self.sizes, self.token_major, self.names = run, form.sizes, form.token_major, tuple(form.tensors)
+        for name, tensor in form.tensors.items():
             self.register_buffer(name, tensor)
 
-    def forward(self, *args: Tensor) -> object:
-        return self.run(*args, **{name: getattr(self, name) for name in self.names})
+    def forward(self, packed: Tensor, *more: Tensor) -> object:
+        parts = packed.split([heads * dim for heads, dim in self.sizes], dim=-1)
+        qkv = [x.unflatten(-1, size) for x, size in zip(parts, self.sizes, strict=True)]
+        if not self.token_major:
+            qkv = [x.transpose(1, 2) for x in qkv]
+        return self.run(*qkv, *more, **{name: getattr(self, name) for name in self.names})
 
 
-def spec(mask: Mask | None = None, kv: int = HEADS, scale: float = SCALE, dim_v: int = DIM, **more: object) -> AttentionSpec:
+def spec(
+    mask: Mask | None = None, kv: int = HEADS, scale: float = SCALE, dim_v: int = DIM, **more: object
+) -> AttentionSpec:
     """Four heads of 8, causal, scaled by 1/sqrt(8), unless said otherwise."""
     return AttentionSpec(HEADS, kv, DIM, dim_v, mask=mask or Causal(), scale=scale, **more)  # type: ignore[arg-type]
 

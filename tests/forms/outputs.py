@@ -78,8 +78,18 @@ _PAST = {"past": torch.linspace(-1, 1, BATCH * HEADS * PAST * DIM).view(BATCH, H
 _ROOM = {"past": torch.zeros(BATCH, HEADS, ROOM, DIM)}
 _LENGTH = "key|length|past"
 FORMS = (
-    Form(keys_too, spec(), near=(NearMiss(weights_too, "used|return|output|weights"), NearMiss(scores_too, ".", readable=True))),
-    Form(cat_past, spec(General(sympy.Le(J, I + PAST))), tensors=_PAST, paged=_LENGTH, near=(NearMiss(cat_past_wrong, "."),)),
+    Form(
+        keys_too,
+        spec(),
+        near=(NearMiss(weights_too, "used|return|output|weights"), NearMiss(scores_too, ".", readable=True)),
+    ),
+    Form(
+        cat_past,
+        spec(General(sympy.Le(J, I + PAST))),
+        tensors=_PAST,
+        paged=_LENGTH,
+        near=(NearMiss(cat_past_wrong, "."),),
+    ),
     Form(index_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH),
     Form(index_put, spec(Causal()), tensors=_ROOM, paged=_LENGTH),
     Form(slice_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH),

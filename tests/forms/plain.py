@@ -94,8 +94,21 @@ def squared_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _USED = "used|return|output|weights|probabilit"
 FORMS = (
     Form(repeated, spec(kv=2), near=(NearMiss(probabilities_too, _USED), NearMiss(dropped, "dropout"))),
-    Form(plain, spec(), near=(NearMiss(not_transposed, "."), NearMiss(over_queries, "softmax"), NearMiss(over_heads, "softmax|axis"))),
-    Form(unmasked, spec(Bidirectional()), paged="bidirectional|causal|future|left", near=(NearMiss(weights_transposed, "."),)),
+    Form(
+        plain,
+        spec(),
+        near=(
+            NearMiss(not_transposed, ".", readable=True),
+            NearMiss(over_queries, "softmax"),
+            NearMiss(over_heads, "softmax|axis"),
+        ),
+    ),
+    Form(
+        unmasked,
+        spec(Bidirectional()),
+        paged="bidirectional|causal|future|left",
+        near=(NearMiss(weights_transposed, "."),),
+    ),
     Form(divided, spec(), near=(NearMiss(mean_over_heads, "mean"),)),
     Form(cast_after, spec(), near=(NearMiss(rounded_weights, "."),)),
     Form(floats, spec(), near=(NearMiss(squared_weights, "."),)),

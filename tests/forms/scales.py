@@ -95,7 +95,7 @@ def baddbmm_dirty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(F.softmax(weights.reshape(b, h, n, n) + additive(n), dim=-1), v)
 
 
-_DATA = NearMiss(scale_of_data, ".")
+_DATA = NearMiss(scale_of_data, ".", readable=True)
 FORMS = (
     Form(scale_on_q, spec(), near=(_DATA,)),
     Form(scale_on_k, spec(), near=(_DATA,)),
@@ -103,7 +103,7 @@ FORMS = (
     Form(scale_tensor, spec(scale=0.5), tensors={"scale": torch.tensor(0.5)}),
     Form(no_scale, spec(scale=1.0), near=(NearMiss(scale_after_softmax, "."),)),
     Form(permuted, spec()),
-    Form(key_turned, spec(), token_major=True, near=(NearMiss(key_mixed, "."),)),
-    Form(bmm, spec(), near=(NearMiss(bmm_crossed, "."),)),
+    Form(key_turned, spec(), token_major=True, near=(NearMiss(key_mixed, ".", readable=True),)),
+    Form(bmm, spec(), near=(NearMiss(bmm_crossed, ".", readable=True),)),
     Form(baddbmm_upcast, spec(), near=(NearMiss(baddbmm_dirty, "product"),)),
 )
