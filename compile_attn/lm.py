@@ -288,11 +288,11 @@ class _plain_errors(AbstractContextManager["None"]):
     """Raise what the backend said, where Dynamo wraps it."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+        from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 
         if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, ValueError):
             raise error.inner_exception from None
-        if isinstance(error, Unsupported):
+        if isinstance(error, (Unsupported, UserError)):
             raise _not_one_graph(error) from error
 
 

@@ -174,7 +174,11 @@ def _longest(length: torch.SymInt) -> int | None:
         if isinstance(expr, (sympy.Ge, sympy.Gt)) and expr.rhs == symbol and expr.lhs.is_Integer:
             found.append(int(expr.lhs) - isinstance(expr, sympy.Gt))
     # Dynamo's own default upper bound of a dim is the largest int64, less one or so: no bound at all.
-    return min((bound for bound in found if bound < 2**31), default=None)
+    longest = min((bound for bound in found if bound < 2**31), default=None)
+    # A table sliced [:T] is another program where T is all of it: this one stays below (guards T <= 64 and T != 64).
+    while longest is not None and any(guard.expr == sympy.Ne(symbol, longest) for guard in env.guards):
+        longest -= 1
+    return longest
 
 
 __all__ = ["TokenProof", "TokensRefused", "prove_tokens", "re"]
