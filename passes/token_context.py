@@ -144,7 +144,11 @@ class Context:
         """Give every node its value."""
         for node in graph.nodes:
             if node.op != "output":
-                self.values[node] = self._checked(node, self._value(node))
+                self.values[node] = self.value_of(node)
+
+    def value_of(self, node: fx.Node) -> Value:
+        """The value that a node has by those of its inputs."""
+        return self._checked(node, self._value(node))
 
     def _value(self, node: fx.Node) -> Value:
         if node.op == "placeholder":
@@ -200,9 +204,9 @@ class Context:
         if op.random and known is None:
             return self.mixed(node, "draws random numbers", "call model.eval()")
         if op.mutable:
-            self.effects.append(
-                self.mixed(node, "writes to a tensor at every call; a paged model keeps no other state")
-            )
+            source = next((arg for arg in reversed(node.all_input_nodes) if arg.meta.get("stack_trace")), node)
+            what = f"{op_name(node)} writes to a tensor at every call; a paged model keeps no state but its cache"
+            self.effects.append(Mixed(what, source))
             return self.effects[-1]
         bad = first_mixed(inputs)
         if bad is not None and (known is None or not known.counts):
@@ -263,6 +267,8 @@ def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
         return b
     if a.axis.space.kind != b.axis.space.kind and LAST in (a.axis.space, b.axis.space):
         return context.mixed(node, f"combines the last token with the others; {BY_ITSELF}")
+    if a.dim != b.dim and a.axis.space is LAST:
+        return context.mixed(node, "combines last tokens that lie on different axes", "keep the token axis: x[:, -1:]")
     if a.dim != b.dim:
         return context.mixed(node, f"pairs tokens with each other; {BY_ITSELF}")
     if a.axis == b.axis:

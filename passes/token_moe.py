@@ -29,6 +29,7 @@ from compile_attn.passes.token_values import (
     Space,
     Tok,
     Value,
+    is_one,
     row_axis,
 )
 from compile_attn.passes.token_views import last_token, relabel
@@ -259,6 +260,8 @@ def ids_of(c: Context, node: fx.Node) -> fx.Node:
             node = source  # type: ignore[assignment]
         elif isinstance(source, fx.Node) and op_key(source) == "aten::sort" and node.args[1] == 0:
             node = source.args[0]  # type: ignore[assignment]
+        elif key == "aten::slice" and is_row(c.of(node)) and row_axis(c.of(node)) == row_axis(c.of(source)):  # type: ignore[arg-type]
+            node = source  # type: ignore[assignment]
         elif key == "aten::index" and _is_permutation(c, node):
             node = source  # type: ignore[assignment]
         else:

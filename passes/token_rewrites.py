@@ -14,7 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
 
 from compile_attn.passes import emit
-from compile_attn.passes.graph import location, val
+from compile_attn.passes.graph import is_tensor, location, val
 from compile_attn.passes.report import TokenRewrite
 from compile_attn.passes.token_context import Context, op_key
 from compile_attn.passes.token_values import LAST, TOKENS, Axis, Index, Iota, Row, Tok, is_one, row_axis
@@ -38,12 +38,15 @@ class Rewriter:
     selections: list[fx.Node] = field(default_factory=list)  # index_select nodes that keep R of T rows
     _as_positions: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _as_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _ranks: dict[fx.Node, int] = field(default_factory=dict)
     _offsets: dict[tuple[float, float], fx.Node] = field(default_factory=dict)
 
     def apply(self) -> None:
         """All rewrites but the rows of the output."""
         self.context.values[self.positions] = Tok(0)
-        live = {node for node in self.graph.nodes if node.users}
+        captured = list(self.graph.nodes)
+        live = {node for node in captured if node.users}
+        self._ranks.update((node, node.meta["val"].dim()) for node in captured if is_tensor(node))
         for user, arg in sorted(self.context.as_rows, key=_by_name):
             if user.users or user.op == "output":
                 user.replace_input_with(arg, self._row_numbers(arg))
@@ -54,11 +57,20 @@ class Rewriter:
             self._cut_table(node, dim, offset)
         for node, dim in self.context.lasts.items():
             self._last_token(node, dim)
-        for node in list(self.graph.nodes):
+        for node in captured:
             value = self.context.values.get(node)
             if isinstance(value, Tok) and value.axis.space is LAST and node not in self.context.lasts:
                 self._one_row_a_sequence(node, value)
         self.erase_dead(live)
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in self.context.values:
+                self.context.values[node] = self.context.value_of(node)
+
+    def _first(self) -> fx.Node:
+        """The first node behind all inputs, positions and rows."""
+        nodes = list(self.graph.nodes)
+        ahead = max(nodes.index(self.positions), nodes.index(self.rows))
+        return next(node for node in nodes[ahead + 1 :] if node.op != "placeholder")
 
     def erase_dead(self, live: set[fx.Node]) -> None:
         """Erase nodes that had users and have lost them all."""
@@ -71,6 +83,7 @@ class Rewriter:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put a new node in the place of an old one; the old one's value is the new one's."""
+        self._ranks[new] = val(node).dim()
         self.context.values[new] = self.context.values[node]
         node.replace_all_uses_with(new)
 
@@ -79,10 +92,9 @@ class Rewriter:
         key = (offset, step)
         if key not in self._offsets:
             node = self.positions
-            with self.graph.inserting_after(node):
+            with self.graph.inserting_before(self._first()):
                 if step != 1:
                     node = emit.call(self.graph, _aten.mul.Tensor, node, step)
-            with self.graph.inserting_after(node):
                 if offset != 0:
                     node = emit.call(self.graph, _aten.add.Tensor, node, offset)
             self.context.values[node] = Tok(0)
@@ -146,7 +158,7 @@ class Rewriter:
             return self._as_rows[node]
         source = self._source(node) if node.op == "call_function" else None
         if node in self.context.position_inputs:
-            with self.graph.inserting_after(self.positions):
+            with self.graph.inserting_before(self._first()):
                 length = emit.size(self.graph, self.positions, 0)
                 rows = self.graph.call_function(_aten.arange.default, (length,), {"device": val(self.positions).device})
                 remake(rows, self.mode)
@@ -194,7 +206,9 @@ class Rewriter:
         rows = emit.size(self.graph, self.rows, 0)
         factor = value.axis.pre * value.axis.post
         shape[value.dim] = emit.product(self.graph, [rows, factor] if factor != 1 else [rows])
-        return emit.call(self.graph, _aten.reshape.default, x, shape, like=like)
+        new = self.graph.call_function(_aten.reshape.default, (x, shape))
+        new.meta = {key: item for key, item in like.meta.items() if key != "val"}  # which says 1 where it will be R
+        return new
 
     def _one_row_a_sequence(self, node: fx.Node, value: Tok) -> None:
         """Ops that name sizes named 1 for the last token."""
@@ -203,8 +217,9 @@ class Rewriter:
         had = self.context.of(source)
         if not isinstance(had, Tok) or had.axis.space is not LAST:
             return
-        if key in _SHAPED and node.target is not _aten.unsqueeze.default:
-            if key.startswith("aten::select") and node.args[1] % val(source).dim() != had.dim:  # type: ignore[operator]
+        rank = self._ranks[source]
+        if key in _SHAPED:
+            if key.startswith("aten::select") and node.args[1] % rank != had.dim:  # type: ignore[operator]
                 return
             with self.graph.inserting_before(node):
                 self.replace(node, self._reshape(source, node, value))
@@ -212,7 +227,7 @@ class Rewriter:
             sizes = list(node.args[1])  # type: ignore[arg-type]
             sizes[value.dim] = -1
             node.update_arg(1, sizes)
-        elif key in _CUTS and (node.args[1] if len(node.args) > 1 else 0) % val(source).dim() == had.dim:  # type: ignore[operator]
+        elif key in _CUTS and (node.args[1] if len(node.args) > 1 else 0) % rank == had.dim:  # type: ignore[operator]
             node.replace_all_uses_with(source)
 
 

@@ -72,7 +72,7 @@ class Mover:
 
     def _can_cut(self, node: fx.Node) -> bool:
         """Whether the rows of an input can be selected, or the input made anew for R rows."""
-        value = self.context.of(node)
+        value = self.context.values.get(node)
         if isinstance(value, Size):
             return not value.on_tokens or self.context.sizes.count(node.meta["val"]) is not None
         if isinstance(value, Tok):
