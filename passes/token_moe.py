@@ -260,12 +260,18 @@ def ids_of(c: Context, node: fx.Node) -> fx.Node:
             node = source  # type: ignore[assignment]
         elif isinstance(source, fx.Node) and op_key(source) == "aten::sort" and node.args[1] == 0:
             node = source.args[0]  # type: ignore[assignment]
-        elif key == "aten::slice" and is_row(c.of(node)) and row_axis(c.of(node)) == row_axis(c.of(source)):  # type: ignore[arg-type]
+        elif key == "aten::slice" and _is_whole(c, node):
             node = source  # type: ignore[assignment]
         elif key == "aten::index" and _is_permutation(c, node):
             node = source  # type: ignore[assignment]
         else:
             return node
+
+
+def _is_whole(c: Context, node: fx.Node) -> bool:
+    """Whether a slice keeps everything."""
+    pairs = zip(c.shape(node), c.shape(node.args[0]), strict=True)  # type: ignore[arg-type]
+    return all(a == b if isinstance(a, int) and isinstance(b, int) else c.sizes.same(a, b) for a, b in pairs)
 
 
 def _is_permutation(c: Context, node: fx.Node) -> bool:

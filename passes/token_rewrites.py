@@ -38,7 +38,7 @@ class Rewriter:
     selections: list[fx.Node] = field(default_factory=list)  # index_select nodes that keep R of T rows
     _as_positions: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _as_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    _ranks: dict[fx.Node, int] = field(default_factory=dict)
+    ranks: dict[fx.Node, int] = field(default_factory=dict)
     _offsets: dict[tuple[float, float], fx.Node] = field(default_factory=dict)
 
     def apply(self) -> None:
@@ -46,7 +46,7 @@ class Rewriter:
         self.context.values[self.positions] = Tok(0)
         captured = list(self.graph.nodes)
         live = {node for node in captured if node.users}
-        self._ranks.update((node, node.meta["val"].dim()) for node in captured if is_tensor(node))
+        self.ranks.update((node, node.meta["val"].dim()) for node in captured if is_tensor(node))
         for user, arg in sorted(self.context.as_rows, key=_by_name):
             if user.users or user.op == "output":
                 user.replace_input_with(arg, self._row_numbers(arg))
@@ -83,7 +83,7 @@ class Rewriter:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put a new node in the place of an old one; the old one's value is the new one's."""
-        self._ranks[new] = val(node).dim()
+        self.ranks[new] = val(node).dim()
         self.context.values[new] = self.context.values[node]
         node.replace_all_uses_with(new)
 
@@ -217,7 +217,7 @@ class Rewriter:
         had = self.context.of(source)
         if not isinstance(had, Tok) or had.axis.space is not LAST:
             return
-        rank = self._ranks[source]
+        rank = self.ranks[source]
         if key in _SHAPED:
             if key.startswith("aten::select") and node.args[1] % rank != had.dim:  # type: ignore[operator]
                 return

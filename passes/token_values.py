@@ -142,6 +142,10 @@ class Sizes:
         """c where the size is c * T, else None."""
         return self._count(size.node.expr) if isinstance(size, torch.SymInt) else None
 
+    def same(self, a: object, b: object) -> bool:
+        """Whether both are the same number of tokens."""
+        return self.count(a) is not None and self.count(a) == self.count(b)
+
     def _count_of(self, expr: sympy.Expr) -> int | None:
         ratio = expr / self.symbol
         return int(ratio) if ratio.is_Integer else None

@@ -249,8 +249,7 @@ def slice_(c: Context, node: fx.Node, args: Arguments) -> Value:
         return value
     had, kept = c.shape(x)[dim], c.shape(node)[dim]
     number = start.meta["val"] if isinstance(start, fx.Node) else start
-    same = c.sizes.count(had) is not None and c.sizes.count(had) == c.sizes.count(kept)
-    if args.get("step", 1) == 1 and (same or (is_one(had) and is_one(kept))):
+    if args.get("step", 1) == 1 and (c.sizes.same(had, kept) or (is_one(had) and is_one(kept))):
         return value
     if is_one(kept) and c.sizes.is_last(number):
         return last_token(c, node, x, dim)

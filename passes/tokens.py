@@ -130,7 +130,7 @@ def _select_rows(context: Context, rewriter: Rewriter, place: int) -> None:
     outputs = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
     logits = outputs[place]
     assert isinstance(logits, fx.Node)
-    value, rank = context.values[logits], val(logits).dim()
+    value, rank = context.values[logits], rewriter.ranks[logits]
     live = {node for node in graph.nodes if node.users}
     selections = list(rewriter.selections)
     assert isinstance(value, Tok)
