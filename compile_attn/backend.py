@@ -23,14 +23,15 @@ log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
-def paged_attn(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
-) -> Compiled:
+def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
     """The torch.compile backend. Unknown options raise ValueError; see `Options` for the known ones."""
-    chosen = Options.read(options)
-    if chosen.cache is not None:
-        return _paged(gm, example_inputs, chosen, chosen.cache)
-    return _stateless(gm, example_inputs, chosen)
+    try:
+        chosen = Options.read(options)
+        if chosen.cache is not None:
+            return _paged(gm, example_inputs, chosen, chosen.cache)
+        return _stateless(gm, example_inputs, chosen)
+    except ValueError as wrong:  # bad input: it reaches the user as it is
+        return _raise_when_called(wrong)
 
 
 def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) -> Compiled:
@@ -52,9 +53,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     try:
         places = _token_places(gm, examples, cache)
         geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq)
-        rewriting = rewrite_paged(
-            gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1]
-        )
+        rewriting = rewrite_paged(gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1])
     except RefusedError as refused:
         _emit(refused.report)
         cache.report = refused.report
@@ -70,7 +69,16 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     compiled = _compile_paged(rewriting, options.inner)
     pages = [pool for pair in zip(cache.k_pages, cache.v_pages, strict=True) for pool in pair]
 
+    # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
+    parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]
+    known = [(place, examples[place].data_ptr()) for place in (*parameters[:1], *parameters[-1:])]
+
     def step(*args: Any) -> Any:
+        if any(args[place].data_ptr() != address for place, address in known):
+            raise ValueError(
+                "this cache already serves a model with other parameters, and a cache serves one model; "
+                "make another PagedKVCache for the second one, or after its parameters were replaced"
+            )
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
         with torch.no_grad():
             return compiled(*args, *cache.step_inputs(), *pages)
