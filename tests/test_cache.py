@@ -140,5 +140,5 @@ def test_pages_by_hand_equal_recomputation() -> None:
         batch = cache.batch([Chunk(seqs[i], part, "all") for i, part in parts])
         got = batch.rows(step(batch.input_ids))
         want = [model(torch.tensor([prompts[i]]))[0, begin : begin + len(part)] for i, part in parts]
-        torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=0)  # float32 sums of 16 products of size 1
+        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)  # the gains amplify float32 rounding
     assert got.shape[-1] == VOCAB
