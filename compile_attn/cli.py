@@ -45,7 +45,10 @@ def _explain(target: str, html: str | None, diff: bool) -> int:
     try:
         model, args, *rest = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        print(f"compile-attn: {target!r} gave no model ({error}); name a function MODULE:FACTORY that returns (model, args)", file=sys.stderr)
+        print(
+            f"compile-attn: {target!r} gave no model ({error}); name a function MODULE:FACTORY that returns (model, args)",
+            file=sys.stderr,
+        )
         return 2
     report = explain(model, *args, **(rest[0] if rest else {}))
     Console().print(report)

@@ -45,7 +45,9 @@ def demo(seconds: float, inner: Literal["inductor", "eager"], html: str | None, 
         console.print(f"  [bold]{prompt!r}[/] {''.join(alphabet[token] for token in tokens)!r}")
     same = paged == full
     verdict = "[green]equal, token for token[/]" if same else "[red]DIFFERENT[/]"
-    console.print(f"{len(prompts)} prompts together, {new_tokens} tokens each: paged {paged_time:.2f} s, recomputed {full_time:.2f} s, {verdict}")
+    console.print(
+        f"{len(prompts)} prompts together, {new_tokens} tokens each: paged {paged_time:.2f} s, recomputed {full_time:.2f} s, {verdict}"
+    )
     if html and report is not None:
         report.to_html(html)
         console.print(f"the report is in {html}")

@@ -15,6 +15,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.tril: Tensor
         self.register_buffer("tril", torch.tril(torch.ones(context, context)).view(1, 1, context, context))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,7 +24,8 @@ class Attention(nn.Module):
         scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         scores = scores.masked_fill(self.tril[:, :, :t, :t] == 0, float("-inf"))
         y = F.softmax(scores, dim=-1) @ v
-        return self.out(y.transpose(1, 2).contiguous().view(b, t, c))
+        result: Tensor = self.out(y.transpose(1, 2).contiguous().view(b, t, c))
+        return result
 
 
 class Block(nn.Module):
@@ -35,7 +37,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 class GPT(nn.Module):

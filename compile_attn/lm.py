@@ -224,9 +224,7 @@ class PagedLM:
         read = [0] * len(work)
         try:
             requests.extend(self._scheduler.submit(tokens, how) for tokens, how in work)
-            while any(
-                count < len(one.new_tokens) or not one.finished for one, count in zip(requests, read, strict=True)
-            ):
+            while any(count < len(one.new_tokens) or not one.finished for one, count in zip(requests, read, strict=True)):
                 for index, request in enumerate(requests):
                     for token in request.new_tokens[read[index] :]:
                         read[index] += 1

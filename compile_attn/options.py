@@ -44,9 +44,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:
-            raise ValueError(
-                f"paged_attn: unknown option {', '.join(map(repr, unknown))}; known options are {', '.join(known)}"
-            )
+            raise ValueError(f"paged_attn: unknown option {', '.join(map(repr, unknown))}; known options are {', '.join(known)}")
         return cls(**given)
 
 

@@ -46,9 +46,7 @@ class Sampling:
         _check_whole("max_new_tokens", self.max_new_tokens, 1, "")
         object.__setattr__(self, "stop_ids", _ids(self.stop_ids))
         if self.n != 1:
-            raise ValueError(
-                f"n={self.n!r}: several answers per prompt are not supported yet; repeat the prompt instead"
-            )
+            raise ValueError(f"n={self.n!r}: several answers per prompt are not supported yet; repeat the prompt instead")
 
 
 def draw_seed() -> int:

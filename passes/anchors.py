@@ -69,9 +69,7 @@ class Anchor:
             if products:
                 product = products[0]
                 if op_name(product) == "baddbmm":
-                    raise unreadable(
-                        product, "the product with the values adds something (baddbmm)", "use a plain product"
-                    )
+                    raise unreadable(product, "the product with the values adds something (baddbmm)", "use a plain product")
                 return product, 0 if product.args[0] is node else 1
             onward = [u for u in node.users if _is_layout(u, bounds)]
             if not onward:
@@ -117,12 +115,9 @@ def _without_shift(node: fx.Node, dim: int) -> fx.Node:
     """Softmax ignores what is constant along its axis: x for x - max(x), through casts between floats."""
     while True:
         name = op_name(node)
-        if (
-            name == "sub"
-            and len(node.args) == 2
-            and is_tensor(node.args[1])
-            and _constant_along(node, node.args[1], dim)
-        ) or (name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim)):
+        if (name == "sub" and len(node.args) == 2 and is_tensor(node.args[1]) and _constant_along(node, node.args[1], dim)) or (
+            name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim)
+        ):
             node = node.args[0]  # type: ignore[assignment]
         else:
             return node
@@ -199,9 +194,7 @@ def _quotient(exp: fx.Node, divisor: fx.Node) -> fx.Node | None:
     for user in exp.users:
         if op_name(user) == "div" and user.args[0] is exp and _comes_from(user.args[1], divisor):
             return user
-        if op_name(user) == "mul" and any(
-            _comes_from(arg, divisor, inverse=True) for arg in user.args if arg is not exp
-        ):
+        if op_name(user) == "mul" and any(_comes_from(arg, divisor, inverse=True) for arg in user.args if arg is not exp):
             return user
     return None
 
@@ -240,9 +233,7 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> Anchor:
     with graph.inserting_before(node):
         heads, kv_heads = (val(x).shape[-3] if val(x).dim() > 2 else 1 for x in (q, k))  # type: ignore[arg-type]
         if argument(node, 7, "enable_gqa", False) and heads != kv_heads:
-            k, v = (
-                emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v)
-            )
+            k, v = (emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v))
         keys = emit.call(graph, _aten.transpose.int, k, -2, -1, like=node)
         product = emit.call(graph, _aten.matmul.default, q, keys, like=node)
         factor = scale if scale is not None else 1.0 / math.sqrt(val(q).shape[-1])  # type: ignore[arg-type]

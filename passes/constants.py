@@ -83,3 +83,13 @@ def _runs(values: list[sympy.Basic], starts: list[int], difference: sympy.Expr) 
             high = sympy.Lt(difference, starts[number]) if number < len(starts) else sympy.true
             parts.append(sympy.And(low, high))
     return sympy.Or(*parts)
+
+
+def is_affine(tensor: torch.Tensor) -> bool:
+    """Whether every element is exactly first + (second - first) * place along the last axis, as in a table of ALiBi biases."""
+    if isinstance(tensor, torch.nn.Parameter) or tensor.dim() < 2 or tensor.shape[-1] < 3 or not tensor.is_floating_point():
+        return False
+    exact = tensor.detach().double()
+    place = torch.arange(tensor.shape[-1], dtype=torch.float64, device=tensor.device)
+    line = exact[..., :1] + (exact[..., 1:2] - exact[..., :1]) * place
+    return bool((line == exact).all())

@@ -67,9 +67,7 @@ def permute(graph: fx.Graph, node: fx.Node, order: Sequence[int], like: fx.Node)
 def reshape(graph: fx.Graph, node: fx.Node, shape: Sequence[int | fx.Node], like: fx.Node) -> fx.Node:
     """`node` in this shape; the node itself where the shape is already so in number of dims and every constant size."""
     have = val(node).shape
-    if len(have) == len(shape) and all(
-        isinstance(n, int) == isinstance(m, int) for n, m in zip(have, shape, strict=True)
-    ):
+    if len(have) == len(shape) and all(isinstance(n, int) == isinstance(m, int) for n, m in zip(have, shape, strict=True)):
         if all(n == m for n, m in zip(have, shape, strict=True) if isinstance(m, int)):
             return node
     return call(graph, _aten.reshape.default, node, list(shape), like=like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,13 +40,19 @@ def _source_line(trace: str | None) -> str:
     if not trace:
         return ""
     lines = [line.strip() for line in trace.strip().splitlines()]
-    for at in range(len(lines) - 1, -1, -1):
+    frames = [at for at, line in enumerate(lines) if line.startswith("File ")]
+    own = [at for at in frames if not _is_torchs(lines[at])]  # the user's line, not the one inside torch that it led to
+    for at in reversed(own or frames):
         if lines[at].startswith("File "):
             parts = lines[at].split('"')
             number = lines[at].split("line ")[1].split(",")[0] if "line " in lines[at] else "?"
             code = lines[at + 1] if at + 1 < len(lines) else ""
             return f"{parts[1] if len(parts) > 1 else '?'}:{number}: {code}"
     return ""
+
+
+def _is_torchs(frame: str) -> bool:
+    return os.path.dirname(torch.__file__) + os.sep in frame
 
 
 def val(node: fx.Node) -> torch.Tensor:

@@ -127,7 +127,7 @@ def head_symbol_values(sizes: Mapping[sympy.Expr, int]) -> dict[sympy.Expr, symp
     """Head axis symbols, slowest first, as functions of the one head number h."""
     values: dict[sympy.Expr, sympy.Expr] = {}
     rest = 1
-    for symbol, size in reversed(sizes.items()):
+    for symbol, size in reversed(list(sizes.items())):
         whole = sympy.floor(H / rest) if rest != 1 else H
         values[symbol] = whole if symbol is next(iter(sizes)) else sympy.Mod(whole, size)
         rest *= size

@@ -59,6 +59,8 @@ class Bounds:
             return True
         if isinstance(expr, sympy.Mod):
             return bool(expr.args[1] == size)
+        if size == 0:
+            return False
         most = self._most(expr)
         return most is not None and bool(sympy.expand(size - 1 - most).is_nonnegative)
 
@@ -73,6 +75,11 @@ class Bounds:
                 most: sympy.Expr = sympy.Integer(1)
             elif rest in self._sizes:
                 most = self._sizes[rest] - 1
+            elif isinstance(rest, sympy.Mul):  # index symbols times sizes
+                parts = [self._sizes[part] - 1 if part in self._sizes else part for part in rest.args]
+                if not all(part in self._sizes or (part.is_Symbol and part.is_positive) for part in rest.args):
+                    return None
+                most = sympy.Mul(*parts)
             elif isinstance(rest, sympy.Mod) and rest.args[1].is_positive:
                 most = rest.args[1] - 1
             elif isinstance(rest, sympy.floor) and (inner := self._most(sympy.expand(rest.args[0]))) is not None:
@@ -215,7 +222,10 @@ def _same(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> Index
 
 
 def _view(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> Index | None:
-    return bounds.reshape(index, shape_of(node), shape_of(source))
+    try:
+        return bounds.reshape(index, shape_of(node), shape_of(source))
+    except ValueError:  # sizes whose products cannot be compared
+        return None
 
 
 def _expand(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> Index | None:
@@ -290,9 +300,7 @@ def _dropout(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> In
 
 _RULES = {
     **dict.fromkeys(("alias", "clone", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "positive"), _same),
-    **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"), _view
-    ),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"), _view),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),

@@ -62,6 +62,7 @@ def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
     like = site.output.node
     with graph.inserting_before(like):
         q, k, v = (_canonical(graph, operand, like) for operand in (site.q, site.k, site.v))
+        k, v = (_with_heads(graph, node, site.spec.num_kv_heads, like) for node in (k, v))
         if kernel == "sdpa" and _plain_sdpa(site, q, k):
             args = (q, k, v, None, 0.0, isinstance(site.spec.mask, Causal))
             options = {"scale": site.spec.scale, "enable_gqa": site.spec.num_q_heads != site.spec.num_kv_heads}
@@ -99,22 +100,23 @@ def _canonical(graph: fx.Graph, operand: Operand, like: fx.Node) -> fx.Node:
     return emit.reshape(graph, node, [emit.product(graph, group) for group in groups], like)
 
 
+def _with_heads(graph: fx.Graph, node: fx.Node, heads: int, like: fx.Node) -> fx.Node:
+    """[B, h, T, D] with each head repeated to make `heads`: where only one of K and V is shared by more query heads."""
+    times = heads // int(val(node).shape[1])
+    return node if times == 1 else emit.call(graph, _aten.repeat_interleave.self_int, node, times, 1, like=like)
+
+
 def _as_output(graph: fx.Graph, fused: fx.Node, output: Operand, like: fx.Node) -> fx.Node:
     """The fused [B, H, T, Dv] in the shape of the node that it replaces. Strides may differ: cleanup makes views reshapes."""
     axes = output.axes
     order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
     place = {"b": 0, "t": 2}  # the other axes have constant sizes
-    shape = [
-        emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim])
-        for dim in order
-    ]
+    shape = [emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim]) for dim in order]
     node = emit.reshape(graph, fused, shape, like)
     return emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
 
 
-def add_step_inputs(
-    module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int
-) -> StepNodes:
+def add_step_inputs(module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int) -> StepNodes:
     """Add the placeholders of `STEP_INPUTS` and the one metadata node, ahead of all computation.
 
     `examples` are fake tensors for the placeholders: block_table [B, max_pages] int32, seq_lens [B] int32, query_lens [B]

@@ -30,7 +30,19 @@ _FREE = 6  # 2**6 assignments; a mask with more free atoms stays General
 
 def classify(visible: Boolean) -> Mask:
     """The named mask that equals the predicate for all i, j >= 0, or General. Never a wrong one."""
-    return _classify(visible)
+    return _classify(_without_extremes(visible))
+
+
+def _without_extremes(predicate: Boolean) -> Boolean:
+    """Max, Min and Abs inside comparisons written as cases, so that only affine forms are compared."""
+    for atom in _atoms(predicate):
+        found = next(iter(sorted(atom.atoms(sympy.Max, sympy.Min, sympy.Abs), key=sympy.count_ops)), None)
+        if found is not None and isinstance(atom, Relational):
+            a, b = (found.args[0], -found.args[0]) if isinstance(found, sympy.Abs) else found.as_two_terms()
+            first = sympy.Le(a, b) if isinstance(found, sympy.Min) else sympy.Ge(a, b)
+            cases = sympy.And(first, atom.xreplace({found: a})) | sympy.And(sympy.Not(first), atom.xreplace({found: b}))
+            return _without_extremes(predicate.xreplace({atom: cases}))
+    return predicate
 
 
 @functools.lru_cache(maxsize=512)
@@ -52,9 +64,7 @@ def _classify(visible: Boolean) -> Mask:
 
 def _candidates(visible: Boolean) -> Iterator[Mask]:
     """Families that the constants of the predicate suggest."""
-    constants = sorted(
-        {abs(int(c)) + d for c in visible.atoms(sympy.Integer) for d in (-1, 0, 1) if abs(int(c)) + d >= 0}
-    )
+    constants = sorted({abs(int(c)) + d for c in visible.atoms(sympy.Integer) for d in (-1, 0, 1) if abs(int(c)) + d >= 0})
     yield Causal()
     families: list[Mask] = [Causal(), *(Window(c) for c in constants), *(Prefix(c) for c in constants if c > 0)]
     yield from families[1:]
@@ -76,9 +86,7 @@ def _candidates(visible: Boolean) -> Iterator[Mask]:
 
 def _chunk_size(atom: Boolean) -> int | None:
     for size in sorted({int(c.q) for c in atom.atoms(sympy.Rational) if c.q > 1}):
-        if isinstance(atom, sympy.Eq) and _canonical(atom) == _canonical(
-            sympy.Eq(sympy.floor(I / size), sympy.floor(J / size))
-        ):
+        if isinstance(atom, sympy.Eq) and _canonical(atom) == _canonical(sympy.Eq(sympy.floor(I / size), sympy.floor(J / size))):
             return size
     return None
 
@@ -128,9 +136,7 @@ def _linear(atom: Boolean) -> tuple[int, int, int] | None:
     constant = sympy.expand(difference - a * I - b * J)
     if not (a.is_Integer and b.is_Integer and constant.is_Integer):
         return None
-    return (
-        (int(a), int(b), int(constant)) if (abs(a), abs(b)) in ((1, 0), (0, 1)) or (abs(a) == 1 and a == -b) else None
-    )
+    return (int(a), int(b), int(constant)) if (abs(a), abs(b)) in ((1, 0), (0, 1)) or (abs(a) == 1 and a == -b) else None
 
 
 def _free_atoms(predicate: Boolean) -> list[Boolean]:
@@ -180,5 +186,5 @@ def _evaluate(predicate: Boolean, free: dict[Boolean, bool], i: np.ndarray, j: n
 
 def sees_itself(visible: Boolean) -> bool:
     """Whether key j = i is visible to every query i: proven, for every value of the free atoms that j = i leaves open."""
-    diagonal = visible.subs(J, I)
+    diagonal = _without_extremes(visible.subs(J, I))
     return diagonal is sympy.true or equal(diagonal, sympy.true)

@@ -23,9 +23,7 @@ class Normalized:
     """A graph with the placeholders of the captured one, in its order, and the real values for them where they are constants."""
 
     module: fx.GraphModule
-    constants: dict[
-        fx.Node, torch.Tensor
-    ]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
+    constants: dict[fx.Node, torch.Tensor]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
     sources: dict[fx.Node, str]  # placeholder -> name in the user's terms: "input_ids", "model.norm.weight"
 
 
@@ -38,9 +36,11 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
     from torch._functorch.aot_autograd import aot_export_module
 
+    _refuse_transforms(gm)
     _specialize_floats(gm)
     captured = placeholders(gm.graph)
     fakes = [node.meta["example_value"] for node in captured]
+    module: Any
     module, signature = aot_export_module(
         gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={_aten.einsum.default: _einsum}
     )
@@ -64,6 +64,14 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
                 constants[node] = value
     module.recompile()
     return Normalized(module, constants, sources)
+
+
+def _refuse_transforms(gm: fx.GraphModule) -> None:
+    """vmap and higher-order ops; tracing into them fails and leaves functorch's own state behind."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if name in ("_vmap_increment_nesting", "flex_attention", "flex_attention_hop", "_add_batch_dim"):
+            raise NotImplementedError(f"{name} (vmap or flex_attention) is not read")
 
 
 def _specialize_floats(gm: fx.GraphModule) -> None:

@@ -62,13 +62,14 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
-def rewrite_stateless(
-    gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False
-) -> Rewriting:
+def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False) -> Rewriting:
     """Replace every attention that can be read by a fused op; the rest of the graph stays."""
     clock = _Clock()
-    with clock.phase("normalize"):
-        normalized = normalize(gm, examples)
+    try:
+        with clock.phase("normalize"):
+            normalized = normalize(gm, examples)
+    except Exception as error:  # whatever torch raises while tracing: the graph then stays as it is, and the report says so
+        return Rewriting(gm, Report("stateless", (), (_untraceable(error),), (), clock.seconds))
     before = readable(normalized.module)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=False, positions=frozenset())
@@ -77,9 +78,7 @@ def rewrite_stateless(
         if rewritten:
             cleanup(normalized.module.graph)
     normalized.module.recompile()
-    report = Report(
-        "stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, readable(normalized.module)
-    )
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, readable(normalized.module))
     return Rewriting(normalized.module, report)
 
 
@@ -98,8 +97,11 @@ def rewrite_paged(
     """
     clock = _Clock()
     _unify_lengths(gm, [token_ids, *([] if positions is None else [positions])])
-    with clock.phase("normalize"):
-        normalized = normalize(gm, examples)
+    try:
+        with clock.phase("normalize"):
+            normalized = normalize(gm, examples)
+    except Exception as error:
+        raise refusal(Report("paged", seconds=clock.seconds), [_untraceable(error)]) from error
     module, graph = normalized.module, normalized.module.graph
     before = readable(module)
     inputs = placeholders(graph)
@@ -154,12 +156,8 @@ def _prove(
 def refusal(report: Report, rejected: Sequence[Rejected]) -> RefusedError:
     """The error that says why a model cannot be paged: every reason, with node, module and source line."""
     unique = tuple(dict.fromkeys(rejected))
-    lines = [
-        f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique
-    ]
-    text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(
-        f"  - {line}" for line in lines
-    )
+    lines = [f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
+    text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(f"  - {line}" for line in lines)
     return RefusedError(text, replace(report, sites=(), rejected=unique))
 
 
@@ -177,15 +175,18 @@ def _fuse_all(
         choice = lower.choose_kernel(site, kernel, page_size)
         if needs_grad and choice.kernel != "sdpa":
             why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
-            refused.append(
-                Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes")
-            )
+            refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))
             continue
         count = len(graph.nodes)
         lower.fuse(graph, site, choice.kernel)
         added = len(graph.nodes) - count
         rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, len(site.replaced), added))
     return tuple(rewritten), refused
+
+
+def _untraceable(error: Exception) -> Rejected:
+    why = f"the captured graph cannot be traced to ATen: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    return Rejected(why, Location("", "", ""), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
 
 
 def _unify_lengths(gm: fx.GraphModule, places: Sequence[int]) -> None:
@@ -204,9 +205,7 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
         name = normalized.sources.get(node, node.name)
         if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
             why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
-            raise refusal(
-                report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")]
-            )
+            raise refusal(report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")])
         if length is not None and not same_size(length, shape[1]):
             why = f"input {name!r} has {shape[1]} tokens where the token ids have {length}"
             raise refusal(report, [Rejected(why, location(node), "pass batch.position_ids unchanged")])

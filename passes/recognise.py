@@ -7,7 +7,7 @@ result forward through the product with the values. Each site comes out with its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -19,9 +19,10 @@ from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
 from compile_attn.passes.graph import Location, downstream, location, placeholders
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
-from compile_attn.passes.indices import Index, index_map, op_name, path, shape_of
+from compile_attn.passes.indices import Index, op_name, shape_of
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
+from compile_attn.passes.outputs import OutputReader, Rows, operand_index, operands
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
 from compile_attn.passes.symbolic import Dot, Opaque, Reader, Unreadable, number, unreadable
@@ -43,20 +44,7 @@ class AttentionSite:
     replaced: frozenset[fx.Node]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The axes of a score in canonical terms: a substitution of axis symbols, and the sizes."""
-
-    values: dict[sympy.Expr, sympy.Expr]
-    heads: int
-    batch: sympy.Expr | None
-    queries: sympy.Expr
-    keys: sympy.Expr
-
-
-def recognise(
-    normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]
-) -> tuple[list[AttentionSite], list[Rejected]]:
+def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:
     """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
     graph = normalized.module.graph
     reader = Reader(normalized.constants, positions)
@@ -80,6 +68,7 @@ class _SiteReader:
 
     def __init__(self, reader: Reader, paged: bool, data: set[fx.Node]) -> None:
         self.reader, self.paged, self.data = reader, paged, data
+        self.outputs = OutputReader(reader)
 
     def read(self, anchor: Anchor) -> AttentionSite | None:
         """The site of an anchor; None where a softmax is no attention at all. Raises Unreadable."""
@@ -105,25 +94,25 @@ class _SiteReader:
             self._no_product(anchor, axes)
             return None
         if len(products) > 1:
-            raise unreadable(
-                anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported"
-            )
+            raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
         (product,) = products
         rows, q, k = self._queries_and_keys(anchor, axes, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
         mask, parts, captured = self._meaning(anchor, score, rows)
-        output, v, dim_v = self._values(anchor, axes, rows)
+        output, v, dim_v = self.outputs.values(anchor, axes, rows)
         dims = shape_of(q.operand.node)[q.operand.axes.index("d")]
         parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
         if "score" in parts:
             parts["score"] = parts["score"].xreplace({S: S * sympy.Float(q.factor * k.factor)})
         heads_kv = max(k.heads, v.heads)
-        k, v = (self._full(anchor, found, heads_kv) for found in (k, v))
+        if heads_kv % min(k.heads, v.heads):
+            why = f"keys and values have different numbers of heads ({k.heads} and {v.heads})"
+            raise unreadable(anchor.softmax, why)
+        if not (dims.is_Integer and dim_v.is_Integer):
+            raise unreadable(anchor.softmax, f"head sizes are not constants: {dims} and {dim_v}", "mark only lengths dynamic")
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
         replaced = self._dead(anchor, output.node, product)
-        return AttentionSite(
-            location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced
-        )
+        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced)
 
     def _axes(self, anchor: Anchor) -> Index:
         sizes = anchor.shape
@@ -140,9 +129,7 @@ class _SiteReader:
             why = "a softmax over tokens whose score is not one product of queries and keys"
             raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
 
-    def _queries_and_keys(
-        self, anchor: Anchor, axes: Index, product: sympy.Expr, batched: bool
-    ) -> tuple[_Rows, Found, Found]:
+    def _queries_and_keys(self, anchor: Anchor, axes: Index, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
         index: Index = product.args[1:]
         left, right = operands(node)
@@ -150,8 +137,8 @@ class _SiteReader:
         channel = self.reader.bounds.symbol("d", depth)
         column = axes[anchor.dim]
         sides = [
-            (left, self._operand_index(left, index, index[-2], channel)),
-            (right, self._operand_index(right, index, channel, index[-1])),
+            (left, operand_index(left, index, index[-2], channel)),
+            (right, operand_index(right, index, channel, index[-1])),
         ]
         if index[-1] == column:
             row, (query, key) = index[-2], sides
@@ -171,9 +158,7 @@ class _SiteReader:
             if got is None or (name == "queries" and got.heads != rows.heads):
                 got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
             if got is None:
-                raise unreadable(
-                    node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}"
-                )
+                raise unreadable(node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}")
             found.append(got)
         if found[0].heads != rows.heads:
             raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
@@ -186,25 +171,13 @@ class _SiteReader:
             n for n in inside if anchor.shape[n].is_Symbol
         ]
         if len(long) != 1:
-            raise unreadable(
-                node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis"
-            )
+            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
         return axes[long[0]]
 
-    def _operand_index(self, operand: fx.Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
-        shape = shape_of(operand)
-        leading = index[len(index) - len(shape) : -2]
-        lead = tuple(sympy.Integer(0) if size == 1 else place for place, size in zip(leading, shape, strict=False))
-        return (*lead, row, column)
-
-    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr, batched: bool) -> _Rows:
+    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr, batched: bool) -> Rows:
         query = axes.index(row) if row != 0 else None
         rest = [n for n in range(len(axes)) if n not in (query, anchor.dim) and axes[n] != 0]
-        batch = (
-            rest[0]
-            if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0
-            else None
-        )
+        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0 else None
         heads = [n for n in rest if n != batch]
         if not all(anchor.shape[n].is_Integer for n in heads):
             raise unreadable(anchor.softmax, f"a score of shape {anchor.shape} has a head axis of unknown size")
@@ -230,16 +203,14 @@ class _SiteReader:
         keys = anchor.shape[anchor.dim]
         if self.paged and keys != queries:
             why = f"{queries} queries attend to {keys} keys; a paged model's keys are those of its own tokens"
-            raise unreadable(
-                anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache"
-            )
+            raise unreadable(anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache")
         if self.paged and keys.is_Integer:
             raise unreadable(
                 anchor.softmax, f"the sequence length is a constant, {keys}", "mark it dynamic, with at least 2 tokens"
             )
-        return _Rows(values, count, B if batch is not None else None, queries, keys)
+        return Rows(values, count, B if batch is not None else None, queries, keys)
 
-    def _meaning(self, anchor: Anchor, score: sympy.Expr, rows: _Rows) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
+    def _meaning(self, anchor: Anchor, score: sympy.Expr, rows: Rows) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
         """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
         if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
             raise unreadable(anchor.softmax, f"the score could not be read: {score}")
@@ -256,15 +227,11 @@ class _SiteReader:
             parts["sinks"] = number(sinks).xreplace(rows.values)
         tensors = [part for part in (*parts.values(), visible) if isinstance(part, sympy.Basic)]
         if any(part.has(Opaque) or part.has(Dot) for part in tensors):
-            raise unreadable(
-                anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row"
-            )
+            raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
         loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
         captured = tuple(self.reader.captured[number] for number in loads)
         self._check_captured(anchor, captured)
-        rename = {
-            load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)
-        }
+        rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
         parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
         visible = visible.xreplace(rename)
         mask = Bidirectional() if visible is sympy.true else classify(visible)
@@ -279,104 +246,8 @@ class _SiteReader:
     def _check_captured(self, anchor: Anchor, captured: Iterable[fx.Node]) -> None:
         for node in captured:
             if self.paged and node in self.data:
-                why = f"the score depends on {node.name}, data of the call that is not in the pages"
+                why = f"the score depends on {node.name} ({op_name(node) or node.op}), which is data of the call or is not read"
                 raise unreadable(node, why, "a paged score may read parameters, buffers and positions only")
-
-    def _values(self, anchor: Anchor, axes: Index, rows: _Rows) -> tuple[Operand, Found, sympy.Expr]:
-        """The output in plain axes, the values, and their head size. Where the product itself merges heads and tokens on one
-        axis, the output is the nearest layout of it that does not."""
-        product, side = anchor.value_product(self.reader.bounds)
-        output = product
-        while True:
-            try:
-                return self._values_at(anchor, axes, rows, product, side, output)
-            except Unreadable:
-                onward = [u for u in output.users if u.op == "call_function"]
-                if anchor.finish is not None or len(onward) != 1 or _layout_of(onward[0], output, self.reader) is None:
-                    raise
-                output = onward[0]
-
-    def _values_at(
-        self, anchor: Anchor, axes: Index, rows: _Rows, node: fx.Node, side: int, output: fx.Node
-    ) -> tuple[Operand, Found, sympy.Expr]:
-        outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(output)))
-        index = dict(path(output, outs, self.reader.bounds))[node]
-        left, right = operands(node)
-        depth = shape_of(left)[-1]
-        inner = self.reader.bounds.symbol("c", depth)
-        left_index = self._operand_index(left, index, index[-2], inner)
-        right_index = self._operand_index(right, index, inner, index[-1])
-        (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[
-            :: 1 if side == 0 else -1
-        ]
-        steps = path(weights, weight_index, self.reader.bounds)
-        place = next((at for step, at in steps if step is anchor.probabilities), None)
-        if place is None:
-            raise unreadable(node, "the probabilities do not reach their product with the values by layout ops alone")
-        if place[anchor.dim] != inner + anchor.offset:
-            why = "the softmax runs over another axis than the one that is contracted with the values"
-            raise unreadable(node, why, "out = softmax(scores, -1) @ v")
-        if depth != rows.keys:
-            why = f"{rows.keys} keys are normalised, but {depth} of them meet a value"
-            raise unreadable(node, why, "contract all of the probabilities with the values")
-        back = self._invert(anchor, axes, rows, place, outs, node)
-        value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value_index)
-        column = index[-1] if side == 0 else index[-2]
-        size = shape_of(node)[-1 if side == 0 else -2]
-        if column not in outs and column != 0:
-            raise unreadable(node, f"the channels of the output are {column}, not one axis")
-        roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
-        found = find_operand(value, value_index, roles, self.reader.bounds, scaled=False)
-        if found is None:
-            raise unreadable(
-                node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}"
-            )
-        letters = tuple(self._letter(symbol, back, column) for symbol in outs)
-        return self._final(anchor, Operand(output, letters)), found, size
-
-    def _invert(
-        self, anchor: Anchor, axes: Index, rows: _Rows, place: Index, outs: Index, node: fx.Node
-    ) -> dict[sympy.Expr, sympy.Expr]:
-        """Each axis symbol of the output as a function of b, h, i."""
-        back: dict[sympy.Expr, sympy.Expr] = {}
-        merged = [(p, axes[n]) for n, p in enumerate(place) if n != anchor.dim and axes[n] != 0]
-        for got, axis in merged:
-            if got in outs:
-                back[got] = rows.values[axis]
-        unknown = {s for got, _ in merged for s in got.free_symbols} - set(back)
-        if len(unknown) > 1:
-            raise unreadable(node, f"the axes {sorted(map(str, unknown))} of the output mix heads and tokens")
-        for symbol in unknown:  # heads that were apart in the scores and are one axis of the output
-            back[symbol] = H
-        for got, axis in merged:
-            want = rows.values[axis]
-            have = got.xreplace(back)
-            if sympy.expand(want - have) != 0 and not self._same_for_heads(want, have, rows.heads):
-                raise unreadable(node, f"output axis {got} holds {axis} of the scores in another order")
-        return back
-
-    def _same_for_heads(self, a: sympy.Expr, b: sympy.Expr, heads: int) -> bool:
-        return (a.free_symbols | b.free_symbols) <= {H} and all(a.subs(H, h) == b.subs(H, h) for h in range(heads))
-
-    def _letter(self, symbol: sympy.Expr, back: dict[sympy.Expr, sympy.Expr], column: sympy.Expr) -> str:
-        if symbol == 0:
-            return "1"
-        if symbol == column:
-            return "d"
-        means = back.get(symbol, H)
-        return {I: "t", B: "b"}.get(means, "h")
-
-    def _final(self, anchor: Anchor, output: Operand) -> Operand:
-        """The node that the fused op replaces: the product, or the later node that finishes the normalisation."""
-        return output if anchor.finish is None else Operand(anchor.finish, output.axes)
-
-    def _full(self, anchor: Anchor, found: Found, heads: int) -> Found:
-        """K and V with equally many heads. Two different counts would need a repeat, which nobody writes."""
-        if found.heads != heads:
-            raise unreadable(
-                anchor.softmax, f"keys and values have different numbers of heads ({found.heads} and {heads})"
-            )
-        return replace(found)
 
     def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
         """The nodes that die with the site; Unreadable if something between q.k and the output is used elsewhere."""
@@ -384,9 +255,7 @@ class _SiteReader:
         for node in inside - {output}:
             for user in node.users:
                 if user not in inside and op_name(user) != "sym_size":
-                    what = (
-                        "probabilities are" if node in downstream([anchor.softmax]) | {anchor.softmax} else "scores are"
-                    )
+                    what = "probabilities are" if node in downstream([anchor.softmax]) | {anchor.softmax} else "scores are"
                     why = f"the {what} also used by {user.name} ({op_name(user) or user.op})"
                     raise unreadable(node, why, "return no attention weights")
         return frozenset(inside)
@@ -400,22 +269,3 @@ class _SiteReader:
                     found.add(node)
                     todo.append(node)
         return found
-
-
-def operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The two factors of a contraction."""
-    left, right = product.args[-2:]
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        raise TypeError(f"{product.name} multiplies something that is no tensor")
-    return left, right
-
-
-def _layout_of(node: fx.Node, source: fx.Node, reader: Reader) -> Index | None:
-    """The index map of a layout op over `source`; None for any other op."""
-    outs = (
-        tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(node)))
-        if "val" in node.meta
-        else ()
-    )
-    step = index_map(node, outs, reader.bounds) if outs else None
-    return step[1] if step is not None and step[0] is source else None

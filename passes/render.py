@@ -62,10 +62,14 @@ def _sites(sites: Sequence[Rewritten]) -> str:
     for site in sites:
         others = "<br>".join(f"<b>{_text(name)}</b> {_text(', '.join(why))}" for name, why in site.passed_over.items())
         formula = f"<code>{_text(print_expr(site.spec.expression()))}</code>"
-        meaning = f"{_text(site.spec.words())}<br>score = {formula}<br>where <code>{_text(print_expr(site.spec.mask.predicate()))}</code>"
+        meaning = (
+            f"{_text(site.spec.words())}<br>score = {formula}<br>where <code>{_text(print_expr(site.spec.mask.predicate()))}</code>"
+        )
         kernel = f"<b>{_text(site.kernel)}</b><details><summary>why not the others</summary>{others}</details>"
         nodes = f"<small>{site.nodes_removed} nodes removed, {site.nodes_added} added</small>"
-        rows.append((_place(site.where.module, site.where.node, site.where.source), meaning, picture(site.spec.mask), kernel + nodes))
+        rows.append(
+            (_place(site.where.module, site.where.node, site.where.source), meaning, picture(site.spec.mask), kernel + nodes)
+        )
     return "<h2>Rewritten</h2>" + _table(("where", "what it computes", "mask", "kernel"), rows)
 
 

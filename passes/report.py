@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
 from typing import TYPE_CHECKING
 
 from compile_attn.kernels.spec import AttentionSpec
@@ -90,8 +89,8 @@ class Report:
             rows = [(one.where.module or one.where.node, one.reason, one.cure, one.where.source) for one in self.rejected]
             yield _table("rejected", ("where", "reason", "cure", "source"), rows)
         if self.tokens:
-            rows = [(one.kind, one.where.module or one.where.node, one.detail) for one in self.tokens]
-            yield _table("tokens", ("kind", "where", "rewrite"), rows)
+            changes = [(one.kind, one.where.module or one.where.node, one.detail) for one in self.tokens]
+            yield _table("tokens", ("kind", "where", "rewrite"), changes)
 
     def __str__(self) -> str:
         from rich.console import Console

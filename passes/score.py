@@ -46,9 +46,7 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
     hidden = False
     for count, (leaf, when) in enumerate(_branches(expr, sympy.true)):
         if count >= _BRANCHES:
-            raise ScoreError(
-                f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()"
-            )
+            raise ScoreError(f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()")
         if _is_hidden(leaf):
             hidden = True
             continue
@@ -60,16 +58,12 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
             same.append(when)
     if not seen:
         raise ScoreError("every key is masked")
-    visible = _in_range(
-        sympy.Or(*(when for _, conditions in seen for when in conditions)) if hidden else sympy.true, length
-    )
+    visible = _in_range(sympy.Or(*(when for _, conditions in seen for when in conditions)) if hidden else sympy.true, length)
     pieces = [(leaf, _in_range(sympy.Or(*conditions), length)) for leaf, conditions in seen]
     core = pieces[0][0] if len(pieces) == 1 else sympy.Piecewise(*pieces[:-1], (pieces[-1][0], True))
     for part in (visible, core):
         if length is not None and part.has(length):
-            raise ScoreError(
-                f"the score depends on the sequence length {length}: {part}", "write it in positions alone"
-            )
+            raise ScoreError(f"the score depends on the sequence length {length}: {part}", "write it in positions alone")
     return _canonical(core, visible)
 
 

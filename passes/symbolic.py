@@ -6,6 +6,7 @@ tensor, or `Dot(k, ...)`, an element of a contraction. No spelling is known here
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ from sympy.logic.boolalg import Boolean, BooleanFunction
 from torch import fx
 
 from compile_attn.kernels.expr import Load, Round, Trunc
-from compile_attn.passes.constants import read_constant
-from compile_attn.passes.graph import is_tensor, location, val
+from compile_attn.passes.constants import is_affine, read_constant
+from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import (
     Bounds,
     Index,
@@ -30,35 +31,10 @@ from compile_attn.passes.indices import (
     op_name,
     shape_of,
 )
-from compile_attn.passes.report import Rejected
+from compile_attn.passes.terms import Dot, Opaque, Unreadable, unreadable
 
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}  # explicit mantissa bits
 _CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm")
-
-
-class Dot(sympy.Function):  # type: ignore[misc]
-    """`Dot(k, *index)`: an element of the product of the two operands of contraction k."""
-
-    is_real = True
-
-
-class Opaque(sympy.Function):  # type: ignore[misc]
-    """`Opaque(k, *index)`: a reduction over an axis that the index lacks, such as the maximum of a row."""
-
-    is_real = True
-
-
-class Unreadable(Exception):
-    """A node that the reader does not understand."""
-
-    def __init__(self, rejected: Rejected) -> None:
-        super().__init__(rejected.reason)
-        self.rejected = rejected
-
-
-def unreadable(node: fx.Node, why: str, cure: str = "") -> Unreadable:
-    """The exception that rejects a node."""
-    return Unreadable(Rejected(why, location(node), cure))
 
 
 class Reader:
@@ -100,6 +76,9 @@ class Reader:
             return index[-1]
         if node in self.constants:
             value = read_constant(self.constants[node], index)
+            if value is None and is_affine(self.constants[node]):
+                first, second = (self.load(node, (*index[:-1], sympy.Integer(place))) for place in (0, 1))
+                value = first + (second - first) * index[-1]
             if value is not None:
                 self.read_constants.add(node)
                 return value
@@ -261,12 +240,16 @@ def _compare(function: Callable[..., Boolean]) -> Callable[[Reader, fx.Node, Ind
         if function in (sympy.Eq, sympy.Ne):
             for a, b in ((left, right), (right, left)):  # a truth value compared with a constant
                 if (is_boolean(a) or isinstance(a, sympy.Piecewise)) and b in (0, 1, sympy.true, sympy.false):
-                    when = boolean(a) if is_boolean(a) else _condition(a, lambda part, b=b: sympy.Eq(part, number(b)))
+                    when = boolean(a) if is_boolean(a) else _condition(a, functools.partial(_equals, number(b)))
                     same = when if not is_boolean(a) or b in (1, sympy.true) else sympy.Not(when)
                     return same if function is sympy.Eq else sympy.Not(same)
         return function(number(left), number(right))
 
     return rule
+
+
+def _equals(wanted: sympy.Expr, part: sympy.Expr) -> Boolean:
+    return sympy.Eq(part, wanted)
 
 
 def _where(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:
@@ -346,6 +329,9 @@ _ARITHMETIC: dict[str, Callable[[Reader, fx.Node, Index], sympy.Basic]] = {
     "exp": _numeric(sympy.exp, 1),
     "exp2": _numeric(lambda a: 2**a, 1),
     "log": _numeric(sympy.log, 1),
+    "log1p": _numeric(lambda a: sympy.log(1 + a), 1),
+    "expm1": _numeric(lambda a: sympy.exp(a) - 1, 1),
+    "erf": _numeric(sympy.erf, 1),
     "log2": _numeric(lambda a: sympy.log(a) / sympy.log(2).evalf(), 1),
     "sqrt": _numeric(sympy.sqrt, 1),
     "rsqrt": _numeric(lambda a: 1 / sympy.sqrt(a), 1),

@@ -100,9 +100,7 @@ def _index(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     inner = index[begin : begin + width]
     rest = iter((*index[:begin], *index[begin + width :]))
     shape = shape_of(source)  # type: ignore[arg-type]
-    chosen = [
-        next(rest) if p is None else _wrap(reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)
-    ]
+    chosen = [next(rest) if p is None else _wrap(reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)]
     return reader.at(source, tuple(chosen))
 
 
@@ -208,9 +206,7 @@ def _pad(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         dim, before, after = len(index) - 1 - pair, as_expr(widths[2 * pair]), as_expr(widths[2 * pair + 1])
         place[dim] = place[dim] - before
         inside = inside if before == 0 or before.is_negative else sympy.And(inside, sympy.Ge(index[dim], before))
-        inside = (
-            inside if after == 0 or after.is_negative else sympy.And(inside, sympy.Lt(index[dim], before + shape[dim]))
-        )
+        inside = inside if after == 0 or after.is_negative else sympy.And(inside, sympy.Lt(index[dim], before + shape[dim]))
     return s._choose(inside, reader.at(source, tuple(place)), fill)
 
 

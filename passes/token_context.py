@@ -102,9 +102,7 @@ class Context:
             return value
         return self.mixed(user, "computes with row numbers of tokens, which differ when sequences are packed")
 
-    def aligned(
-        self, node: fx.Node, operands: Sequence[tuple[object, Sequence[int | None]]], *, strict: bool = False
-    ) -> Value:
+    def aligned(self, node: fx.Node, operands: Sequence[tuple[object, Sequence[int | None]]], *, strict: bool = False) -> Value:
         """The result of an op that combines operands slice by slice.
 
         Each operand comes with the result's dim for each of its dims, None for a dim that is summed over. All token axes
@@ -173,9 +171,7 @@ class Context:
             return Size(self.sizes.depends(value))
         if any(self.sizes.depends(size) for size in value.shape):
             what = f"input {node.name} of shape {tuple(value.shape)} is given per token"
-            return Mixed(
-                f"{what}; a paged step provides token ids and positions only", node, "leave it out of the call"
-            )
+            return Mixed(f"{what}; a paged step provides token ids and positions only", node, "leave it out of the call")
         return Free()
 
     def _getitem(self, node: fx.Node) -> Value:
@@ -256,9 +252,7 @@ class Context:
         return self.constants.get(node) if isinstance(node, fx.Node) else None
 
 
-_COPIES = frozenset(
-    f"aten::{name}" for name in ("lift_fresh_copy", "clone", "alias", "detach", "contiguous", "_to_copy")
-)
+_COPIES = frozenset(f"aten::{name}" for name in ("lift_fresh_copy", "clone", "alias", "detach", "contiguous", "_to_copy"))
 
 
 def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
@@ -273,11 +267,7 @@ def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
         return context.mixed(node, f"pairs tokens with each other; {BY_ITSELF}")
     if a.axis == b.axis:
         return replace(a, uniform=a.uniform and b.uniform)
-    if (
-        (a.uniform or b.uniform)
-        and a.axis.count == b.axis.count
-        and "part" not in (a.axis.space.kind, b.axis.space.kind)
-    ):
+    if (a.uniform or b.uniform) and a.axis.count == b.axis.count and "part" not in (a.axis.space.kind, b.axis.space.kind):
         return replace(b if a.uniform else a, uniform=a.uniform and b.uniform)
     return context.mixed(node, "combines rows that stand in different orders")
 

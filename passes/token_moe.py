@@ -254,15 +254,11 @@ def ids_of(c: Context, node: fx.Node) -> fx.Node:
     while True:
         key = op_key(node)
         source = node.args[0] if node.args else None
-        if key in _SAME_ELEMENTS or (
-            key in ("aten::_to_copy", "aten::to") and val(node).dtype not in (torch.bool, torch.uint8)
-        ):
+        if key in _SAME_ELEMENTS or (key in ("aten::_to_copy", "aten::to") and val(node).dtype not in (torch.bool, torch.uint8)):
             node = source  # type: ignore[assignment]
         elif isinstance(source, fx.Node) and op_key(source) == "aten::sort" and node.args[1] == 0:
             node = source.args[0]  # type: ignore[assignment]
-        elif key == "aten::slice" and _is_whole(c, node):
-            node = source  # type: ignore[assignment]
-        elif key == "aten::index" and _is_permutation(c, node):
+        elif (key == "aten::slice" and _is_whole(c, node)) or (key == "aten::index" and _is_permutation(c, node)):
             node = source  # type: ignore[assignment]
         else:
             return node
@@ -318,20 +314,9 @@ def _one_hot_source(c: Context, node: fx.Node) -> tuple[fx.Node, int, int] | Non
         groups = c.shape(node)[-1]
         ahead = op_key(args["self"]) == "aten::unsqueeze" and args["self"].args[1] in (-1, rank - 1)
         counting = op_key(args["other"]) == "aten::arange" and bind(args["other"]).get("start", 0) == 0
-        if (
-            isinstance(literal, Free)
-            and counting
-            and val(args["other"]).dim() == 1
-            and ahead
-            and isinstance(groups, int)
-        ):
+        if isinstance(literal, Free) and counting and val(args["other"]).dim() == 1 and ahead and isinstance(groups, int):
             return args["self"], groups, rank - 1
-    if (
-        key == "aten::scatter"
-        and args["dim"] % rank == rank - 1
-        and args.get("value") == 1
-        and _from_topk(args["index"])
-    ):
+    if key == "aten::scatter" and args["dim"] % rank == rank - 1 and args.get("value") == 1 and _from_topk(args["index"]):
         base, groups = c.of(args["self"]), c.shape(node)[-1]
         if isinstance(base, Tok) and base.fill == 0 and isinstance(groups, int):
             return args["index"], groups, rank - 1
@@ -351,12 +336,7 @@ def running_sum(c: Context, node: fx.Node, args: Arguments) -> Value:
     value = c.of(args["self"])
     if isinstance(value, Mixed):
         return replace(value, cumulative=True) if value.counts and not value.cumulative else replace(value, counts=None)
-    if (
-        isinstance(value, Tok)
-        and value.fill == 1
-        and value.axis == Axis()
-        and args["dim"] % val(node).dim() == value.dim
-    ):
+    if isinstance(value, Tok) and value.fill == 1 and value.axis == Axis() and args["dim"] % val(node).dim() == value.dim:
         return Iota(value.dim, 1, 1, 1)  # of ones: 1, 2, 3, ...
     return along(c, node, args)
 

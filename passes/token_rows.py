@@ -55,9 +55,7 @@ class Mover:
             if self._may_move(node) and all(user in moved or user in ends for user in node.users):
                 moved.add(node)
         while True:
-            stuck = {
-                node for node in moved if not all(arg in moved or self._can_cut(arg) for arg in node.all_input_nodes)
-            }
+            stuck = {node for node in moved if not all(arg in moved or self._can_cut(arg) for arg in node.all_input_nodes)}
             stuck |= {node for node in moved if not all(user in moved or user in ends for user in node.users)}
             if not stuck:
                 return moved

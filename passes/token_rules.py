@@ -192,9 +192,7 @@ def dropout(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.mixed(node, "is on", "call model.eval()")
 
 
-def _contract(
-    c: Context, node: fx.Node, a: object, b: object, *, strict: bool
-) -> list[tuple[object, list[int | None]]]:
+def _contract(c: Context, node: fx.Node, a: object, b: object, *, strict: bool) -> list[tuple[object, list[int | None]]]:
     """Places of the dims of a matrix product's operands: [..., n, k] x [..., k, m], vectors without n or m."""
     rank, ra, rb = val(node).dim(), val(a).dim(), val(b).dim()  # type: ignore[arg-type]
     m = 0 if rb == 1 else 1
@@ -459,9 +457,7 @@ def attention(c: Context, node: fx.Node, args: Arguments) -> Value:
         if isinstance(value := c.of(captured), Mixed):
             return value
         if not isinstance(value, Free):
-            return c.mixed(
-                node, f"captures {captured}, which is given per token", "leave padding masks out of the call"
-            )
+            return c.mixed(node, f"captures {captured}, which is given per token", "leave padding masks out of the call")
     return Tok(2)
 
 
@@ -515,9 +511,7 @@ def item(c: Context, node: fx.Node, args: Arguments) -> Value:
     return value if isinstance(value, Mixed) else c.mixed(node, "reads a number out of the tokens' values")
 
 
-@rule(
-    "_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", lengths=True, counts=True
-)
+@rule("_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", lengths=True, counts=True)
 def assertion(c: Context, node: fx.Node, args: Arguments) -> Value:
     return Free()
 

@@ -188,9 +188,7 @@ def has_size(sizes: Sizes, size: object, axis: Axis) -> bool:
     return sizes.count(size) == axis.count
 
 
-def reshaped_axis(
-    sizes: Sizes, before: Sequence[Any], dim: int, axis: Axis, after: Sequence[Any]
-) -> tuple[int, Axis] | None:
+def reshaped_axis(sizes: Sizes, before: Sequence[Any], dim: int, axis: Axis, after: Sequence[Any]) -> tuple[int, Axis] | None:
     """Where an axis goes when a tensor of shape `before` is viewed in shape `after`: (dim, Axis), or None where it is cut.
 
     A view keeps the linear order of elements, so the number of elements ahead of and behind each row stays. Rows of the
