@@ -59,7 +59,7 @@ def key_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def key_mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n = q.shape[1]
-    k = k.reshape(k.shape[0], n, HEADS * DIM).view(-1, HEADS, DIM, n)
+    k = k.reshape(k.shape[0], HEADS, DIM, n)
     return F.softmax(q.permute(0, 2, 1, 3) @ k * SCALE + additive(n), dim=-1) @ v.permute(0, 2, 1, 3)
 
 

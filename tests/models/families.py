@@ -86,7 +86,12 @@ def _bart(**more: Any) -> dict[str, Any]:
 _HEAD = {"head_dim": 8}
 _WINDOW = {"sliding_window": 8}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_QWEN_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 _DEEPSEEK_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -162,7 +167,9 @@ def _windows() -> list[Family]:
         Family("cwm", "cwm", _llama(**_HEAD, **_WINDOW, **_FOUR, count=4)),
         Family("gpt_neo", "gpt_neo", _gpt_neo(), forms=_EAGER),
         Family(
-            "modernbert-decoder", "modernbert-decoder", _plain(local_attention=8, layer_types=_ALTERNATING["layer_types"])
+            "modernbert-decoder",
+            "modernbert-decoder",
+            _plain(local_attention=8, layer_types=_ALTERNATING["layer_types"]),
         ),
         Family("llama4_text", "llama4_text", _llama4()),
     ]
@@ -178,7 +185,12 @@ def _llama4() -> dict[str, Any]:
     """Two chunked layers with rope and two full ones without, whose queries grow with the position."""
     chunks = {"attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5, "attn_temperature_tuning": True}
     kinds = {"layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0, 1, 0]}
-    sizes = {"intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+    sizes = {
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+    }
     return _llama(count=4, **_HEAD, **chunks, **kinds, **sizes)
 
 
@@ -223,14 +235,26 @@ def _ernie_moe() -> dict[str, Any]:
 
 def _older() -> list[Family]:
     falcon = _sizes("hidden_size", "ffn_hidden_size", "num_hidden_layers", "num_attention_heads")
-    mpt = {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB}
+    mpt = {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "expansion_ratio": 2,
+        "max_seq_len": POSITIONS,
+        "vocab_size": VOCAB,
+    }
     rotary = {"rotary_dim": 4}
     opt = _sizes("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
     xglm = _sizes("d_model", "ffn_dim", "num_layers", "attention_heads")
     ctrl = _sizes("n_embd", "dff", "n_layer", "n_head")
     return [
         Family("gpt2", "gpt2", _gpt2()),
-        Family("gpt2-upcast", "gpt2", _gpt2(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True), forms=_EAGER),
+        Family(
+            "gpt2-upcast",
+            "gpt2",
+            _gpt2(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True),
+            forms=_EAGER,
+        ),
         Family("gpt_bigcode", "gpt_bigcode", _gpt2(multi_query=True)),
         Family("gpt_neox", "gpt_neox", _plain()),
         Family("gpt_neox_japanese", "gpt_neox_japanese", _plain(intermediate_multiple_size=2), forms=_EAGER),

@@ -51,7 +51,12 @@ class EinsumBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.ff = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), mlp()
+        self.norm, self.qkv, self.out, self.ff = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            mlp(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
@@ -168,7 +173,12 @@ class ExpSumBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.ff = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), mlp()
+        self.norm, self.qkv, self.out, self.ff = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            mlp(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
@@ -192,7 +202,12 @@ class AlibiBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.ff = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), mlp()
+        self.norm, self.qkv, self.out, self.ff = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            mlp(),
+        )
         slopes = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1) / HEADS)
         self.register_buffer("alibi", slopes.view(HEADS, 1, 1) * torch.arange(1 - LONGEST, 1).view(1, 1, LONGEST))
 

@@ -16,7 +16,12 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.ff = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), mlp()
+        self.norm, self.qkv, self.out, self.ff = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            mlp(),
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
@@ -256,7 +261,17 @@ def decoder(name: str) -> nn.Module:
 
 
 NAMES = (
-    *("einsum", "nanogpt", "head_list", "torch_mha", "exp_sum", "alibi", "rope_table_grouped", "bmm_parallel", "last_row"),
+    *(
+        "einsum",
+        "nanogpt",
+        "head_list",
+        "torch_mha",
+        "exp_sum",
+        "alibi",
+        "rope_table_grouped",
+        "bmm_parallel",
+        "last_row",
+    ),
     *MORE,
 )
 __all__ = ["LONGEST", "NAMES", "VOCAB", "decoder"]
