@@ -1,0 +1,30 @@
+"""Does the code that Inductor generates leave the pages where they are?"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch._inductor.utils import run_and_get_code  # private; what Inductor's own tests read its code with
+
+from compile_attn.cache import Chunk, PagedKVCache
+from tests.tiny import tiny
+
+PAGES = 61  # a number that occurs in no other shape of the model
+
+
+def test_no_page_is_copied_by_functionalization() -> None:
+    model = tiny()
+    cache = PagedKVCache(kv_tokens=PAGES * 4, page_size=4, max_seqs=4)
+    step = torch.compile(model, backend="paged_attn", options={"cache": cache}, fullgraph=True)
+    batch = cache.batch([Chunk(cache.add(), [1, 2, 3, 4, 5, 6, 7])])
+    with torch.no_grad():
+        _, codes = run_and_get_code(step, batch.input_ids)
+    code = "\n".join(codes)
+    writes = code.count("paged_attn.write_kv")
+    assert writes >= len(cache.k_pages) > 0, "the pages are written by the op"
+    shapes = re.findall(r"empty_strided\w*\(\s*\(([^)]*)\)", code)
+    assert shapes, "Inductor allocates something: else this test reads the wrong text"
+    pools = [shape for shape in shapes if re.match(rf"\s*{PAGES}\s*,", shape)]
+    assert pools == [], f"a buffer as large as a page pool is allocated: {pools}"
+    assert not re.search(rf"range\({PAGES * 4}|< {PAGES}L|x0<static_cast<int64_t>\({PAGES}", code)
