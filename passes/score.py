@@ -42,29 +42,28 @@ class Score:
 
 def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
     """Read the input of a softmax over j. `length` is the number of keys: greater than i and j, and no part of the result."""
-    seen: list[tuple[sympy.Expr, list[Boolean]]] = []
+    found: list[tuple[sympy.Expr, Boolean]] = []
     hidden = False
     for count, (leaf, when) in enumerate(_branches(expr, sympy.true)):
         if count >= _BRANCHES:
             raise ScoreError(f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()")
         if _is_hidden(leaf):
             hidden = True
-            continue
-        leaf = _without_row_terms(leaf)
-        same = next((conditions for value, conditions in seen if value == leaf), None)
-        if same is None:
-            seen.append((leaf, [when]))
         else:
-            same.append(when)
-    if not seen:
+            found.append((leaf, when))
+    if not found:
         raise ScoreError("every key is masked")
-    visible = _in_range(sympy.Or(*(when for _, conditions in seen for when in conditions)) if hidden else sympy.true, length)
-    pieces = [(leaf, _in_range(sympy.Or(*conditions), length)) for leaf, conditions in seen]
-    core = pieces[0][0] if len(pieces) == 1 else sympy.Piecewise(*pieces[:-1], (pieces[-1][0], True))
-    for part in (visible, core):
+    seen: dict[sympy.Expr, list[Boolean]] = {}
+    for leaf, (_, when) in zip(_without_row_terms([leaf for leaf, _ in found]), found, strict=True):
+        seen.setdefault(leaf, []).append(when)
+    visible = _in_range(sympy.Or(*(when for conditions in seen.values() for when in conditions)) if hidden else sympy.true, length)
+    pieces = [(leaf, _in_range(sympy.Or(*conditions), length)) for leaf, conditions in seen.items()]
+    for part in (visible, *(part for piece in pieces for part in piece)):
         if length is not None and part.has(length):
             raise ScoreError(f"the score depends on the sequence length {length}: {part}", "write it in positions alone")
-    return _canonical(core, visible)
+    if visible.has(S):
+        raise ScoreError(f"which keys are visible depends on their scores: {visible}", "mask by positions, not by scores")
+    return _canonical(pieces, visible)
 
 
 def _branches(expr: sympy.Expr, when: Boolean) -> Iterator[tuple[sympy.Expr, Boolean]]:
@@ -102,18 +101,25 @@ def plain_number(value: sympy.Expr) -> bool:
     return bool(value.is_number and value.is_real and not value.atoms(AppliedUndef, Load))
 
 
-def _without_row_terms(leaf: sympy.Expr) -> sympy.Expr:
-    """Drop what is constant in j; write a term that is linear in j, and free of i, as slope * (j - i)."""
-    kept: sympy.Expr = sympy.Integer(0)
-    terms = sympy.Add.make_args(sympy.expand(leaf))
-    large = any(abs(float(_size(term))) >= -_HIDDEN for term in terms if not term.has(S))
-    for term in terms:
-        if not term.has(S, J) and not large:  # a large term may be half of a difference: nothing is dropped then
+def _without_row_terms(leaves: list[sympy.Expr]) -> list[sympy.Expr]:
+    """Drop what is constant in j; write a term that is linear in j, and free of i, as slope * (j - i).
+
+    Softmax ignores what is added to ALL visible scores of a row alike: only terms that every leaf has may go. A number that only
+    some leaves add is a bias (a recency bonus, a bucket), however constant it looks in its own leaf.
+    """
+    split = [set(sympy.Add.make_args(sympy.expand(leaf))) for leaf in leaves]
+    shared = set.intersection(*split)
+    if any(abs(float(_size(term))) >= -_HIDDEN for terms in split for term in terms if not term.has(S)):
+        return [sympy.Add(*terms) for terms in split]  # a large term may be half of a difference: nothing is dropped then
+    change = dict[sympy.Expr, sympy.Expr]()
+    for term in shared:
+        if not term.has(S, J):
+            change[term] = sympy.Integer(0)
             continue
         slope = sympy.diff(term, J) if not term.has(S) and not term.atoms(sympy.Function) & _with_j(term) else None
-        linear = slope is not None and not slope.has(J, I) and sympy.expand(term - slope * J) == 0
-        kept += slope * (J - I) if linear else term
-    return kept
+        if slope is not None and not slope.has(J, I) and sympy.expand(term - slope * J) == 0:
+            change[term] = slope * (J - I)
+    return [sympy.Add(*(change.get(term, term) for term in terms)) for terms in split]
 
 
 def _with_j(term: sympy.Expr) -> set[sympy.Basic]:
@@ -142,14 +148,14 @@ def _in_range(condition: Boolean, length: sympy.Symbol | None) -> Boolean:
     return condition.xreplace(known)
 
 
-def _canonical(core: sympy.Expr, visible: Boolean) -> Score:
+def _canonical(pieces: list[tuple[sympy.Expr, Boolean]], visible: Boolean) -> Score:
     """scale, softcap and bias where the order is the canonical one; else the whole score."""
-    product = [term for term in sympy.Add.make_args(core) if term.has(S)]
-    bias = sympy.Add(*(term for term in sympy.Add.make_args(core) if not term.has(S)))
-    if core.has(sympy.Piecewise) and any(term.has(sympy.Piecewise) for term in product):
-        return Score(visible, score=core)
+    products = {sympy.Add(*(term for term in sympy.Add.make_args(leaf) if term.has(S))) for leaf, _ in pieces}
+    if len(products) > 1 or next(iter(products)).has(sympy.Piecewise):
+        return Score(visible, score=_joined(pieces))
+    scores = sympy.collect(products.pop(), S)
+    bias = _joined([(sympy.Add(*(term for term in sympy.Add.make_args(leaf) if not term.has(S))), when) for leaf, when in pieces])
     rest = None if bias == 0 else bias
-    scores = sympy.collect(sympy.Add(*product), S)
     factor = scores.coeff(S)
     if sympy.expand(scores - factor * S) == 0 and plain_number(factor):
         return Score(visible, float(factor), None, rest)
@@ -158,4 +164,11 @@ def _canonical(core: sympy.Expr, visible: Boolean) -> Score:
         inner = curve.args[0].coeff(S)
         if plain_number(inner) and sympy.expand(curve.args[0] - inner * S) == 0:
             return Score(visible, float(inner * cap), float(cap), rest)
-    return Score(visible, score=core)
+    return Score(visible, score=_joined(pieces))
+
+
+def _joined(pieces: list[tuple[sympy.Expr, Boolean]]) -> sympy.Expr:
+    """One expression; what the last piece says where no condition holds is never looked at: no key is visible there."""
+    if len(pieces) == 1:
+        return pieces[0][0]
+    return sympy.Piecewise(*pieces[:-1], (pieces[-1][0], True))
