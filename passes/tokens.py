@@ -6,7 +6,6 @@ positions, tables, the last token and the rows of the output. The rules are in `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from compile_attn.passes.token_rows import Mover
 from compile_attn.passes.token_values import LAST, TOKENS, Axis, Mixed, Sizes, Tok
 
 _aten = torch.ops.aten
+_CURE = "a paged model may mix tokens by causal attention only; serve this one without a cache"
 _RULE_FILES = (token_rules, token_views, token_moe)  # imported for the rules that they register
 
 
@@ -60,18 +60,19 @@ def prove_tokens(
     reasons a refusal repeats. Raises TokensRefused, the graph unchanged.
     """
     length = val(tokens[0]).shape[1]
-    if not isinstance(length, torch.SymInt):
+    if not isinstance(length, torch.SymInt) or not length.node.expr.is_Symbol:
         why = f"the number of tokens is fixed at {length}"
         raise TokensRefused([Rejected(why, location(tokens[0]), "compile with a dynamic number of tokens")])
     context = Context(Sizes(length), frozenset(tokens), position_inputs, constants)
     context.run(gm.graph)
     logits = _check(context, gm.graph, rejected)
+    longest = _longest(length, tokens[0])
     rewriter = Rewriter(context, gm.graph, positions, rows, val(tokens[0]).fake_mode)
     rewriter.apply()
     _select_rows(context, rewriter, logits)
     gm.graph.lint()
-    bounds = context.bounds
-    return TokenProof(tuple(rewriter.done), min(bounds) if bounds else None, _longest(length))
+    bounds = [*context.bounds, *([longest] if longest is not None else [])]
+    return TokenProof(tuple(rewriter.done), min(bounds, default=None), longest)
 
 
 def _check(context: Context, graph: fx.Graph, rejected: Sequence[Rejected]) -> int:
@@ -105,8 +106,8 @@ def _explain(reason: Mixed, rejected: Sequence[Rejected]) -> Rejected:
     where = location(reason.node)
     near = _attention_near(reason.node, rejected)
     if near is None:
-        return Rejected(reason.reason, where, reason.cure)
-    return Rejected(f"{reason.reason}; attention was left as it was: {near.reason}", where, near.cure or reason.cure)
+        return Rejected(reason.reason, where, reason.cure or _CURE)
+    return Rejected(f"{reason.reason}; attention was left as it was: {near.reason}", where, near.cure or reason.cure or _CURE)
 
 
 def _attention_near(node: fx.Node, rejected: Sequence[Rejected]) -> Rejected | None:
@@ -160,25 +161,42 @@ def _rows_second(rewriter: Rewriter, place: int, value: Tok, rank: int) -> None:
         output.replace_input_with(logits, turned)
 
 
-def _longest(length: torch.SymInt) -> int | None:
-    """The bound on T that the captured program itself sets, by a range or by a guard like T <= 1024."""
+def _longest(length: torch.SymInt, where: fx.Node) -> int | None:
+    """The bound on T under which the captured program holds; a refusal where it holds for some lengths only.
+
+    A guard says for which T the capture took the branches that it took. One that holds for every T >= 2 says nothing, and
+    T <= c is a bound, on the length of each sequence too: beyond it the model may do something else. Any other guard means
+    that the model does different things for sequences of different lengths, and a packed T is the length of none.
+    """
     symbol = length.node.expr
-    env = length.node.shape_env  # what Dynamo recorded; reading it adds no guard
+    env = length.node.shape_env  # what was recorded while tracing; reading it adds no guard
+    bounds = [symbol <= env.var_to_range[symbol].upper] if symbol in env.var_to_range else []
     found: list[int] = []
-    if symbol in env.var_to_range and (upper := env.var_to_range[symbol].upper).is_Integer:
-        found.append(int(upper))
-    for guard in env.guards:
-        expr = guard.expr
-        if isinstance(expr, (sympy.Le, sympy.Lt)) and expr.lhs == symbol and expr.rhs.is_Integer:
-            found.append(int(expr.rhs) - isinstance(expr, sympy.Lt))
-        if isinstance(expr, (sympy.Ge, sympy.Gt)) and expr.rhs == symbol and expr.lhs.is_Integer:
-            found.append(int(expr.lhs) - isinstance(expr, sympy.Gt))
-    # Dynamo's own default upper bound of a dim is the largest int64, less one or so: no bound at all.
-    longest = min((bound for bound in found if bound < 2**31), default=None)
-    # A table sliced [:T] is another program where T is all of it: this one stays below (guards T <= 64 and T != 64).
-    while longest is not None and any(guard.expr == sympy.Ne(symbol, longest) for guard in env.guards):
-        longest -= 1
-    return longest
+    for condition in [guard.expr for guard in env.guards] + bounds:
+        if condition.free_symbols != {symbol} or (isinstance(condition, sympy.Ne) and symbol in condition.args):
+            continue  # T != n only says that a broadcast against n rows did not happen
+        holds = [bool(condition.subs(symbol, probe)) for probe in _PROBES]
+        if all(holds):
+            continue
+        first = holds.index(False)
+        if first == 0 or any(holds[first:]):
+            why = f"the captured program holds only where T, the number of tokens, satisfies {condition}"
+            cure = "let no branch and no number depend on the length of the input"
+            raise TokensRefused([Rejected(why, location(where), cure)])
+        found.append(_last_that_holds(condition, symbol, _PROBES[first - 1], _PROBES[first]))
+    return min(found, default=None)
 
 
-__all__ = ["TokenProof", "TokensRefused", "prove_tokens", "re"]
+# Every length to 130, then doubling: lengths at which models branch are small multiples of a window, or powers of two.
+_PROBES = [*range(2, 131), *(2**power + extra for power in range(8, 31) for extra in (-1, 0, 1))]
+
+
+def _last_that_holds(condition: sympy.Basic, symbol: sympy.Symbol, low: int, high: int) -> int:
+    """The last length for which an upper bound holds, between one that does and one that does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bool(condition.subs(symbol, middle)) else (low, middle)
+    return low
+
+
+__all__ = ["TokenProof", "TokensRefused", "prove_tokens"]

@@ -441,6 +441,21 @@ def divided_by_length(m: Model, x: torch.Tensor) -> torch.Tensor:
     return x / x.shape[1]
 
 
+@mixing("holds only where T|depends on the length")
+def divided_by_a_power_of_length(m: Model, x: torch.Tensor) -> torch.Tensor:
+    return x / x.shape[1] ** 0.5
+
+
+@mixing("holds only where T")
+def another_branch_for_short_inputs(m: Model, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x) if x.shape[1] > 8 else m.b(x)
+
+
+@mixing("holds only where T")
+def lengths_in_blocks(m: Model, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x) if x.shape[1] % 2 else m.b(x)
+
+
 @mixing("length of the sequence")
 def table_from_the_end(m: Model, x: torch.Tensor) -> torch.Tensor:
     return x + m.cos[N - x.shape[1] :]
