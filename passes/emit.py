@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher  # private; what AOTAutograd itself traces under
 from torch._guards import detect_fake_mode  # what every backend uses to find the mode of its inputs
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -26,7 +27,8 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) 
         real = isinstance(known, torch.Tensor) and not isinstance(known, FakeTensor)
         return mode.from_tensor(known, static_shapes=True) if real and mode is not None else known
 
-    with torch.no_grad(), mode or contextlib.nullcontext():  # the mode: composite ops make tensors of their own
+    # The mode: composite ops make tensors of their own. The Python dispatcher: on torch 2.11 their C++ kernels guard on sizes.
+    with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         node.meta["val"] = target(*fx.map_arg(args, value))
     if like is not None:
         node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
@@ -67,7 +69,7 @@ def permute(graph: fx.Graph, node: fx.Node, order: Sequence[int], like: fx.Node)
 def reshape(graph: fx.Graph, node: fx.Node, shape: Sequence[int | fx.Node], like: fx.Node) -> fx.Node:
     """`node` in this shape; the node itself where the shape is already so in number of dims and every constant size."""
     have = val(node).shape
-    if len(have) == len(shape) and all(isinstance(n, int) == isinstance(m, int) for n, m in zip(have, shape, strict=True)):
-        if all(n == m for n, m in zip(have, shape, strict=True) if isinstance(m, int)):
-            return node
+    same_kinds = len(have) == len(shape) and all(isinstance(n, int) == isinstance(m, int) for n, m in zip(have, shape, strict=True))
+    if same_kinds and all(n == m for n, m in zip(have, shape, strict=True) if isinstance(m, int)):
+        return node
     return call(graph, _aten.reshape.default, node, list(shape), like=like)

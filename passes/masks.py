@@ -1,14 +1,8 @@
 """Which named mask is a predicate? Decided by proof.
 
-A predicate is a Boolean combination of atoms. Atoms that compare i, j or i - j with a constant are *linear*; every other atom
-(same chunk, same document, a remainder) is taken as a free truth value. Two predicates with the same free atoms are equal if they
-agree for every assignment of those and all i, j >= 0; a candidate is only accepted on that ground.
-
-Why a finite set of (i, j) decides it: for one assignment, truth is constant on the cells that the lines i = c, j = c, i - j = c cut
-the quadrant into. Written with integers, each cell is {A x <= b} with A totally unimodular (rows e_i, e_j, e_i - e_j and their
-negatives), so a cell that is not empty has an integral vertex: it lies in the quadrant, hence is pointed. A vertex is where two of
-the bounding lines meet, and a strict bound moves a line by 1. So its coordinates are sums of at most two constants, each shifted by
-at most 1, with 0 among the constants. Those sums are the points we test.
+Parameters are guessed from the predicate itself (the first key 0 that a query loses, the first key that query 0 loses, the
+moduli), then the candidate must equal the predicate for all i, j >= 0 and all heads: `proof` says why finitely many points decide
+that. What equals no family stays General, beside Causal() where causality at least is proven.
 """
 
 from __future__ import annotations
@@ -20,171 +14,158 @@ from collections.abc import Iterator
 import numpy as np
 import sympy
 from sympy.core.relational import Relational
-from sympy.logic.boolalg import Boolean
+from sympy.logic.boolalg import And, Boolean, Or
 
-from compile_attn.kernels.expr import I, J, Load
-from compile_attn.kernels.mask import All, Bidirectional, Causal, Chunked, General, Mask, Prefix, SameDocument, Window
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.mask import (
+    All,
+    Any,
+    Bidirectional,
+    BlockSparse,
+    Causal,
+    Chunked,
+    General,
+    Mask,
+    Prefix,
+    SameDocument,
+    Window,
+)
+from compile_attn.passes.formula import Formula, nested
+from compile_attn.passes.proof import first_false, implies, same, truth, valid
 
-_FREE = 6  # 2**6 assignments; a mask with more free atoms stays General
-
-
-def classify(visible: Boolean) -> Mask:
-    """The named mask that equals the predicate for all i, j >= 0, or General. Never a wrong one."""
-    return _classify(_without_extremes(visible))
-
-
-def _without_extremes(predicate: Boolean) -> Boolean:
-    """Max, Min and Abs inside comparisons written as cases, so that only affine forms are compared."""
-    for atom in _atoms(predicate):
-        found = next(iter(sorted(atom.atoms(sympy.Max, sympy.Min, sympy.Abs), key=sympy.count_ops)), None)
-        if found is not None and isinstance(atom, Relational):
-            a, b = (found.args[0], -found.args[0]) if isinstance(found, sympy.Abs) else found.as_two_terms()
-            first = sympy.Le(a, b) if isinstance(found, sympy.Min) else sympy.Ge(a, b)
-            cases = sympy.And(first, atom.xreplace({found: a})) | sympy.And(sympy.Not(first), atom.xreplace({found: b}))
-            return _without_extremes(predicate.xreplace({atom: cases}))
-    return predicate
+_FREE = 4  # atoms over tensors that are told apart; a mask with more stays General
+_LOCAL = 4096  # most local blocks looked for: 16 is what models use
+_CAUSAL = Causal().predicate()
 
 
 @functools.lru_cache(maxsize=512)
-def _classify(visible: Boolean) -> Mask:
+def classify(visible: Boolean, num_heads: int | None = None) -> Mask:
+    """The named mask that equals the predicate for all i, j >= 0, or General. Never a wrong one."""
+    named = _family(visible, num_heads) or _with_tensors(visible, num_heads) or _alternatives(visible, num_heads)
+    if named is not None:
+        return named
+    if not implies(visible, _CAUSAL, num_heads):
+        return General(visible)
+    return All(Causal(), General(And(*(part for part in And.make_args(visible) if not implies(_CAUSAL, part, num_heads)))))
+
+
+@functools.lru_cache(maxsize=512)
+def sees_itself(visible: Boolean, num_heads: int | None = None) -> bool:
+    """Proven: every query sees a key, itself or the first one. A large finite fill is a mask in such rows only."""
+    return valid(Or(visible.subs(J, I), visible.subs(J, 0)), num_heads)
+
+
+def _family(visible: Boolean, num_heads: int | None) -> Mask | None:
+    """A mask of positions alone."""
     if visible is sympy.true:
         return Bidirectional()
-    for candidate in _candidates(visible):
-        if equal(visible, candidate.predicate()):
+    if _tensor_atoms(visible):
+        return None
+    for candidate in _candidates(visible, num_heads):
+        if same(visible, candidate.predicate(), num_heads):
             return candidate
-    parts = sympy.And.make_args(visible)
-    linear = sympy.And(*(part for part in parts if not _free_atoms(part)))
-    rest = sympy.And(*(part for part in parts if _free_atoms(part)))
-    if linear is not sympy.true and rest is not sympy.true:
-        family = _classify(linear)
-        if not isinstance(family, General):
-            return All(family, General(rest))
-    return General(visible)
-
-
-def _candidates(visible: Boolean) -> Iterator[Mask]:
-    """Families that the constants of the predicate suggest."""
-    constants = sorted({abs(int(c)) + d for c in visible.atoms(sympy.Integer) for d in (-1, 0, 1) if abs(int(c)) + d >= 0})
-    yield Causal()
-    families: list[Mask] = [Causal(), *(Window(c) for c in constants), *(Prefix(c) for c in constants if c > 0)]
-    yield from families[1:]
-    same: list[Mask] = []
-    for atom in _free_atoms(visible):
-        chunk = _chunk_size(atom)
-        if chunk is not None:
-            same.append(Chunked(chunk))
-        document = _document(atom)
-        if document is not None:
-            same.append(SameDocument(document))
-    for count in range(1, len(same) + 1):
-        for chosen in itertools.combinations(same, count):
-            if count == 1:
-                yield chosen[0]
-            for family in families:
-                yield All(family, *chosen)
-
-
-def _chunk_size(atom: Boolean) -> int | None:
-    for size in sorted({int(c.q) for c in atom.atoms(sympy.Rational) if c.q > 1}):
-        if isinstance(atom, sympy.Eq) and _canonical(atom) == _canonical(sympy.Eq(sympy.floor(I / size), sympy.floor(J / size))):
-            return size
+    parts = [part for part in And.make_args(visible) if not implies(_CAUSAL, part, num_heads)]
+    if len(parts) > 1 and implies(visible, _CAUSAL, num_heads):
+        members = [_family(And(_CAUSAL, part), num_heads) for part in parts]
+        if None not in members and same(visible, All(*members).predicate(), num_heads):  # type: ignore[arg-type]
+            return All(*members)  # type: ignore[arg-type]
     return None
 
 
-def _document(atom: Boolean) -> int | None:
-    for load in atom.atoms(Load):
-        number = int(load.args[0])
-        if _canonical(atom) == _canonical(SameDocument(number).predicate()):
-            return number
-    return None
+def _candidates(visible: Boolean, num_heads: int | None) -> Iterator[Mask]:
+    """What the mask must be, if it is one of the families."""
+    if not implies(visible, _CAUSAL, num_heads):
+        seen = first_false(visible.subs({I: 0, H: 0}), J)
+        yield Bidirectional() if seen is None else Prefix(seen)
+        return
+    lost = first_false(visible.subs({J: 0, H: 0}), I)
+    moduli = _moduli(visible)
+    if lost is None:
+        yield Causal()
+    elif lost > 0:
+        yield Window(lost - 1)
+        yield Chunked(lost)
+        yield from (All(Window(lost - 1), Chunked(size)) for size in moduli if size > lost)
+    for block, stride in itertools.product(moduli, sorted({*moduli, *(a // b for a in moduli for b in moduli if a % b == 0)})):
+        if stride > 1 and (candidate := _block_sparse(visible, block, stride)) is not None:
+            yield candidate
 
 
-def equal(a: Boolean, b: Boolean) -> bool:
-    """Whether two predicates agree for all i, j >= 0 and all values of their free atoms."""
-    free = sorted({_canonical(atom) for part in (a, b) for atom in _free_atoms(part)}, key=str)
-    if len(free) > _FREE:
-        return False
-    constants = {0} | {c for part in (a, b) for c in _thresholds(part)}
-    i, j = _points(constants)
-    return all(
-        bool(
-            np.array_equal(
-                _evaluate(a, dict(zip(free, truth, strict=True)), i, j),
-                _evaluate(b, dict(zip(free, truth, strict=True)), i, j),
-            )
-        )
-        for truth in itertools.product((False, True), repeat=len(free))
-    )
+def _moduli(visible: Boolean) -> list[int]:
+    """The numbers by which positions are divided, 1 included."""
+    formula = Formula()
+    formula.read(visible)
+    floors = {inner for atom in formula.atoms for inner in nested(atom.term)}
+    return sorted({1, *(slope.denominator for inner in floors for slope in inner.linear)})
 
 
-def _points(constants: set[int]) -> tuple[np.ndarray, np.ndarray]:
-    shifted = sorted({c + d for c in constants for d in (-1, 0, 1)})
-    sums = {a + sign * b for a in (*shifted, *(-c for c in shifted)) for b in shifted for sign in (1, -1)}
-    axis = np.array(sorted(value for value in sums if value >= 0))
-    grid = np.meshgrid(axis, axis, indexing="ij")
-    return grid[0].ravel(), grid[1].ravel()
-
-
-def _linear(atom: Boolean) -> tuple[int, int, int] | None:
-    """(a, b, c) of a * i + b * j + c compared with 0, where that is a line of the proof; None for a free atom."""
-    if not isinstance(atom, Relational):
+def _block_sparse(visible: Boolean, block: int, stride: int) -> BlockSparse | None:
+    """Local blocks and step as far rows show them: in `stride` rows running, one has no vertical block beside the local ones."""
+    constants = {abs(int(number)) for number in visible.atoms(sympy.Integer)}
+    reach = min(_LOCAL, max(constants, default=0) + 2)
+    rows = np.repeat(np.arange(reach + stride, reach + 2 * stride), reach)
+    back = np.tile(np.arange(reach), stride)
+    near = truth(visible, rows * block, (rows - back) * block)
+    if near is None:
         return None
-    difference = sympy.expand(atom.lhs - atom.rhs)
-    if not difference.free_symbols <= {I, J}:
+    runs = np.where(near.reshape(stride, reach).all(1), reach, np.argmin(near.reshape(stride, reach), axis=1))
+    local = int(runs.min())
+    last = np.full(stride, (reach + 2 * stride) * block)
+    steps = []
+    for head in (0, 1):
+        far = truth(visible, last, np.arange(stride) * block, head)
+        if local >= reach or far is None or far.sum() != 1:
+            return None
+        steps.append(int(-int(np.argmax(far)) - 1) % stride)
+    return BlockSparse(block, local, stride, steps[1]) if steps[0] == 0 else None
+
+
+def _tensor_atoms(visible: Boolean) -> list[Boolean]:
+    """The comparisons that are free booleans of the proof."""
+    found = []
+    for atom in sorted(visible.atoms(Relational), key=str):
+        formula = Formula()
+        formula.read(atom)
+        if formula.free:
+            found.append(atom)
+    return found
+
+
+def _with_tensors(visible: Boolean, num_heads: int | None) -> Mask | None:
+    """Positions and tensors apart: a family, and a conjunction of what tensors say."""
+    atoms = _tensor_atoms(visible)
+    if not atoms or len(atoms) > _FREE:
         return None
-    a, b = difference.coeff(I), difference.coeff(J)
-    constant = sympy.expand(difference - a * I - b * J)
-    if not (a.is_Integer and b.is_Integer and constant.is_Integer):
+    values = itertools.product((sympy.true, sympy.false), repeat=len(atoms))
+    reachable = Or(*(visible.xreplace(dict(zip(atoms, value, strict=True))) for value in values))
+    family = classify(reachable, num_heads)
+    literals = [literal for atom in atoms for literal in (atom, sympy.Not(atom)) if implies(visible, literal, num_heads)]
+    if not literals or not same(visible, And(family.predicate(), *literals), num_heads):
+        return All(*_members(family), General(visible)) if family.causal() else None
+    documents = {literal: mask for literal in literals if (mask := _document(literal)) is not None}
+    others = And(*(literal for literal in literals if literal not in documents))
+    masks = [*_members(family), *dict.fromkeys(documents.values()), *([] if others is sympy.true else [General(others)])]
+    return masks[0] if len(masks) == 1 else All(*masks)
+
+
+def _members(mask: Mask) -> tuple[Mask, ...]:
+    if isinstance(mask, All):
+        return mask.masks
+    return () if isinstance(mask, Bidirectional) else (mask,)
+
+
+def _document(literal: Boolean) -> SameDocument | None:
+    candidates = (SameDocument(int(load.args[0])) for load in literal.atoms(Load) if load.args[0].is_Integer)
+    return next((mask for mask in candidates if same(literal, mask.predicate())), None)
+
+
+def _alternatives(visible: Boolean, num_heads: int | None) -> Mask | None:
+    """A disjunction of named masks."""
+    if not isinstance(visible, Or):
         return None
-    return (int(a), int(b), int(constant)) if (abs(a), abs(b)) in ((1, 0), (0, 1)) or (abs(a) == 1 and a == -b) else None
+    masks = [classify(part, num_heads) for part in visible.args]
+    return None if any(_has_general(mask) for mask in masks) else Any(*masks)
 
 
-def _free_atoms(predicate: Boolean) -> list[Boolean]:
-    return [atom for atom in _atoms(predicate) if _linear(atom) is None]
-
-
-def _atoms(predicate: Boolean) -> list[Boolean]:
-    if isinstance(predicate, (sympy.And, sympy.Or, sympy.Not, sympy.Xor)):
-        return [atom for part in predicate.args for atom in _atoms(part)]
-    return [] if predicate in (sympy.true, sympy.false) else [predicate]
-
-
-def _thresholds(predicate: Boolean) -> set[int]:
-    return {abs(line[2]) for atom in _atoms(predicate) if (line := _linear(atom)) is not None}
-
-
-def _canonical(atom: Boolean) -> Boolean:
-    """One spelling for an atom and its mirror; a negated equality counts as its own atom and is turned in `_evaluate`."""
-    if isinstance(atom, sympy.Ne):
-        atom = sympy.Eq(atom.lhs, atom.rhs)
-    return atom.canonical if isinstance(atom, Relational) else atom
-
-
-def _evaluate(predicate: Boolean, free: dict[Boolean, bool], i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    if predicate is sympy.true or predicate is sympy.false:
-        return np.full(i.shape, predicate is sympy.true)
-    if isinstance(predicate, sympy.Not):
-        return ~_evaluate(predicate.args[0], free, i, j)
-    joins = {sympy.And: np.logical_and, sympy.Or: np.logical_or, sympy.Xor: np.logical_xor}
-    if predicate.func in joins:
-        return functools.reduce(joins[predicate.func], (_evaluate(part, free, i, j) for part in predicate.args))
-    line = _linear(predicate)
-    if line is None:
-        value = free[_canonical(predicate)]
-        return np.full(i.shape, not value if isinstance(predicate, sympy.Ne) else value)
-    value = line[0] * i + line[1] * j + line[2]
-    compare = {
-        sympy.Lt: np.less,
-        sympy.Le: np.less_equal,
-        sympy.Gt: np.greater,
-        sympy.Ge: np.greater_equal,
-        sympy.Eq: np.equal,
-        sympy.Ne: np.not_equal,
-    }
-    return compare[predicate.func](value, 0)  # type: ignore[no-any-return]
-
-
-def sees_itself(visible: Boolean) -> bool:
-    """Whether key j = i is visible to every query i: proven, for every value of the free atoms that j = i leaves open."""
-    diagonal = _without_extremes(visible.subs(J, I))
-    return diagonal is sympy.true or equal(diagonal, sympy.true)
+def _has_general(mask: Mask) -> bool:
+    return isinstance(mask, General) or any(map(_has_general, getattr(mask, "masks", ())))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -69,7 +70,7 @@ def _contiguous(shape: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
 def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
     """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises."""
     module.graph.lint()
-    with inputs.mode:
+    with inputs.mode, enable_python_dispatcher():  # as AOTAutograd traces: C++ composite kernels want constant sizes
         _Propagate(module, inputs.mode).run(*inputs.values)
 
 

@@ -12,7 +12,11 @@ from compile_attn.passes.normalize import Normalized, normalize
 
 
 def captured(
-    model: nn.Module, *args: Any, dynamic: Sequence[tuple[torch.Tensor, int]] = (), every_size: bool | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    dynamic: Sequence[tuple[torch.Tensor, int]] = (),
+    every_size: bool | None = None,
+    **kwargs: Any,
 ) -> Normalized:
     """The normalised graph of one call, made while Dynamo's tracing context is alive, as in a real compilation."""
     found: list[Normalized] = []

@@ -12,7 +12,6 @@ from tests.models.handwritten_more import NAMES, VOCAB, decoder
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
 
 
-
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_no_model_family_is_named_in_passes() -> None:
-    families = ("llama", "mistral", "gemma", "gpt", "qwen", "bloom", "falcon", "mpt", "deepseek", "opt-", "phi", "mixtral")
+    families = ("llama", "mistral", "gemma", "gpt", "qwen", "bloom", "falcon", "mpt", "deepseek", "phi", "mixtral")
     for path in (ROOT / "passes").glob("*.py"):
-        lowered = path.read_text().lower()
-        assert not [family for family in families if family in lowered], path.name
+        words = set(re.findall(r"[a-z]+", path.read_text().lower()))
+        assert not words & set(families), path.name

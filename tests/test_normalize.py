@@ -34,7 +34,9 @@ def test_in_place_writes_become_functional_and_mutated_buffers_are_written_back(
     writes = [n for n in normalized.module.graph.nodes if n.target is _aten.copy_.default]
     assert [normalized.sources[n.args[0]] for n in writes] == ["seen"]
     model.seen.zero_()
-    (out,) = normalized.module(*[x if normalized.sources[p] == "x" else model.seen for p in placeholders(normalized.module.graph)])
+    (out,) = normalized.module(
+        *[x if normalized.sources[p] == "x" else model.seen for p in placeholders(normalized.module.graph)]
+    )
     assert torch.equal(out, torch.cat([torch.zeros(1, 2), 2 * x[:, 2:]], 1))
     assert torch.equal(model.seen, x[:, :4])
 
@@ -63,7 +65,12 @@ def test_sources_and_constants_are_in_the_users_terms() -> None:
     normalized = captured(Scores(), x, dynamic=[(x, 1)])
     names = {normalized.sources[p] for p in placeholders(normalized.module.graph)}
     assert {"x", "project.weight", "project.bias", "norm.weight", "norm.bias"} <= names
-    assert {normalized.sources[n] for n in normalized.constants} == {"project.weight", "project.bias", "norm.weight", "norm.bias"}
+    assert {normalized.sources[n] for n in normalized.constants} == {
+        "project.weight",
+        "project.bias",
+        "norm.weight",
+        "norm.bias",
+    }
 
 
 def test_dynamic_floats_are_constants_again() -> None:

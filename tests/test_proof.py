@@ -21,7 +21,7 @@ FREE = (sympy.Ne(Load(0, B, J), 0), sympy.Eq(Load(1, B, I), Load(1, B, J)))
 
 small = st.integers(-9, 9)
 modulus = st.integers(1, 5)
-lines = st.sampled_from((I, J, I - J, J - I, I, J, I - J, J - I, I + J, 2 * I - J, I + 2 * H))  # the last three: mostly not in the grammar
+lines = st.sampled_from((I, J, I - J, J - I, I, J, I - J, J - I, I + J, 2 * I - J, I + 2 * H))  # the last: often no one form
 
 
 @st.composite
@@ -51,9 +51,7 @@ def atoms(draw: st.DrawFn) -> Boolean:
 
 predicates = st.recursive(
     atoms(),
-    lambda inner: st.one_of(
-        st.builds(sympy.And, inner, inner), st.builds(sympy.Or, inner, inner), st.builds(sympy.Not, inner)
-    ),
+    lambda inner: st.one_of(st.builds(sympy.And, inner, inner), st.builds(sympy.Or, inner, inner), st.builds(sympy.Not, inner)),
     max_leaves=4,
 )
 
@@ -108,7 +106,7 @@ def test_first_false(one: Boolean, other: Boolean) -> None:
         (sympy.Le(J, I), sympy.Gt(I + 1, J)),
         (Window(3).predicate(), sympy.And(J <= I, sympy.Abs(I - J) < 4)),
         (Window(0).predicate(), sympy.Eq(I, J)),
-        (Chunked(8).predicate(), sympy.And(J <= I, J >= I - sympy.Mod(I, 8))),
+        (Chunked(8).predicate(), sympy.And(J <= I, I - sympy.Mod(I, 8) <= J)),
         (Chunked(1).predicate(), sympy.Eq(I, J)),
         (BlockSparse(16, 3, 1).predicate(), Causal().predicate()),
         (sympy.Eq(sympy.Mod(I - J, 4), 0), sympy.Eq(sympy.Mod(I, 4), sympy.Mod(J, 4))),

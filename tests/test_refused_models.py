@@ -15,7 +15,13 @@ from tests.models.families import FAMILIES, VOCAB, build, enliven
 from tests.models.refused import REFUSED
 
 # transformers' models with state, convolution over tokens, or no order: model type -> small configuration
-SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 STATEFUL: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4, "expand": 2},
     "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
@@ -23,8 +29,20 @@ STATEFUL: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 32},
     "recurrent_gemma": {"lru_width": 32, "num_key_value_heads": 2, "head_dim": 8, "attention_window_size": 8},
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
-    "bamba": {"num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4},
-    "jamba": {"num_key_value_heads": 2, "attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "use_mamba_kernels": False},
+    "bamba": {
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+    },
+    "jamba": {
+        "num_key_value_heads": 2,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+    },
 }
 
 

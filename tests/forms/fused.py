@@ -94,13 +94,13 @@ def flex_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 _BIDIRECTIONAL = "bidirectional|causal|future|left"
+_FLASH = (NearMiss(flash_cpu, "cannot be read"), NearMiss(flash_cpu_statistics, "cannot be read"))
 FORMS = (
-    Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"),)),
+    Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"), *_FLASH)),
     Form(sdpa_scaled, spec(scale=0.7), near=(NearMiss(sdpa_dropout, "dropout"),)),
     Form(sdpa_bool, spec(Window(3), kv=2)),
     Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, ".", paged=True),)),
     Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL),
     Form(safe_softmax, spec()),
-    Form(flash_cpu, spec(), near=(NearMiss(flash_cpu_statistics, "statistic|output|used|logsumexp"),)),
 )
 FLEX = (Form(flex_window, spec(Window(3), scale=0.5)), Form(flex_score, spec(Causal(), softcap=2.0)))

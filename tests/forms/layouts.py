@@ -89,15 +89,14 @@ def einsum_wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bqhd->bqhd", _softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)), v)
 
 
-_CROSSED = NearMiss(crossed_groups, ".")
+_CROSSED = NearMiss(crossed_groups, ".", readable=True)
 _TILED = NearMiss(tiled, "head", readable=True)
 FORMS = (
     Form(mla, spec(dim_v=6), near=(NearMiss(mla_absorbed, "product"),)),
-    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED)),
+    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED, NearMiss(packed_queries, "mix heads and tokens"))),
     Form(enable_gqa, spec(kv=KV), near=(_TILED,)),
     Form(five_dims, spec(kv=KV), near=(_TILED,)),
     Form(expanded, spec(kv=KV), near=(_CROSSED,)),
-    Form(packed_queries, spec(kv=KV), near=(_TILED,)),
     Form(einsum_bhqd, spec()),
     Form(einsum_bqhd, spec(), token_major=True, near=(NearMiss(einsum_wrong, "."),)),
     Form(einsum_groups, spec(kv=KV), token_major=True),

@@ -94,8 +94,7 @@ _COLUMNS = (NearMiss(sink_wrong_column, "."), NearMiss(sink_valued, "."))
 FORMS = (
     Form(sink_column, spec(), _sunk, _S, near=_COLUMNS),
     Form(sink_plain, spec(), _sunk, _S, near=_COLUMNS),
-    Form(sink_first, spec(), _sunk, _S),
-    Form(sink_gate, spec(), _sunk, _S),
+    Form(sink_first, spec(), _sunk, _S, near=(NearMiss(sink_gate, "also used by logsumexp"),)),
     Form(off_by_one, spec(), _sunk),
     Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "."), NearMiss(exp_unnormalised, "."))),
     Form(exp_sum_late, spec()),
