@@ -41,6 +41,7 @@ _CAUSAL = Causal().predicate()
 @functools.lru_cache(maxsize=512)
 def classify(visible: Boolean, num_heads: int | None = None) -> Mask:
     """The named mask that equals the predicate for all i, j >= 0, or General. Never a wrong one."""
+    visible = sympy.to_nnf(visible, simplify=False)
     named = _family(visible, num_heads) or _with_tensors(visible, num_heads) or _alternatives(visible, num_heads)
     if named is not None:
         return named

@@ -234,8 +234,8 @@ class _SiteReader:
         rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
         parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
         visible = visible.xreplace(rename)
-        mask = Bidirectional() if visible is sympy.true else classify(visible)
-        if not isinstance(mask, Bidirectional) and not sees_itself(visible):
+        mask = Bidirectional() if visible is sympy.true else classify(visible, rows.heads)
+        if not isinstance(mask, Bidirectional) and not sees_itself(visible, rows.heads):
             why = f"a query may see no key at all ({mask.words()}), and then the model's fill value decides"
             raise unreadable(anchor.softmax, why, "let every query see at least itself")
         if self.paged and not mask.causal():
