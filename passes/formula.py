@@ -105,7 +105,7 @@ def read_term(expr: sympy.Expr) -> Term:
             raise Unfit
         return Term(const=value)
     if expr in (I, J, H):
-        return Term(**{expr.name: Fraction(1)})
+        return Term(i=Fraction(int(expr == I)), j=Fraction(int(expr == J)), h=Fraction(int(expr == H)))
     if isinstance(expr, sympy.Add):
         total = Term()
         for part in expr.args:
@@ -120,8 +120,8 @@ def read_term(expr: sympy.Expr) -> Term:
     if isinstance(expr, sympy.ceiling):
         return read_term(-expr.args[0]).floor().times(Fraction(-1))
     if isinstance(expr, sympy.Mod) and expr.args[1].is_Number and expr.args[1] != 0:
-        value, modulus = read_term(expr.args[0]), read_term(expr.args[1]).const
-        return value + value.times(1 / modulus).floor().times(-modulus)
+        term, modulus = read_term(expr.args[0]), read_term(expr.args[1]).const
+        return term + term.times(1 / modulus).floor().times(-modulus)
     raise Unfit
 
 

@@ -129,7 +129,7 @@ def _thresholds(term: Term, period: int, h: Array, starts: dict[str, Array], inn
 
 def _constants(term: Term, h: Array, starts: dict[str, Array]) -> Array | None:
     """All values of k, times term.scale."""
-    values = {"i": 0, "j": 0, "d": 0, "": 0}
+    values: dict[str, Any] = {"i": 0, "j": 0, "d": 0, "": 0}
     for coefficient, inner in term.floors:
         key = next(iter(inner.forms()), "")
         at = starts.get(key, np.zeros(1, dtype=np.int64))[:, None]
@@ -177,7 +177,7 @@ def evaluate(formula: Formula, node: Node, points: Points) -> Array:
         if kind == "atom":
             return values[parts[0]]
         if kind == "free":
-            return ((assignments >> parts[0]) & 1).astype(bool)[None, None, :]
+            return np.asarray((assignments >> parts[0]) & 1, dtype=bool)[None, None, :]
         operands = [truth(part) for part in parts]
         if kind == "not":
             return ~operands[0]
