@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -37,11 +37,14 @@ CURE_LENGTH = "compute it from position_ids, so that it is the same for a token 
 BY_ITSELF = "outside attention every op must treat each token by itself"
 
 
+Apply: TypeAlias = "Callable[[Context, fx.Node, dict[str, Any]], Value]"
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is known about an op. `lengths`: sizes that depend on T may be arguments. `counts`: it takes Mixed arguments."""
 
-    apply: Callable[[Context, fx.Node, dict[str, Any]], Value]
+    apply: Apply
     lengths: bool = False
     counts: bool = False
 
@@ -49,11 +52,16 @@ class Rule:
 RULES: dict[str, Rule] = {}  # name of an op without its overload, as in "aten::add"
 
 
-def rule(*names: str, lengths: bool = False, counts: bool = False) -> Callable[[Any], Any]:
+def names(text: str) -> list[str]:
+    """A list of op names as one text."""
+    return text.split()
+
+
+def rule(*ops: str, lengths: bool = False, counts: bool = False) -> Callable[[Apply], Apply]:
     """Register a rule for ATen ops (or for others, with their namespace)."""
 
-    def register(function: Any) -> Any:
-        for name in names:
+    def register(function: Apply) -> Apply:
+        for name in ops:
             RULES[name if "::" in name else f"aten::{name}"] = Rule(function, lengths, counts)
         return function
 
@@ -317,3 +325,20 @@ def bind(node: fx.Node) -> dict[str, Any]:
         name: args[place] if place < len(args) else kwargs.get(name, default)
         for place, (name, default) in enumerate(_described(node.target).parameters)
     }
+
+
+def for_each_result(node: fx.Node, value: Value) -> Value:
+    """One value for each result of an op."""
+    made = node.meta["val"]
+    return tuple(value for _ in made) if isinstance(made, (tuple, list)) else value
+
+
+def tensors(args: Any) -> list[fx.Node]:
+    """The tensor arguments, those in lists too."""
+    found: list[fx.Node] = []
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            found.extend(tensors(arg))
+        elif is_tensor(arg):
+            found.append(arg)
+    return found

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from compile_attn.passes.graph import is_tensor, val
-from compile_attn.passes.token_context import BY_ITSELF, Context, bind, is_row, op_key, rule
-from compile_attn.passes.token_rules import along, bound_positions, for_each_result, pointwise, reduction
+from compile_attn.passes.token_axes import along, reduction
+from compile_attn.passes.token_context import BY_ITSELF, Context, bind, for_each_result, is_row, names, op_key, rule
+from compile_attn.passes.token_rules import bound_positions, pointwise
 from compile_attn.passes.token_values import (
     TOKENS,
     Axis,
@@ -32,7 +33,7 @@ from compile_attn.passes.token_values import (
     is_one,
     row_axis,
 )
-from compile_attn.passes.token_views import last_token, relabel
+from compile_attn.passes.token_views import last_token
 
 Arguments = dict[str, Any]
 _COMPUTED = f"gathers tokens by computed indices; {BY_ITSELF}"
@@ -205,6 +206,8 @@ def divide(c: Context, node: fx.Node, args: Arguments) -> Value:
         by_t = c.sizes.count(number) == 1
         axis = Axis(TOKENS, value.count, 1) if by_t else Axis(TOKENS, 1, value.count)
         value, target = Index(value.dim, axis, axis, True), axis
+    if whole and isinstance(value, Index) and isinstance(number, int) and number == 1:  # one expert a token
+        return value if name in ("floor_divide", "div") else Tok(value.dim, value.axis, fill=0)
     if whole and isinstance(value, Index) and target is not None and target.space is TOKENS and not target.plain:
         quotient = name in ("floor_divide", "div")
         if number == target.post and target.pre == 1 and isinstance(number, int):
@@ -246,7 +249,12 @@ def sort_key(c: Context, node: fx.Node) -> fx.Node | None:
     return None if args.get("descending", False) else ids_of(c, args["self"])
 
 
-_SAME_ELEMENTS = frozenset(f"aten::{name}" for name in ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "contiguous", "clone", "alias", "detach"])  # fmt: skip
+_SAME_ELEMENTS = frozenset(
+    f"aten::{name}"
+    for name in names(
+        """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t contiguous clone alias detach"""
+    )
+)
 
 
 def ids_of(c: Context, node: fx.Node) -> fx.Node:
@@ -283,7 +291,7 @@ def _counted(c: Context, node: fx.Node, what: str, ids: fx.Node, groups: int) ->
 @rule("histc", "bincount")
 def histogram(c: Context, node: fx.Node, args: Arguments) -> Value:
     what = f"counts over tokens; {BY_ITSELF}"
-    bins = args.get("bins", args.get("minlength"))
+    bins: Any = args["bins"] if "bins" in args else args["minlength"]
     exact = args.get("weights") is None and isinstance(bins, int) and bins > 0
     if op_key(node) == "aten::histc":  # bins of width (bins - 1) / bins, or 1: each integer has its own
         exact = exact and args["min"] == 0 and args["max"] in (bins - 1, bins)
@@ -313,7 +321,7 @@ def _one_hot_source(c: Context, node: fx.Node) -> tuple[fx.Node, int, int] | Non
         literal = c.of(args["other"])
         groups = c.shape(node)[-1]
         ahead = op_key(args["self"]) == "aten::unsqueeze" and args["self"].args[1] in (-1, rank - 1)
-        counting = op_key(args["other"]) == "aten::arange" and bind(args["other"]).get("start", 0) == 0
+        counting = op_key(args["other"]) == "aten::arange" and _counts_from_zero(args["other"])
         if isinstance(literal, Free) and counting and val(args["other"]).dim() == 1 and ahead and isinstance(groups, int):
             return args["self"], groups, rank - 1
     if key == "aten::scatter" and args["dim"] % rank == rank - 1 and args.get("value") == 1 and _from_topk(args["index"]):
@@ -321,6 +329,11 @@ def _one_hot_source(c: Context, node: fx.Node) -> tuple[fx.Node, int, int] | Non
         if isinstance(base, Tok) and base.fill == 0 and isinstance(groups, int):
             return args["index"], groups, rank - 1
     return None
+
+
+def _counts_from_zero(node: fx.Node) -> bool:
+    args = bind(node)
+    return (args.get("start", 0), args.get("step", 1)) == (0, 1)
 
 
 def _from_topk(node: fx.Node) -> bool:
@@ -344,8 +357,8 @@ def running_sum(c: Context, node: fx.Node, args: Arguments) -> Value:
 @rule("_grouped_mm", "transformers::grouped_mm_fallback", counts=True)
 def grouped_mm(c: Context, node: fx.Node, args: Arguments) -> Value:
     """Rows [offs[g-1], offs[g]) times matrix g: each row by itself when the offsets count the ids that sorted the rows."""
-    x = args.get("input", args.get("self"))
-    weight, offs = args.get("weight", args.get("mat2")), args["offs"]
+    ours = "self" in args
+    x, weight, offs = args["self" if ours else "input"], args["mat2" if ours else "weight"], args["offs"]
     value, groups = c.of(x), c.of(offs)
     if isinstance(value, Mixed):
         return value
@@ -358,6 +371,3 @@ def grouped_mm(c: Context, node: fx.Node, args: Arguments) -> Value:
     if sort_key(c, sorted_by) is not ids or number != c.shape(weight)[0]:
         return c.mixed(node, "has group offsets that count other ids than those that sorted its rows")
     return for_each_result(node, value)
-
-
-__all__ = ["names_rows_of", "relabel", "sort_key"]

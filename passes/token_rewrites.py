@@ -16,11 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: 
 from compile_attn.passes import emit
 from compile_attn.passes.graph import is_tensor, location, val
 from compile_attn.passes.report import TokenRewrite
-from compile_attn.passes.token_context import Context, op_key
-from compile_attn.passes.token_values import LAST, TOKENS, Axis, Index, Iota, Row, Tok, is_one, row_axis
+from compile_attn.passes.token_context import Context, names, op_key
+from compile_attn.passes.token_values import LAST, Axis, Index, Iota, Row, Tok, is_one, row_axis
 
 _aten = torch.ops.aten
-_SHAPED = frozenset(f"aten::{name}" for name in ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_copy", "squeeze_copy", "select", "select_copy"])  # fmt: skip
+_SHAPED = frozenset(
+    f"aten::{name}"
+    for name in names("view reshape _unsafe_view flatten unflatten squeeze view_copy squeeze_copy select select_copy")
+)
 _SIZED = frozenset(("aten::expand", "aten::broadcast_to", "aten::expand_copy"))
 _CUTS = frozenset(("aten::slice", "aten::narrow", "aten::slice_copy"))
 
@@ -70,7 +73,8 @@ class Rewriter:
         """The first node behind all inputs, positions and rows."""
         nodes = list(self.graph.nodes)
         ahead = max(nodes.index(self.positions), nodes.index(self.rows))
-        return next(node for node in nodes[ahead + 1 :] if node.op != "placeholder")
+        first: fx.Node = next(node for node in nodes[ahead + 1 :] if node.op != "placeholder")
+        return first
 
     def erase_dead(self, live: set[fx.Node]) -> None:
         """Erase nodes that had users and have lost them all."""
@@ -240,6 +244,3 @@ def remake(node: fx.Node, mode: FakeTensorMode) -> None:
 
 def _by_name(pair: tuple[fx.Node, fx.Node]) -> tuple[str, str]:
     return pair[0].name, pair[1].name
-
-
-__all__ = ["TOKENS", "Rewriter", "remake"]

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from compile_attn.passes import emit
-from compile_attn.passes.graph import val
 from compile_attn.passes.token_context import Context, op_key
 from compile_attn.passes.token_values import TOKENS, Axis, Free, Iota, Size, Tok
 
@@ -37,7 +36,8 @@ class Mover:
         if not moved:
             return 0
         for node in [node for node in self.graph.nodes if node in moved]:
-            node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: self._on_rows(node, arg, moved))
+            for arg in list(node.all_input_nodes):
+                node.replace_input_with(arg, self._on_rows(node, arg, moved))
         for selection in self.selections:
             source: Any = selection.args[0]
             if source in moved:
@@ -104,6 +104,3 @@ class Mover:
             return made
         assert isinstance(value, Tok)
         return emit.call(self.graph, _aten.index_select.default, arg, value.dim, self.rows, like=user)
-
-
-__all__ = ["Mover", "val"]

@@ -5,7 +5,6 @@ Pointwise ops, products, reductions, norms, convolutions, and the attention op, 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,80 +12,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_attn.passes.graph import is_tensor, val
-from compile_attn.passes.token_context import BY_ITSELF, RULES, Context, is_row, op_key, rule
-from compile_attn.passes.token_values import TOKENS, Axis, Free, Index, Iota, Mixed, Row, Size, Tok, Value, row_axis
+from compile_attn.passes.graph import val
+from compile_attn.passes.token_context import BY_ITSELF, Context, bind, for_each_result, is_row, names, op_key, rule, tensors
+from compile_attn.passes.token_values import Axis, Free, Index, Iota, Mixed, Size, Tok, Value
 
 Arguments = dict[str, Any]
 
 # Elementwise with broadcasting, but without torch.Tag.pointwise, which the context asks for first.
-_POINTWISE = [
-    "where",
-    "masked_fill",
-    "type_as",
-    "__and__",
-    "__or__",
-    "__xor__",
-    "and",
-    "or",
-    "bitwise_and",
-    "floor_divide",
-    "isin",
-    "copy",
-    "hardswish",
-    "polar",
-    "complex",
-    "real",
-    "imag",
-    "log_sigmoid",
-    "log_sigmoid_forward",
-    "fill",
-    "clamp",
-    "clip",
-    "maximum",
-    "minimum",
-    "add",
-    "mul",
-    "sub",
-    "rsub",
-    "pow",
-    "nan_to_num",
-    "float_power",
-    "subtract",
-    "multiply",
-    "divide",
-    "true_divide",
-    "negative",
-    "absolute",
-    "square",
-    "not_equal",
-    "equal",
-    "greater",
-    "less",
-    "greater_equal",
-    "less_equal",
-    "logaddexp",
-    "logical_and",
-    "logical_or",
-    "bitwise_not",
-    "relu6",
-    "hardtanh",
-    "softsign",
-    "tanhshrink",
-    "view_as_real_copy",
-    "isclose",
-    "fix",
-    "xlogy",
-    "special_expit",
-    "expit",
-    "special_log1p",
-    "special_exp2",
-    "special_erf",
-    "mish",
-    "silu",
-    "gelu",
-    "sgn",
-]
+_POINTWISE = names(
+    """where masked_fill type_as __and__ __or__ __xor__ bitwise_and floor_divide isin copy hardswish polar
+    complex real imag log_sigmoid log_sigmoid_forward fill clamp clip maximum minimum add mul sub rsub pow
+    nan_to_num float_power subtract multiply divide true_divide negative absolute square not_equal equal greater
+    less greater_equal less_equal logaddexp logical_and logical_or bitwise_not relu6 hardtanh softsign
+    tanhshrink isclose fix xlogy special_expit expit special_log1p special_exp2 special_erf
+    mish silu gelu sgn"""
+)
 
 
 @rule(*_POINTWISE)
@@ -144,17 +84,6 @@ def _folded(c: Context, node: fx.Node, operands: Sequence[fx.Node]) -> float | N
         fills[arg] = torch.tensor(value.fill, dtype=val(arg).dtype)
     made = node.target(*fx.map_arg(node.args, fills.__getitem__), **node.kwargs)  # type: ignore[operator]
     return made.item() if isinstance(made, torch.Tensor) and made.dim() == 0 else None
-
-
-def tensors(args: Any) -> list[fx.Node]:
-    """The tensor arguments, those in lists too."""
-    found: list[fx.Node] = []
-    for arg in args:
-        if isinstance(arg, (list, tuple)):
-            found.extend(tensors(arg))
-        elif is_tensor(arg):
-            found.append(arg)
-    return found
 
 
 @rule(
@@ -246,189 +175,6 @@ def outer(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.aligned(node, [(args["self"], [0]), (args["vec2"], [1])])
 
 
-_REDUCTIONS = [
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "logsumexp",
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "prod",
-    "any",
-    "all",
-    "argmax",
-    "argmin",
-    "norm",
-    "median",
-    "nanmedian",
-    "linalg_vector_norm",
-    "nansum",
-    "nanmean",
-    "aminmax",
-    "count_nonzero",
-    "mode",
-    "frobenius_norm",
-    "special_logsumexp",
-]
-_ALONG = [
-    "softmax",
-    "_softmax",
-    "_safe_softmax",
-    "log_softmax",
-    "_log_softmax",
-    "softmin",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "cummax",
-    "cummin",
-    "sort",
-    "argsort",
-    "topk",
-    "kthvalue",
-    "glu",
-    "diff",
-    "special_softmax",
-    "renorm",
-    "msort",
-    "fft_fft",
-    "fft_ifft",
-    "fft_rfft",
-    "fft_irfft",
-    "fft_hfft",
-    "fft_fft2",
-    "fft_ifft2",
-    "fft_fftn",
-    "fft_rfft2",
-    "fft_rfftn",
-    "fft_ifftn",
-    "fft_irfftn",
-    "flip",
-    "roll",
-    "normalize",
-]
-
-
-def _dims(args: Arguments, rank: int) -> list[int]:
-    """The dims that an op works along; all of them where it names none."""
-    given = next((args[name] for name in ("dim", "dims", "axis") if args.get(name) is not None), None)
-    listed = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
-    return [dim % rank for dim in listed] if rank else []
-
-
-@rule(*_REDUCTIONS)
-def reduction(c: Context, node: fx.Node, args: Arguments) -> Value:
-    x = node.args[0]
-    if len(tensors(args.values())) > 1:  # max.other and its like
-        return pointwise(c, node, args)
-    rank = val(x).dim()  # type: ignore[arg-type]
-    dims = _dims(args, rank)
-    value = c.payload(node, x)  # type: ignore[arg-type]
-    if isinstance(value, Mixed):
-        return value
-    if value.dim in dims:
-        return c.mixed(node, f"reduces over the token axis; {BY_ITSELF}")
-    keep = bool(args.get("keepdim", False))
-    moved = replace(value, dim=value.dim - (0 if keep else sum(dim < value.dim for dim in dims)), fill=None)
-    return for_each_result(node, moved)
-
-
-def for_each_result(node: fx.Node, value: Value) -> Value:
-    """One value for each result of an op."""
-    made = node.meta["val"]
-    return tuple(value for _ in made) if isinstance(made, (tuple, list)) else value
-
-
-@rule(*_ALONG)
-def along(c: Context, node: fx.Node, args: Arguments) -> Value:
-    x = node.args[0]
-    rank = val(x).dim()  # type: ignore[arg-type]
-    name = op_key(node).removeprefix("aten::")
-    if (
-        (args.get("dim", 0) is None and not name.startswith("fft_"))
-        or name in ("fft_fftn", "fft_rfftn", "fft_ifftn", "fft_irfftn", "renorm", "msort")
-        or len(tensors(args.values())) > 1
-    ):
-        dims = list(range(rank))
-    else:
-        dims = _dims(args, rank)
-    value = c.payload(node, x)  # type: ignore[arg-type]
-    if isinstance(value, Mixed):
-        return value
-    if value.dim in dims:
-        return c.mixed(node, f"works along the token axis; {BY_ITSELF}")
-    return for_each_result(node, replace(value, fill=None))
-
-
-@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-def norm(c: Context, node: fx.Node, args: Arguments) -> Value:
-    x = args["input"]
-    rank = val(x).dim()
-    count = len(args["normalized_shape"])
-    places: list[int | None] = [dim if dim < rank - count else None for dim in range(rank)]
-    others = [args[name] for name in ("weight", "bias") if args.get(name) is not None]
-    if any(not isinstance(c.of(other), Free) for other in others):
-        return c.mixed(node, "has a weight that depends on tokens")
-    return for_each_result(node, c.aligned(node, [(x, places)]))
-
-
-@rule("group_norm", "native_group_norm", "instance_norm")
-def group_norm(c: Context, node: fx.Node, args: Arguments) -> Value:
-    """Statistics run over all but the batch dim and the groups: tokens may only be the batch."""
-    x = args["input"]
-    value = c.aligned(node, [(x, [0, *[None] * (val(x).dim() - 1)])])
-    return for_each_result(node, value)
-
-
-@rule(
-    "batch_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-)
-def batch_norm(c: Context, node: fx.Node, args: Arguments) -> Value:
-    if args.get("training", False):
-        return c.mixed(node, f"takes its statistics over tokens; {BY_ITSELF}", "call model.eval()")
-    x = args["input"]
-    value = c.aligned(node, [(x, [0, None, *range(2, val(x).dim())])])
-    return for_each_result(node, value)
-
-
-@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
-def convolution(c: Context, node: fx.Node, args: Arguments) -> Value:
-    """Tokens may be the batch, or a spatial dim along which the kernel is one wide and leaves rows where they are."""
-    x, weight = args["input"], args["weight"]
-    value = c.payload(node, x)
-    if isinstance(value, Mixed):
-        return value
-    spatial = val(weight).dim() - 2
-    first = val(x).dim() - spatial
-    if any(not isinstance(c.of(arg), Free) for arg in (weight, args["bias"]) if isinstance(arg, fx.Node)):
-        return c.mixed(node, "has a kernel that depends on tokens")
-    if value.dim == first - 1:
-        return c.mixed(node, f"sums over the token axis; {BY_ITSELF}")
-    if value.dim < first:
-        return value
-    place = value.dim - first
-    width = c.shape(weight)[2 + place]
-    still = width == 1 and _at(args["stride"], place) == 1 and _at(args["padding"], place) in (0, "valid", "same")
-    if not still or args.get("transposed", False):
-        return c.mixed(node, f"convolves over tokens with a kernel of {width}; {BY_ITSELF}")
-    return value
-
-
-def _at(given: object, place: int) -> object:
-    if isinstance(given, (list, tuple)):
-        return given[place] if len(given) > 1 else given[0]
-    return given
-
-
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
 def leftover_attention(c: Context, node: fx.Node, args: Arguments) -> Value:
     """Attention among other things than tokens, where they are a batch dim; attention over tokens must have been rewritten."""
@@ -490,12 +236,6 @@ def bucketize(c: Context, node: fx.Node, args: Arguments) -> Value:
     return c.aligned(node, [(args["self"], list(range(val(args["self"]).dim())))])
 
 
-@rule("tril", "triu")
-def triangle(c: Context, node: fx.Node, args: Arguments) -> Value:
-    rank = val(node).dim()
-    return c.aligned(node, [(args["self"], [*range(rank - 2), None, None])])
-
-
 @rule("item", "_local_scalar_dense", counts=True)
 def item(c: Context, node: fx.Node, args: Arguments) -> Value:
     """A number read on the host: of a free tensor, or the number of rows of one expert."""
@@ -505,15 +245,13 @@ def item(c: Context, node: fx.Node, args: Arguments) -> Value:
         return Size(False)
     assert isinstance(source, fx.Node)
     counted = c.of(source.args[0]) if op_key(source) == "aten::select" else None
-    if isinstance(counted, Mixed) and counted.counts is not None and not counted.cumulative:
+    group = bind(source).get("index")
+    if isinstance(counted, Mixed) and counted.counts and not counted.cumulative and isinstance(group, int):
         ids, groups = counted.counts
-        return Size(True, (ids, source.args[2] % groups, groups))  # type: ignore[operator]
+        return Size(True, (ids, group % groups, groups))
     return value if isinstance(value, Mixed) else c.mixed(node, "reads a number out of the tokens' values")
 
 
 @rule("_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", lengths=True, counts=True)
 def assertion(c: Context, node: fx.Node, args: Arguments) -> Value:
     return Free()
-
-
-__all__ = ["RULES", "TOKENS", "Row", "bound_positions", "for_each_result", "operator", "row_axis", "tensors"]

@@ -19,12 +19,10 @@ from compile_attn.passes.token_context import (
     CURE_LENGTH,
     ON_LENGTH,
     Context,
-    first_mixed,
     is_row,
     op_key,
     rule,
 )
-from compile_attn.passes.token_rules import tensors
 from compile_attn.passes.token_values import (
     LAST,
     TOKENS,
@@ -176,7 +174,7 @@ def arange(c: Context, node: fx.Node, args: Arguments) -> Value:
 def repeat(c: Context, node: fx.Node, args: Arguments) -> Value:
     value = c.of(node.args[0])
     assert isinstance(value, Row)
-    times = list(args.get("repeats", args.get("dims")))
+    times = list(args["repeats"] if "repeats" in args else args["dims"])
     rank = val(node).dim()
     times = [1] * (rank - len(times)) + times
     dim = value.dim + rank - val(node.args[0]).dim()  # type: ignore[arg-type]
@@ -369,6 +367,3 @@ def unfold(c: Context, node: fx.Node, args: Arguments) -> Value:
     if isinstance(value, Tok) and args["dimension"] % val(args["self"]).dim() == value.dim:
         return c.mixed(node, f"takes windows of tokens; {BY_ITSELF}")
     return value
-
-
-__all__ = ["first_mixed", "last_token", "relabel", "tensors"]

@@ -1,7 +1,8 @@
 """Does only attention mix tokens, and if so, how does the model read a packed batch?
 
 `prove_tokens` follows the token axis through the graph, refuses what is not proven to treat each token by itself, and rewrites
-positions, tables, the last token and the rows of the output. The rules are in `token_rules`, `token_views` and `token_moe`.
+positions, tables, the last token and the rows of the output.
+The rules are in `token_rules`, `token_axes`, `token_views` and `token_moe`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sympy
 import torch
 from torch import fx
 
-from compile_attn.passes import emit, token_moe, token_rules, token_views
-from compile_attn.passes.graph import location, output_node, val
+from compile_attn.passes import emit, token_axes, token_moe, token_rules, token_views
+from compile_attn.passes.graph import Location, location, output_node, val
 from compile_attn.passes.report import Rejected, TokenRewrite
 from compile_attn.passes.token_context import Context, is_row
 from compile_attn.passes.token_rewrites import Rewriter
@@ -23,7 +24,7 @@ from compile_attn.passes.token_values import LAST, TOKENS, Axis, Mixed, Sizes, T
 
 _aten = torch.ops.aten
 _CURE = "a paged model may mix tokens by causal attention only; serve this one without a cache"
-_RULE_FILES = (token_rules, token_views, token_moe)  # imported for the rules that they register
+_RULE_FILES = (token_rules, token_axes, token_views, token_moe)  # imported for the rules that they register
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def prove_tokens(
     _select_rows(context, rewriter, logits)
     gm.graph.lint()
     bounds = [*context.bounds, *([longest] if longest is not None else [])]
-    return TokenProof(tuple(rewriter.done), min(bounds, default=None), longest)
+    return TokenProof(tuple(rewriter.done), min(bounds, default=None), _without_full_length(length, longest))
 
 
 def _check(context: Context, graph: fx.Graph, rejected: Sequence[Rejected]) -> int:
@@ -170,9 +171,11 @@ def _longest(length: torch.SymInt, where: fx.Node) -> int | None:
     """
     symbol = length.node.expr
     env = length.node.shape_env  # what was recorded while tracing; reading it adds no guard
-    bounds = [symbol <= env.var_to_range[symbol].upper] if symbol in env.var_to_range else []
+    conditions = [(guard.expr, guard.sloc.maybe_user_loc or "") for guard in env.guards]
+    if symbol in env.var_to_range:
+        conditions.append((symbol <= env.var_to_range[symbol].upper, ""))
     found: list[int] = []
-    for condition in [guard.expr for guard in env.guards] + bounds:
+    for condition, source in conditions:
         if condition.free_symbols != {symbol} or (isinstance(condition, sympy.Ne) and symbol in condition.args):
             continue  # T != n only says that a broadcast against n rows did not happen
         holds = [bool(condition.subs(symbol, probe)) for probe in _PROBES]
@@ -182,9 +185,16 @@ def _longest(length: torch.SymInt, where: fx.Node) -> int | None:
         if first == 0 or any(holds[first:]):
             why = f"the captured program holds only where T, the number of tokens, satisfies {condition}"
             cure = "let no branch and no number depend on the length of the input"
-            raise TokensRefused([Rejected(why, location(where), cure)])
+            raise TokensRefused([Rejected(why, Location(where.name, "", source), cure)])
         found.append(_last_that_holds(condition, symbol, _PROBES[first - 1], _PROBES[first]))
     return min(found, default=None)
+
+
+def _without_full_length(length: torch.SymInt, longest: int | None) -> int | None:
+    """The most tokens of a step. A table cut to [:T] also guards T != its length: Dynamo would capture that length apart."""
+    symbol, guards = length.node.expr, length.node.shape_env.guards
+    apart = any(isinstance(guard.expr, sympy.Ne) and set(guard.expr.args) == {symbol, sympy.sympify(longest)} for guard in guards)
+    return longest - 1 if longest is not None and apart else longest
 
 
 # Every length to 130, then doubling: lengths at which models branch are small multiples of a window, or powers of two.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from compile_attn.passes.report import RefusedError
 from tests.models.families import FAMILIES, VOCAB, Family, build
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
 
@@ -52,6 +53,12 @@ def test_family(case: tuple[Family, str]) -> None:
 @pytest.mark.parametrize("case", OTHERS, ids=_name)
 def test_other_form(case: tuple[Family, str]) -> None:
     _check(*case)
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
+def test_what_is_not_read_yet_is_refused_with_its_reason(family: Family) -> None:
+    with pytest.raises(RefusedError, match=family.refused):
+        paged(build(family, family.forms[0]), VOCAB)
 
 
 def test_there_are_enough_families() -> None:

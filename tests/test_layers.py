@@ -59,7 +59,8 @@ def test_arrows(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES + TESTS, ids=name)
 def test_budgets(path: Path) -> None:
     text = path.read_text()
-    assert text.count("\n") <= 400, "split the file: 400 lines are the most"
+    most = 400 if path in FILES else 600  # a catalogue of models in tests/ reads like a table
+    assert text.count("\n") <= most, f"split the file: {most} lines are the most"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1

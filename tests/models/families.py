@@ -202,7 +202,7 @@ def _moe() -> list[Family]:
     }
     return [
         Family("mixtral", "mixtral", _llama(**_MOE)),
-        Family("mixtral-top1", "mixtral", _llama(num_local_experts=4, num_experts_per_tok=1)),
+        Family("mixtral-top1", "mixtral", _llama(num_local_experts=4, num_experts_per_tok=1), refused="row numbers"),
         Family("qwen2_moe", "qwen2_moe", _llama(**_QWEN_MOE)),
         Family("qwen3_moe", "qwen3_moe", _llama(**_QWEN_MOE, **_HEAD)),
         Family("olmoe", "olmoe", _llama(num_experts=4, num_experts_per_tok=2)),
@@ -210,7 +210,7 @@ def _moe() -> list[Family]:
         Family("phimoe", "phimoe", _llama(**_MOE)),
         Family("gpt_oss", "gpt_oss", _llama(**_MOE, **_HEAD, **_WINDOW, **_FOUR, count=4), forms=_EAGER),
         Family("jetmoe", "jetmoe", _jetmoe()),
-        Family("dbrx", "dbrx", {**dbrx, **dbrx_parts}),
+        Family("dbrx", "dbrx", {**dbrx, **dbrx_parts}, refused="one graph"),
         Family("deepseek_v2", "deepseek_v2", _llama(**{**_DEEPSEEK_MOE, **_MLA})),
         Family("deepseek_v3", "deepseek_v3", _llama(**{**_DEEPSEEK_MOE, **_MLA})),
         Family("dots1", "dots1", _llama(**_DEEPSEEK_MOE, **_HEAD)),
@@ -267,8 +267,8 @@ def _older() -> list[Family]:
         Family("falcon-alibi", "falcon", {**falcon, "alibi": True}),
         Family("falcon-new", "falcon", {**falcon, "new_decoder_architecture": True, "num_kv_heads": 2}),
         Family("biogpt", "biogpt", _plain()),
-        Family("xglm", "xglm", {**xglm, "max_position_embeddings": POSITIONS}, forms=_EAGER),
-        Family("ctrl", "ctrl", {**ctrl, "n_positions": POSITIONS}, forms=_EAGER),
+        Family("xglm", "xglm", {**xglm, "max_position_embeddings": POSITIONS}, forms=_EAGER, refused="not one product"),
+        Family("ctrl", "ctrl", {**ctrl, "n_positions": POSITIONS}, forms=_EAGER, refused="one graph"),
         Family("openai-gpt", "openai-gpt", _gpt2(), forms=_EAGER),
         Family("stablelm-parallel", "stablelm", _llama(use_parallel_residual=True, partial_rotary_factor=0.5)),
     ]
@@ -294,11 +294,11 @@ def _recent() -> list[Family]:
         Family("solar_open", "solar_open", _llama(**_DEEPSEEK_MOE, **_HEAD)),
         Family("minicpm3", "minicpm3", _llama(**_MLA, scale_emb=1.0, dim_model_base=32)),
         Family("youtu", "youtu", _llama(**_MLA)),
-        Family("granite_swa", "granite_swa", _llama(**_WINDOW, **_ALTERNATING), forms=_EAGER),
+        Family("granite_swa", "granite_swa", _llama(**_WINDOW, **_ALTERNATING), forms=_EAGER, refused="also used by logsumexp"),
         Family("afmoe", "afmoe", _llama(**_WINDOW, **_FOUR, count=4, num_dense_layers=1, **_QWEN_MOE)),
         Family("exaone_moe", "exaone_moe", _llama(**_WINDOW, **_FOUR, count=4, **_QWEN_MOE)),
         Family("mimo_v2_flash", "mimo_v2_flash", _llama(**_WINDOW), forms=_EAGER),
-        Family("doge", "doge", _llama()),
+        Family("doge", "doge", _llama(), refused="softplus"),
         Family("hyperclovax", "hyperclovax", _llama()),
     ]
 

@@ -245,6 +245,7 @@ MORE: dict[str, type[nn.Module]] = {
 def decoder(name: str) -> nn.Module:
     """A decoder of the table, or one whose class is a decoder of its own."""
     from tests.models import handwritten
+    from tests.models.handwritten_styles import STYLE_BLOCKS, STYLES
 
     whole: dict[str, type[nn.Module]] = {
         "einsum": handwritten.Einsum,
@@ -257,21 +258,17 @@ def decoder(name: str) -> nn.Module:
         "bmm_parallel": handwritten.BmmParallel,
         "last_row": LastRow,
     }
-    return whole[name]() if name in whole else Decoder(MORE[name])
+    if name in whole or name in STYLES:
+        return {**whole, **STYLES}[name]()
+    return Decoder({**MORE, **STYLE_BLOCKS}[name])
 
 
 NAMES = (
-    *(
-        "einsum",
-        "nanogpt",
-        "head_list",
-        "torch_mha",
-        "exp_sum",
-        "alibi",
-        "rope_table_grouped",
-        "bmm_parallel",
-        "last_row",
-    ),
+    *("einsum", "nanogpt", "head_list", "torch_mha", "exp_sum", "alibi", "rope_table_grouped", "bmm_parallel", "last_row"),
     *MORE,
 )
-__all__ = ["LONGEST", "NAMES", "VOCAB", "decoder"]
+STYLE_NAMES = (
+    *("time_major", "torch_encoder", "squeezed_batch", "shared_keys", "named_answer", "stacked_heads", "point_conv"),
+    *("streaming_mask", "filled_mask", "float_buffer", "temperature", "learned_slope", "gated", "complex_rope"),
+)
+__all__ = ["LONGEST", "NAMES", "STYLE_NAMES", "VOCAB", "decoder"]

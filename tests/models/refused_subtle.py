@@ -113,7 +113,6 @@ ATTENTIONS: dict[str, Attention] = {
     "sigmoid": lambda q, k, v: ((q @ k.mT).sigmoid() * causal(q.shape[2])) @ v,
     "dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True),
     "queries_of_keys": lambda q, k, v: _softmax(k @ q.mT).mT @ v,
-    "cross_batch": lambda q, k, v: _softmax(q.transpose(0, 2).reshape(-1, HEADS, 1, HEAD).transpose(0, 2) @ k.mT) @ v,
 }
 
 TAILS: dict[str, Mix] = {

@@ -244,7 +244,7 @@ def one_expert_a_token(m: Model, x: torch.Tensor) -> torch.Tensor:
     order = torch.argsort(ids)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0])  # row numbers, though as many as there are tokens
-    rows = _grouped(flat[order], m.experts, _counts(ids))
+    rows = _grouped(flat[order // 1], m.experts, _counts(ids))
     return x + rows[back] * weight[:, None] + m.wpe(torch.arange(order.shape[0]))
 
 
@@ -516,7 +516,7 @@ def experts_never_put_back(m: Model, x: torch.Tensor) -> torch.Tensor:
 
 @mixing("one place")
 def rows_overwritten(m: Model, x: torch.Tensor) -> torch.Tensor:
-    weights, ids = m.router(x[0]).topk(K)
+    ids = m.router(x[0]).topk(K).indices
     token = ids.flatten().argsort() // K
     out = torch.zeros_like(x[0])
     out[token] = x[0][token] * 2
