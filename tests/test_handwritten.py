@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models.families import enliven
-from tests.models.handwritten_more import NAMES, VOCAB, decoder
+from tests.models.handwritten_more import NAMES, STYLE_NAMES, VOCAB, decoder
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
 
 
@@ -25,7 +25,7 @@ def _model(name: str) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *STYLE_NAMES])
 def test_handwritten(name: str) -> None:
     model = _model(name)
     assert_context_matters(model, VOCAB, sees_all=name != "window_softcap_qknorm")

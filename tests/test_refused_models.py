@@ -13,6 +13,7 @@ import torch
 import compile_attn as ca
 from tests.models.families import FAMILIES, VOCAB, build, enliven
 from tests.models.refused import REFUSED
+from tests.models.refused_subtle import subtle
 
 # transformers' models with state, convolution over tokens, or no order: model type -> small configuration
 SMALL = {
@@ -43,6 +44,8 @@ STATEFUL: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
 }
+
+SUBTLE = subtle()
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +96,15 @@ def test_refusal_names_node_and_source(name: str) -> None:
     assert all(one.where.node for one in rejected), rejected
     assert any("tests/models/" in one.where.source for one in rejected), rejected
     assert any(one.cure for one in rejected), rejected
+
+
+@pytest.mark.parametrize("name", SUBTLE)
+def test_subtle_trespasses_are_refused(name: str) -> None:
+    """One small trespass each in a plain decoder: anything but a refusal would be a wrong answer to somebody."""
+    model = SUBTLE[name]().eval().requires_grad_(False)
+    with pytest.raises(ca.RefusedError) as caught:
+        ca.PagedLM(model, kv_tokens=64, page_size=4, max_seqs=2, inner="eager")
+    assert caught.value.report.sites == () and all(one.reason for one in caught.value.report.rejected)
 
 
 @pytest.mark.parametrize("kind", STATEFUL)

@@ -211,16 +211,16 @@ class Counter(Decoder):
         return super().forward(input_ids) + self.calls
 
 
-def _with_blocks(make: Callable[[], nn.Module]) -> nn.Module:
+def _with_block(block: nn.Module) -> nn.Module:
     model = Decoder(_Plain)
-    model.blocks = nn.ModuleList(make() for _ in range(2))
+    model.blocks = nn.ModuleList([block])
     return model
 
 
 def subtle() -> dict[str, Callable[[], nn.Module]]:
     """Name -> builder."""
     made: dict[str, Callable[[], nn.Module]] = {"pad_mask": PadMask, "counter": Counter}
-    made |= {f"mix_{name}": (lambda f=f: _with_blocks(lambda: _Mixed(f))) for name, f in MIXES.items()}
-    made |= {f"attention_{name}": (lambda f=f: _with_blocks(lambda: _Attended(f))) for name, f in ATTENTIONS.items()}
+    made |= {f"mix_{name}": (lambda f=f: _with_block(_Mixed(f))) for name, f in MIXES.items()}
+    made |= {f"attention_{name}": (lambda f=f: _with_block(_Attended(f))) for name, f in ATTENTIONS.items()}
     made |= {f"tail_{name}": (lambda f=f: _Tailed(f)) for name, f in TAILS.items()}
     return made | {f"ids_{name}": (lambda f=f: _OfIds(f)) for name, f in IDS.items()}
