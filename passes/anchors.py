@@ -143,8 +143,8 @@ def _sink_column(scores: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int] | No
         return None
     first, last = parts
     if shape_of(last)[dim] == 1:
-        return _without_shift(first, dim), last, 0
-    return (_without_shift(last, dim), first, 1) if shape_of(first)[dim] == 1 else None
+        return first, last, 0
+    return (last, first, 1) if shape_of(first)[dim] == 1 else None
 
 
 def _from_exp(node: fx.Node) -> Anchor | None:

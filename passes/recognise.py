@@ -214,17 +214,20 @@ class _SiteReader:
         """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
         if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
             raise unreadable(anchor.softmax, f"the score could not be read: {score}")
+        sinks = anchor.sinks_at(self.reader, self._axes(anchor))
         try:
-            read = read_score(score, rows.keys if rows.keys.is_Symbol else None)
+            read = read_score(score, rows.keys if rows.keys.is_Symbol else None, shift=sinks is None)
         except ScoreError as error:
             raise unreadable(anchor.softmax, error.reason, error.cure) from None
         visible: Boolean = read.visible
-        sinks = anchor.sinks_at(self.reader, self._axes(anchor))
         parts: dict[str, object] = {"scale": read.scale, "softcap": read.softcap, "bias": read.bias}
         if read.score is not None:
             parts = {"score": read.score}
         if sinks is not None:
-            parts["sinks"] = number(sinks).xreplace(rows.values)
+            parts["sinks"] = sink = number(sinks).xreplace(rows.values)
+            if not sink.free_symbols <= {H} and not sink.has(Dot, Opaque):
+                why = f"the sink {sink} is not one number per head"
+                raise unreadable(anchor.softmax, why, "let sinks depend on the head alone")
         tensors = [part for part in (*parts.values(), visible) if isinstance(part, sympy.Basic)]
         if any(part.has(Opaque) or part.has(Dot) for part in tensors):
             raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")

@@ -40,8 +40,11 @@ class Score:
     score: sympy.Expr | None = None
 
 
-def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
-    """Read the input of a softmax over j. `length` is the number of keys: greater than i and j, and no part of the result."""
+def read_score(expr: sympy.Expr, length: sympy.Symbol | None, shift: bool = True) -> Score:
+    """Read the input of a softmax over j. `length` is the number of keys: greater than i and j, and no part of the result.
+
+    `shift`: the softmax ignores what a row adds to all its scores. With sinks it does not: they join the normaliser unshifted.
+    """
     found: list[tuple[sympy.Expr, Boolean]] = []
     hidden = False
     for count, (leaf, when) in enumerate(_branches(expr, sympy.true)):
@@ -54,7 +57,8 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None) -> Score:
     if not found:
         raise ScoreError("every key is masked")
     seen: dict[sympy.Expr, list[Boolean]] = {}
-    for leaf, (_, when) in zip(_without_row_terms([leaf for leaf, _ in found]), found, strict=True):
+    leaves = [leaf for leaf, _ in found]
+    for leaf, (_, when) in zip(_without_row_terms(leaves) if shift else leaves, found, strict=True):
         seen.setdefault(leaf, []).append(when)
     visible = _in_range(sympy.Or(*(when for conditions in seen.values() for when in conditions)) if hidden else sympy.true, length)
     pieces = [(leaf, _in_range(sympy.Or(*conditions), length)) for leaf, conditions in seen.items()]

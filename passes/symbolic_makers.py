@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from compile_attn.kernels.expr import Load
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Index, argument, as_expr, broadcast, dim_of, op_name, shape_of
 
@@ -100,13 +101,44 @@ def _index(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     inner = index[begin : begin + width]
     rest = iter((*index[:begin], *index[begin + width :]))
     shape = shape_of(source)  # type: ignore[arg-type]
-    chosen = [next(rest) if p is None else _wrap(reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)]
+    chosen = [next(rest) if p is None else _wrap(reader, reader.operand(p, inner), n) for p, n in zip(places, shape, strict=True)]
     return reader.at(source, tuple(chosen))
 
 
-def _wrap(place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
-    """A negative constant index counts from the end."""
-    return place + size if place.is_negative else place
+def _wrap(reader: Any, place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
+    """A negative index counts from the end."""
+    least, most = _range(reader, place)
+    if least is not None and least >= 0:
+        return place
+    if place.is_negative or (most is not None and most < 0):
+        return place + size
+    return sympy.Piecewise((place + size, sympy.Lt(place, 0)), (place, True))
+
+
+def _range(reader: Any, place: sympy.Expr) -> tuple[sympy.Expr | None, sympy.Expr | None]:
+    """The least and the greatest value that an index is sure to stay within; None where there is no bound."""
+    if place.is_Integer:
+        return place, place
+    if isinstance(place, sympy.Add):
+        ends = list(zip(*(_range(reader, part) for part in place.args), strict=True))
+        return tuple(None if None in end else sympy.Add(*end) for end in ends)  # type: ignore[return-value]
+    if isinstance(place, sympy.Mul) and place.args[0].is_Integer:
+        factor, rest = place.as_coeff_Mul()
+        bounds = [None if end is None else factor * end for end in _range(reader, rest)]
+        return (bounds[0], bounds[1]) if factor > 0 else (bounds[1], bounds[0])
+    if isinstance(place, (sympy.Max, sympy.Min)):
+        lows, highs = zip(*(_range(reader, part) for part in place.args), strict=True)
+        some, every = (lows, highs) if isinstance(place, sympy.Max) else (highs, lows)
+        known = [end for end in some if end is not None]
+        one = place.func(*known) if known else None
+        all_ = None if None in every else place.func(*every)
+        return (one, all_) if isinstance(place, sympy.Max) else (all_, one)
+    leaf = reader.captured[int(place.args[0])] if isinstance(place, Load) else None
+    table = reader.constants.get(leaf)
+    if table is not None and table.numel():
+        reader.read_constants.add(leaf)
+        return sympy.Integer(int(table.min())), sympy.Integer(int(table.max()))
+    return (sympy.Integer(0), None) if place.is_nonnegative else (None, None)
 
 
 def _index_select(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
