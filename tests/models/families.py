@@ -202,7 +202,7 @@ def _moe() -> list[Family]:
     }
     return [
         Family("mixtral", "mixtral", _llama(**_MOE)),
-        Family("mixtral-top1", "mixtral", _llama(num_local_experts=4, num_experts_per_tok=1), refused="row numbers"),
+        Family("mixtral-top1", "mixtral", _llama(num_local_experts=4, num_experts_per_tok=1)),
         Family("qwen2_moe", "qwen2_moe", _llama(**_QWEN_MOE)),
         Family("qwen3_moe", "qwen3_moe", _llama(**_QWEN_MOE, **_HEAD)),
         Family("olmoe", "olmoe", _llama(num_experts=4, num_experts_per_tok=2)),
