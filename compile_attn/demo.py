@@ -46,7 +46,8 @@ def demo(seconds: float, inner: Literal["inductor", "eager"], html: str | None, 
     same = paged == full
     verdict = "[green]equal, token for token[/]" if same else "[red]DIFFERENT[/]"
     console.print(
-        f"{len(prompts)} prompts together, {new_tokens} tokens each: paged {paged_time:.2f} s, recomputed {full_time:.2f} s, {verdict}"
+        f"{len(prompts)} prompts together, {new_tokens} tokens each: "
+        f"paged {paged_time:.2f} s, recomputed {full_time:.2f} s, {verdict}"
     )
     if html and report is not None:
         report.to_html(html)

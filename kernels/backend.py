@@ -63,9 +63,7 @@ class Backend:
             out.append(f"computes in {_listed(self.dtypes)}, not in {_name(request.dtype)}; cast the model, or {cure}")
         wrong = {spec.head_dim, spec.head_dim_v} - (self.head_dims or {spec.head_dim, spec.head_dim_v})
         if wrong:
-            out.append(
-                f"has no head size {_listed(wrong)} (only {_listed(self.head_dims or ())}); pad the heads, or {cure}"
-            )
+            out.append(f"has no head size {_listed(wrong)} (only {_listed(self.head_dims or ())}); pad the heads, or {cure}")
         missing = sorted(spec.features() - self.features, key=lambda feature: feature.value)
         out += [f"does not compute {spec.asks(feature)}; {cure}" for feature in missing]
         return (*out, *self.limits(request))
@@ -86,6 +84,4 @@ def _name(value: object) -> str:
 
 
 def _listed(values: Iterable[object]) -> str:
-    return ", ".join(
-        _name(value) for value in sorted(values, key=lambda each: (isinstance(each, int) and each, _name(each)))
-    )
+    return ", ".join(_name(value) for value in sorted(values, key=lambda each: (isinstance(each, int) and each, _name(each))))

@@ -95,12 +95,9 @@ class AttentionMetadataBuilder:
         """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
         total = sum(self._query_lens)
         if not self._tables or (num_tokens is not None and num_tokens < total):
-            raise ValueError(
-                f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all"
-            )
+            raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
         table, seq_lens, query_lens = (
-            torch.tensor(part, dtype=torch.int32, device=device)
-            for part in (self._tables, self._seq_lens, self._query_lens)
+            torch.tensor(part, dtype=torch.int32, device=device) for part in (self._tables, self._seq_lens, self._query_lens)
         )
         tokens = total if num_tokens is None else num_tokens
         return AttentionMetadata.build(table, seq_lens, query_lens, tokens, self.page_size)
@@ -123,9 +120,7 @@ def build_metadata(
     return cu_seqlens_q, positions, slot_mapping, token_seq
 
 
-def advance_step(
-    input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor
-) -> None:
+def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
     """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1.
 
     Pad rows stay. input_ids and position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a
@@ -134,9 +129,7 @@ def advance_step(
     rows = seq_lens.shape[0]
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
         if given.numel() < rows:
-            raise ValueError(
-                f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row"
-            )
+            raise ValueError(f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row")
     tokens, positions = input_ids.view(-1)[:rows], position_ids.view(-1)[:rows]
     live = seq_lens > 0
     tokens.copy_(torch.where(live, sampled.reshape(-1)[:rows], tokens))

@@ -31,9 +31,7 @@ def copy_blocks(k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]
 
 def _check_pairs(what: str, pairs: torch.Tensor, sources: int, targets: int) -> None:
     if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(
-            f"{what}: pairs must be [N, 2] int64, not {list(pairs.shape)} {pairs.dtype}; pass (from, to) page numbers"
-        )
+        raise ValueError(f"{what}: pairs must be [N, 2] int64, not {list(pairs.shape)} {pairs.dtype}; pass (from, to) page numbers")
     if pairs.device.type != "cpu":  # reading them would wait for the device; there index_* check
         return
     wrong = [pair for pair in pairs.tolist() if not (0 <= pair[0] < sources and 0 <= pair[1] < targets)]

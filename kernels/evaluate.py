@@ -18,9 +18,7 @@ from sympy.logic.boolalg import ITE
 
 from compile_attn.kernels.expr import Load, Round, Trunc
 
-Env = Mapping[
-    str, Any
-]  # symbol name -> tensor; "captured" -> the captured tensors; "dtype" -> of real values (optional)
+Env = Mapping[str, Any]  # symbol name -> tensor; "captured" -> the captured tensors; "dtype" -> of real values (optional)
 Evaluate = Callable[[Env], Any]
 _DTYPES = {7: torch.bfloat16, 10: torch.float16, 23: torch.float32, 52: torch.float64}  # by explicit mantissa bits
 

@@ -54,14 +54,10 @@ def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     )
 
 
-torch.library.register_autograd(
-    "paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY
-)
+torch.library.register_autograd("paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY)
 
 
-def _metadata_fake(
-    block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int
-) -> tuple[Any, ...]:
+def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int) -> tuple[Any, ...]:
     int32, int64 = torch.int32, torch.int64
     starts = seq_lens.new_empty((seq_lens.shape[0] + 1,), dtype=int32)
     return starts, *(seq_lens.new_empty((num_tokens,), dtype=dtype) for dtype in (int64, int64, int32))
@@ -72,9 +68,7 @@ def _metadata_fake(
     "-> (Tensor cu_seqlens_q, Tensor positions, Tensor slot_mapping, Tensor token_seq)",
     _metadata_fake,
 )
-def build_metadata(
-    block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: int, page_size: int
-) -> tuple[Any, ...]:
+def build_metadata(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: int, page_size: int) -> tuple[Any, ...]:
     """See `batch.AttentionMetadata`."""
     return batch.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
 

@@ -91,9 +91,7 @@ def _together(parts: Sequence[_Part], max_pages: int) -> Iterator[list[_Part]]:
         yield group
 
 
-def _attend_without_host(
-    q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec
-) -> torch.Tensor:
+def _attend_without_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
     """Every token as a row of its own, over the whole width of the table, as many at a time as memory allows."""
     width = kv.block_table.shape[1]
     step = max(1, _MAX_GATHERED // max(1, width * kv.k_pages[0].numel()))

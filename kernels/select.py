@@ -49,9 +49,7 @@ def backend(name: str) -> Backend:
     return made
 
 
-def choose(
-    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, kernel: str = "auto"
-) -> Choice:
+def choose(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, kernel: str = "auto") -> Choice:
     """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
     request = Request(spec, device, dtype, page_size)
     if kernel != "auto":
@@ -59,12 +57,8 @@ def choose(
             backend(kernel)
         reasons = _reasons(kernel, request)
         if reasons:
-            raise UnsupportedError(
-                f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}"
-            )
-        return Choice(
-            kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel}
-        )
+            raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
+        return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
     passed_over: dict[str, tuple[str, ...]] = {}
     taken = ""
     for name in _preferred(request):

@@ -34,9 +34,7 @@ class Feature(Enum):
     BIAS = auto()  # any other bias
     SCORE = auto()  # a score that is not scale, softcap, bias in this order
     SINKS = auto()
-    CAPTURED = (
-        auto()
-    )  # reads captured tensors per query or key; values per head (sinks, ALiBi slopes) are plain vectors
+    CAPTURED = auto()  # reads captured tensors per query or key; values per head (sinks, ALiBi slopes) are plain vectors
     BIDIRECTIONAL = auto()
     WINDOW = auto()
     CHUNKED = auto()
@@ -96,11 +94,7 @@ class AttentionSpec:
         """What a backend must have to serve this spec."""
         asked = {Feature[name] for name in self.mask.features()}
         slope = self.alibi_slope()
-        pairs = [
-            part
-            for part in (None if slope is not None else self.bias, self.score, self.mask.predicate())
-            if part is not None
-        ]
+        pairs = [part for part in (None if slope is not None else self.bias, self.score, self.mask.predicate()) if part is not None]
         asked |= {Feature.GQA} if self.num_q_heads != self.num_kv_heads else set()
         asked |= {Feature.SOFTCAP} if self.softcap is not None else set()
         asked |= {Feature.SCORE} if self.score is not None else set()
@@ -160,9 +154,7 @@ class AttentionSpec:
         return spec
 
 
-_MASKS = tuple(
-    ["Causal", "Bidirectional", "Window", "Chunked", "Prefix", "SameDocument", "BlockSparse", "General", "All", "Any"]
-)
+_MASKS = tuple(["Causal", "Bidirectional", "Window", "Chunked", "Prefix", "SameDocument", "BlockSparse", "General", "All", "Any"])
 
 
 def _build(**parts: object) -> AttentionSpec:

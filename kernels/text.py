@@ -40,9 +40,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "Xor",
     ]
 } | {"Load": language.Load, "Round": language.Round, "Trunc": language.Trunc, "ITE": ITE}
-_NODES = {
-    name: getattr(sympy, name) for name in ["Add", "Mul", "Pow", "And", "Or", "Not", "Lt", "Le", "Gt", "Ge", "Rational"]
-}
+_NODES = {name: getattr(sympy, name) for name in ["Add", "Mul", "Pow", "And", "Or", "Not", "Lt", "Le", "Gt", "Ge", "Rational"]}
 _CONSTANTS = {"oo": sympy.oo, "nan": sympy.nan, "pi": sympy.pi, "E": sympy.E}
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
@@ -149,9 +147,7 @@ def _read(node: ast.AST, names: Mapping[str, Callable[..., Any]]) -> Any:
             with sympy.evaluate(False):
                 return _read(part, _CLASSES)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            return names[name](
-                *(_read(a, names) for a in args), **{str(k.arg): _read(k.value, names) for k in keywords}
-            )
+            return names[name](*(_read(a, names) for a in args), **{str(k.arg): _read(k.value, names) for k in keywords})
     raise KeyError(ast.dump(node)[:80])
 
 

@@ -54,6 +54,4 @@ def _check(k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: tor
                 f"{name} must be [T, Hkv, D], its pages [P, PS, Hkv, D], with T slots"
             )
         if not pages.is_contiguous():
-            raise ValueError(
-                f"write_kv: {name}_pages have strides {pages.stride()}; pages must be contiguous [P, PS, Hkv, D]"
-            )
+            raise ValueError(f"write_kv: {name}_pages have strides {pages.stride()}; pages must be contiguous [P, PS, Hkv, D]")

@@ -6,9 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = (
-    1024  # features a program: a token of 8 heads of 128; at 4 warps each thread stores 8 in a row, 16 bytes of bf16
-)
+_BLOCK = 1024  # features a program: a token of 8 heads of 128; at 4 warps each thread stores 8 in a row, 16 bytes of bf16
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -34,9 +32,7 @@ def _write(  # type: ignore[no-untyped-def]
         feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = feature < width
         head, channel = feature // HEAD_DIM, feature % HEAD_DIM
-        value = tl.load(
-            new + token * token_stride + head * head_stride + channel * channel_stride, mask=inside, other=0.0
-        )
+        value = tl.load(new + token * token_stride + head * head_stride + channel * channel_stride, mask=inside, other=0.0)
         if SCALED:
             by = tl.load(scale + head, mask=inside, other=1.0) if SCALE_PER_HEAD else tl.load(scale)
             value = tl.div_rn(value.to(tl.float32), by.to(tl.float32))  # as torch divides; `/` is approximate

@@ -115,15 +115,16 @@ def _without_shift(node: fx.Node, dim: int) -> fx.Node:
     """Softmax ignores what is constant along its axis: x for x - max(x), through casts between floats."""
     while True:
         name = op_name(node)
-        if (name == "sub" and len(node.args) == 2 and is_tensor(node.args[1]) and _constant_along(node, node.args[1], dim)) or (
-            name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node, dim)
+        shift = node.args[1] if name == "sub" and len(node.args) == 2 else None
+        if (isinstance(shift, fx.Node) and is_tensor(shift) and _constant_along(node, shift, dim)) or (
+            name in ("_to_copy", "detach", "clone") and val(node).is_floating_point() and _peelable_cast(node)
         ):
             node = node.args[0]  # type: ignore[assignment]
         else:
             return node
 
 
-def _peelable_cast(node: fx.Node, dim: int) -> bool:
+def _peelable_cast(node: fx.Node) -> bool:
     source = node.args[0]
     return is_tensor(source) and op_name(source) in ("sub", "cat", "_to_copy") and val(source).is_floating_point()  # type: ignore[arg-type]
 

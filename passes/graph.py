@@ -80,7 +80,8 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The one output node of a graph."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    found: fx.Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return found
 
 
 def same_size(a: object, b: object) -> bool:

@@ -119,7 +119,7 @@ def _drop_asserts(graph: fx.Graph) -> None:
 
 
 def _source_name(node: fx.Node) -> str:
-    """Dynamo's `L['self']._modules['norm']._parameters['weight']` as `norm.weight`; its `L['kwargs']['input_ids']` as `input_ids`."""
+    """`L['self']._modules['norm']._parameters['weight']`, which is Dynamo's name, as `norm.weight`; inputs likewise."""
     grapharg = node.meta.get("grapharg")
     # `source.name` is a method up to torch 2.11 and a property after it.
     name = getattr(getattr(grapharg, "source", None), "name", node.name)

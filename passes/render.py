@@ -17,7 +17,8 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e8eb); --back: light-dark(#fff, #16181b);
   --line: light-dark(#d8dce1, #353a40); --seen: light-dark(#2f6fde, #6ea0ff); --plus: light-dark(#e3f6e6, #16351d);
   --minus: light-dark(#fdeaea, #3f1a1c); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .45rem .6rem; text-align: left; vertical-align: top; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; } pre { overflow-x: auto; } pre span { display: block; }

@@ -30,18 +30,14 @@ class PagedBatch:
         at = self.metadata
         where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
         spec = self.spec.encode()
-        out: torch.Tensor = torch.ops.paged_attn.attend(
-            self.q, self.k_pages, self.v_pages, *where, list(captured), spec, kernel
-        )
+        out: torch.Tensor = torch.ops.paged_attn.attend(self.q, self.k_pages, self.v_pages, *where, list(captured), spec, kernel)
         return out
 
     def expected(self, captured: Sequence[torch.Tensor]) -> torch.Tensor:
         """By the oracle, in float64."""
         out = torch.zeros(self.q.shape[0], self.spec.num_q_heads, self.spec.head_dim_v, dtype=torch.float64)
         token = 0
-        for row, (length, new) in enumerate(
-            zip(self.metadata.seq_lens.tolist(), self.metadata.query_lens.tolist(), strict=True)
-        ):
+        for row, (length, new) in enumerate(zip(self.metadata.seq_lens.tolist(), self.metadata.query_lens.tolist(), strict=True)):
             for position in range(length - new, length):
                 out[token] = attend_row(self.spec, self.q[token], self.k[row], self.v[row], row, position, captured)
                 token += 1

@@ -11,9 +11,7 @@ from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuild
 SEQUENCES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=7)
 
 
-def build(
-    tables: list[list[int]], lengths: list[int], news: list[int], page_size: int, tokens: int
-) -> AttentionMetadata:
+def build(tables: list[list[int]], lengths: list[int], news: list[int], page_size: int, tokens: int) -> AttentionMetadata:
     builder = AttentionMetadataBuilder(page_size, max(1, *map(len, tables)))
     for table, length, new in zip(tables, lengths, news, strict=True):
         builder.add(table, length, new)
@@ -96,9 +94,7 @@ def test_advancing_equals_rebuilding(lengths: list[int], page_size: int, steps: 
     final = [length + steps * alive for length, alive in zip(lengths, live, strict=True)]
     equal(metadata, build(tables, final, live, page_size, rows))
     assert torch.equal(seq_lens, metadata.seq_lens)
-    assert position_ids[0, :rows].tolist() == [
-        length - 1 if alive else 0 for length, alive in zip(final, live, strict=True)
-    ]
+    assert position_ids[0, :rows].tolist() == [length - 1 if alive else 0 for length, alive in zip(final, live, strict=True)]
     tokens = [row + 100 * (steps - 1) if alive else 7 for row, alive in enumerate(live)]
     assert input_ids[0].tolist() == [*tokens, 7]  # the pad token stays
 
@@ -121,9 +117,7 @@ def test_views_count_from_zero() -> None:
 
 def test_bad_input_is_named() -> None:
     builder = AttentionMetadataBuilder(page_size=4, max_pages=2)
-    with pytest.raises(
-        ValueError, match="a sequence of 5 tokens, 1 of them new, in 1 pages of 4: give 0 to 5 new tokens and 2 to"
-    ):
+    with pytest.raises(ValueError, match="a sequence of 5 tokens, 1 of them new, in 1 pages of 4: give 0 to 5 new tokens and 2 to"):
         builder.add([3], 5, 1)
     with pytest.raises(ValueError, match="9 of them new"):
         builder.add([3, 4], 5, 9)

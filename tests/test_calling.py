@@ -24,9 +24,7 @@ class Plain(nn.Module):
 
 
 class Named(nn.Module):
-    def forward(
-        self, input_ids: Any, *, position_ids: Any = None, use_cache: bool = True, return_dict: bool = False
-    ) -> None: ...
+    def forward(self, input_ids: Any, *, position_ids: Any = None, use_cache: bool = True, return_dict: bool = False) -> None: ...
 
 
 class Wrapping(nn.Module):
@@ -103,9 +101,7 @@ class Rate(nn.Module):
 @pytest.mark.parametrize("part", [nn.Dropout(0.1), Rate(0.2), nn.MultiheadAttention(4, 2, dropout=0.3)])
 def test_dropout_is_refused_in_training_mode_only(part: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(2, 2), part)
-    with pytest.raises(
-        ValueError, match=r"training mode and 1 \(\w+\) has dropout 0\.\d; .* call model\.eval\(\) first"
-    ):
+    with pytest.raises(ValueError, match=r"training mode and 1 \(\w+\) has dropout 0\.\d; .* call model\.eval\(\) first"):
         check_no_dropout(model)
     check_no_dropout(model.eval())
 

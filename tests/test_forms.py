@@ -69,9 +69,7 @@ def _assert_spec(form: Form, found: AttentionSpec, batch: int) -> None:
     assert form.check(found), found.words()
     merged = found.num_q_heads // wanted.num_q_heads  # a model that merges B and H has B * H heads when B is a constant
     assert merged in (1, batch), found.words()
-    assert (found.num_q_heads, found.num_kv_heads) == (merged * wanted.num_q_heads, merged * wanted.num_kv_heads), (
-        found.words()
-    )
+    assert (found.num_q_heads, found.num_kv_heads) == (merged * wanted.num_q_heads, merged * wanted.num_kv_heads), found.words()
     assert (found.head_dim, found.head_dim_v) == (wanted.head_dim, wanted.head_dim_v), found.words()
     if found.score is None:
         assert found.scale == pytest.approx(wanted.scale, rel=1e-6), found.words()
@@ -156,9 +154,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
         return _assert_same(found, wanted)
     assert rewriting.report.sites == ()
     assert rewriting.report.rejected, "refused in silence"
-    assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), (
-        rewriting.report.rejected
-    )
+    assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), rewriting.report.rejected
     assert all(one.where.node and one.where.source for one in rewriting.report.rejected)
     assert rewriting.report.before == rewriting.report.after
     return _assert_same(found, wanted)

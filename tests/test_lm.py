@@ -74,18 +74,14 @@ def test_one_compilation_serves_everything() -> None:
 
 def test_seeds_decide_whatever_else_runs(shared: PagedLM) -> None:
     how = [
-        Sampling(
-            temperature=0.8 + 0.2 * i, top_k=(None, 5, 9)[i % 3], top_p=(1.0, 0.8)[i % 2], seed=i, max_new_tokens=8 + i
-        )
+        Sampling(temperature=0.8 + 0.2 * i, top_k=(None, 5, 9)[i % 3], top_p=(1.0, 0.8)[i % 2], seed=i, max_new_tokens=8 + i)
         for i in range(6)
     ]
     want = [alone(tiny(), prompt, one) for prompt, one in zip(PROMPTS, how, strict=True)]
     assert shared.generate(PROMPTS, how) == want
     assert shared.generate(PROMPTS[::-1], how[::-1]) == want[::-1]
     assert shared.generate(PROMPTS[3:4], how[3]) == want[3:4]
-    assert (
-        len({tuple(one) for one in shared.generate([PROMPTS[0]] * 8, Sampling(temperature=2.0, max_new_tokens=6))}) > 1
-    )
+    assert len({tuple(one) for one in shared.generate([PROMPTS[0]] * 8, Sampling(temperature=2.0, max_new_tokens=6))}) > 1
 
 
 def test_torchs_seed_decides_where_none_is_given(shared: PagedLM) -> None:

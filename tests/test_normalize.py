@@ -34,9 +34,7 @@ def test_in_place_writes_become_functional_and_mutated_buffers_are_written_back(
     writes = [n for n in normalized.module.graph.nodes if n.target is _aten.copy_.default]
     assert [normalized.sources[n.args[0]] for n in writes] == ["seen"]
     model.seen.zero_()
-    (out,) = normalized.module(
-        *[x if normalized.sources[p] == "x" else model.seen for p in placeholders(normalized.module.graph)]
-    )
+    (out,) = normalized.module(*[x if normalized.sources[p] == "x" else model.seen for p in placeholders(normalized.module.graph)])
     assert torch.equal(out, torch.cat([torch.zeros(1, 2), 2 * x[:, 2:]], 1))
     assert torch.equal(model.seen, x[:, :4])
 

@@ -92,9 +92,7 @@ def test_a_fake_step_has_no_guards() -> None:
 def step(q, k, v, k_pages, v_pages, table, lengths, news):  # type: ignore[no-untyped-def]
     starts, positions, slots, rows = OPS.build_metadata(table, lengths, news, q.shape[0], k_pages.shape[1])
     OPS.write_kv(k, v, k_pages, v_pages, slots)
-    return OPS.attend(
-        q, k_pages, v_pages, table, lengths, starts, positions, rows, [], SPECS["gqa"].encode(), "reference"
-    )
+    return OPS.attend(q, k_pages, v_pages, table, lengths, starts, positions, rows, [], SPECS["gqa"].encode(), "reference")
 
 
 def test_one_graph_serves_every_batch() -> None:

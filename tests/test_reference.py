@@ -66,9 +66,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     batch = paged_batch(SPECS["everything"], MIXED, dtype=dtype)
     out = batch.attend(CAPTURED)
     assert out.dtype == dtype
-    torch.testing.assert_close(
-        out, batch.expected(CAPTURED).to(dtype)
-    )  # torch's own tolerance for the dtype: one rounding
+    torch.testing.assert_close(out, batch.expected(CAPTURED).to(dtype))  # torch's own tolerance for the dtype: one rounding
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,9 +77,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     pad_tokens=st.integers(0, 2),
     seed=st.integers(0, 99),
 )
-def test_any_batch_equals_oracle(
-    name: str, sequences: list[tuple[int, int]], page_size: int, pad_tokens: int, seed: int
-) -> None:
+def test_any_batch_equals_oracle(name: str, sequences: list[tuple[int, int]], page_size: int, pad_tokens: int, seed: int) -> None:
     batch = paged_batch(SPECS[name], sequences, page_size=page_size, pad_tokens=pad_tokens, seed=seed)
     expected = batch.expected(CAPTURED)
     torch.testing.assert_close(batch.attend(CAPTURED).double(), expected, atol=FLOAT32, rtol=0)
@@ -117,9 +113,7 @@ def test_fp8_pages_with_scales(dtype: torch.dtype) -> None:
     spec = batch.spec.encode()
     out = torch.ops.paged_attn.attend(batch.q, k_pages, v_pages, *where, [], spec, "reference", k_scale, v_scale)
     error = (out - batch.attend([])).abs().max()
-    assert error < (
-        0.2 if dtype == torch.float8_e4m3fn else 0.4
-    )  # half a unit of 3 (2) mantissa bits of values up to 3
+    assert error < (0.2 if dtype == torch.float8_e4m3fn else 0.4)  # half a unit of 3 (2) mantissa bits of values up to 3
 
 
 EXPRESSIONS = [

@@ -49,9 +49,7 @@ def test_a_forced_kernel() -> None:
         "it does not compute attention sinks; choose kernel='auto'. "
         f"The site: {SPECS['everything'].words()}"
     )
-    with pytest.raises(
-        ValueError, match="unknown kernel 'flash'; known kernels are 'sdpa', 'general', 'reference', and 'auto'"
-    ):
+    with pytest.raises(ValueError, match="unknown kernel 'flash'; known kernels are 'sdpa', 'general', 'reference', and 'auto'"):
         choose(PLAIN, CPU, torch.float32, None, "flash")
 
 
@@ -76,9 +74,7 @@ def test_every_declared_limit_is_a_reason() -> None:
     assert not Narrow().reasons(Request(AttentionSpec(8, 2, 64, 64), CUDA, torch.float16, 16))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, spec in SPECS.items() if choose(spec, CPU, torch.float32, None).kernel == "sdpa"]
-)
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if choose(spec, CPU, torch.float32, None).kernel == "sdpa"])
 def test_sdpa_equals_the_reference(name: str) -> None:
     spec, make = SPECS[name], torch.Generator().manual_seed(0)
     for tq, tk in ((12, 12), (5, 12)):  # positions of queries count from 0 even when there are fewer than keys

@@ -73,15 +73,11 @@ def test_expression_is_the_score_in_order() -> None:
 
 def test_words() -> None:
     spec = AttentionSpec(32, 8, 128, 128, m.Window(4095), scale=128**-0.5, softcap=50.0)
-    assert (
-        spec.words() == "causal, window of 4096 keys, 32 heads, 8 KV heads, head size 128, scale 0.0883883, softcap 50"
-    )
+    assert spec.words() == "causal, window of 4096 keys, 32 heads, 8 KV heads, head size 128, scale 0.0883883, softcap 50"
 
 
 def test_text_can_be_read_by_a_person() -> None:
-    spec = AttentionSpec(
-        32, 8, 128, 96, m.All(m.Window(7), m.SameDocument(0)), 0.1, 50.0, SLOPE * (J - I), sinks=Load(1, H)
-    )
+    spec = AttentionSpec(32, 8, 128, 96, m.All(m.Window(7), m.SameDocument(0)), 0.1, 50.0, SLOPE * (J - I), sinks=Load(1, H))
     assert spec.encode() == (
         "AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, head_dim_v=96, "
         "mask=All(Window(left=7), SameDocument(tensor=0)), scale=0.1, softcap=50.0, "
@@ -129,9 +125,7 @@ WHOLE = st.recursive(
     max_leaves=6,
 )
 CONDITION = st.recursive(
-    st.tuples(st.sampled_from([sympy.Lt, sympy.Le, sympy.Eq, sympy.Ne, sympy.Ge]), WHOLE, WHOLE).map(
-        lambda p: p[0](p[1], p[2])
-    ),
+    st.tuples(st.sampled_from([sympy.Lt, sympy.Le, sympy.Eq, sympy.Ne, sympy.Ge]), WHOLE, WHOLE).map(lambda p: p[0](p[1], p[2])),
     lambda inner: (
         st.tuples(inner, inner).map(lambda p: sympy.And(*p))
         | st.tuples(inner, inner).map(lambda p: sympy.Or(*p))

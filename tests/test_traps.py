@@ -95,9 +95,7 @@ def test_one_token_stateless() -> None:
     with torch.no_grad():
         for length in (1, 9, 1, 2, 30):
             ids = torch.arange(3, 3 + length)[None]
-            torch.testing.assert_close(
-                fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-4, rtol=0)
 
 
 # Strides
@@ -117,9 +115,7 @@ class StridedBlock(Block):
 def test_views_of_sdpa_strides(dynamic: bool | None) -> None:
     model = _ready(Decoder(StridedBlock))
     ids = torch.arange(3, 20)[None]
-    fast = torch.compile(
-        model, backend="paged_attn", options={"inner": "eager", "on_rejected": "error"}, dynamic=dynamic
-    )
+    fast = torch.compile(model, backend="paged_attn", options={"inner": "eager", "on_rejected": "error"}, dynamic=dynamic)
     with torch.no_grad():
         torch.testing.assert_close(fast(ids), model(ids), atol=TOLERANCE, rtol=TOLERANCE)
     torch._dynamo.reset()

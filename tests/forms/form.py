@@ -81,9 +81,7 @@ class Site(nn.Module):
         return self.run(*qkv, *more, **{name: getattr(self, name) for name in self.names})
 
 
-def spec(
-    mask: Mask | None = None, kv: int = HEADS, scale: float = SCALE, dim_v: int = DIM, **more: object
-) -> AttentionSpec:
+def spec(mask: Mask | None = None, kv: int = HEADS, scale: float = SCALE, dim_v: int = DIM, **more: object) -> AttentionSpec:
     """Four heads of 8, causal, scaled by 1/sqrt(8), unless said otherwise."""
     return AttentionSpec(HEADS, kv, DIM, dim_v, mask=mask or Causal(), scale=scale, **more)  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ def tril_buffer(q: Tensor, k: Tensor, v: Tensor, tril: Tensor) -> Tensor:
 
 def view_expand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """DistilBERT: (mask == 0).view(..).expand_as(scores) into masked_fill."""
-    b, _, n, _ = q.shape
+    _, _, n, _ = q.shape
     scores = (q * SCALE) @ k.transpose(2, 3)
     hidden = (seen(n).int() == 0).view(1, 1, n, n).expand_as(scores)
     return F.softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), dim=-1) @ v
