@@ -1,18 +1,20 @@
 """Where do the probabilities meet the values, and which node is then the output?
 
 The probabilities are followed through layout ops to their product with the values; the output's axes are expressed in the axes of
-the scores, and the values are found like any operand.
+the scores, and the values are found like any operand. A factor on the output that stands for sinks (`gates`) belongs to the site.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from torch import fx
 
 from compile_attn.kernels.expr import B, H, I, J
 from compile_attn.passes.anchors import Anchor
+from compile_attn.passes.gates import factors, sink_of
+from compile_attn.passes.graph import is_tensor
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand
 from compile_attn.passes.indices import Index, index_map, path, shape_of
 from compile_attn.passes.symbolic import Reader, Unreadable, unreadable
@@ -29,31 +31,51 @@ class Rows:
     keys: sympy.Expr
 
 
+@dataclass(frozen=True)
+class Output:
+    """The node that the fused op replaces, the values and their head size; `back`: axis symbols of the output in b, h, i."""
+
+    operand: Operand
+    values: Found
+    size: sympy.Expr
+    back: dict[sympy.Expr, sympy.Expr]
+    index: Index
+    sink: sympy.Expr | None = None  # the logit that a factor on the output adds to the normaliser
+
+
 class OutputReader:
     """Reads the second half of a site."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
-    def values(self, anchor: Anchor, axes: Index, rows: Rows) -> tuple[Operand, Found, sympy.Expr]:
-        """The output in plain axes, the values, and their head size. Where the product itself merges heads and tokens on one
-        axis, the output is the nearest layout of it that does not."""
+    def values(self, anchor: Anchor, axes: Index, rows: Rows, score: sympy.Expr) -> Output:
+        """The output in plain axes. Where the product itself merges heads and tokens on one axis, it is the nearest layout of it
+        that does not; where a factor stands for sinks, it is the node with that factor. `score`: its product left as it is, its
+        axes in b, h, i, j."""
         product, side = anchor.value_product(self.reader.bounds)
-        output = product
-        while True:
+        end = anchor.finish or product
+        found: Output | None = None
+        output: fx.Node | None = end
+        while output is not None:
+            onward = _onward(output, self.reader)
             try:
-                return self._values_at(anchor, axes, rows, product, side, output)
+                here = self._values_at(anchor, axes, rows, product, side, output)
             except Unreadable:
-                onward = [u for u in output.users if u.op == "call_function"]
-                if anchor.finish is not None or len(onward) != 1 or _layout_of(onward[0], output, self.reader) is None:
+                if found is None and onward is None:
                     raise
-                output = onward[0]
+            else:
+                found = found or here
+                for factor in factors(output):
+                    if (sink := sink_of(factor, here.index, here.back, score, rows.keys, self.reader)) is not None:
+                        return replace(here, operand=Operand(factor.product, here.operand.axes), sink=sink)
+            output = onward
+        assert found is not None
+        return found
 
-    def _values_at(
-        self, anchor: Anchor, axes: Index, rows: Rows, node: fx.Node, side: int, output: fx.Node
-    ) -> tuple[Operand, Found, sympy.Expr]:
+    def _values_at(self, anchor: Anchor, axes: Index, rows: Rows, node: fx.Node, side: int, output: fx.Node) -> Output:
         outs = tuple(self.reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(output)))
-        index = dict(path(output, outs, self.reader.bounds))[node]
+        index = dict(path(output, outs, self.reader.bounds))[anchor.finish or node]
         left, right = operands(node)
         depth = shape_of(left)[-1]
         inner = self.reader.bounds.symbol("c", depth)
@@ -81,7 +103,7 @@ class OutputReader:
         if found is None:
             raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
         letters = tuple(self._letter(symbol, back, column) for symbol in outs)
-        return self._final(anchor, Operand(output, letters)), found, size
+        return Output(Operand(output, letters), found, size, back, outs)
 
     def _invert(
         self, anchor: Anchor, axes: Index, rows: Rows, place: Index, outs: Index, node: fx.Node
@@ -115,10 +137,6 @@ class OutputReader:
         means = back.get(symbol, H)
         return {I: "t", B: "b"}.get(means, "h")
 
-    def _final(self, anchor: Anchor, output: Operand) -> Operand:
-        """The node that the fused op replaces: the product, or the later node that finishes the normalisation."""
-        return output if anchor.finish is None else Operand(anchor.finish, output.axes)
-
 
 def operand_index(operand: fx.Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
     shape = shape_of(operand)
@@ -135,8 +153,13 @@ def operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _layout_of(node: fx.Node, source: fx.Node, reader: Reader) -> Index | None:
-    """The index map of a layout op over `source`; None for any other op."""
-    outs = tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(node))) if "val" in node.meta else ()
-    step = index_map(node, outs, reader.bounds) if outs else None
-    return step[1] if step is not None and step[0] is source else None
+def _onward(node: fx.Node, reader: Reader) -> fx.Node | None:
+    """The one layout op over a node, if it has no other user."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if not is_tensor(user):
+        return None
+    outs = tuple(reader.bounds.symbol(f"o{n}", size) for n, size in enumerate(shape_of(user)))
+    step = index_map(user, outs, reader.bounds)
+    return user if step is not None and step[0] is node else None

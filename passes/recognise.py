@@ -98,8 +98,9 @@ class _SiteReader:
         (product,) = products
         rows, q, k = self._queries_and_keys(anchor, axes, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
-        mask, parts, captured = self._meaning(anchor, score, rows)
-        output, v, dim_v = self.outputs.values(anchor, axes, rows)
+        output = self.outputs.values(anchor, axes, rows, number(value).xreplace(rows.values))
+        v, dim_v = output.values, output.size
+        mask, parts, captured = self._meaning(anchor, score, rows, output.sink)
         dims = shape_of(q.operand.node)[q.operand.axes.index("d")]
         parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
         if "score" in parts:
@@ -111,8 +112,8 @@ class _SiteReader:
         if not (dims.is_Integer and dim_v.is_Integer):
             raise unreadable(anchor.softmax, f"head sizes are not constants: {dims} and {dim_v}", "mark only lengths dynamic")
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
-        replaced = self._dead(anchor, output.node, product)
-        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output, replaced)
+        replaced = self._dead(anchor, output.operand.node, product)
+        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output.operand, replaced)
 
     def _axes(self, anchor: Anchor) -> Index:
         sizes = anchor.shape
@@ -210,11 +211,16 @@ class _SiteReader:
             )
         return Rows(values, count, B if batch is not None else None, queries, keys)
 
-    def _meaning(self, anchor: Anchor, score: sympy.Expr, rows: Rows) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
+    def _meaning(
+        self, anchor: Anchor, score: sympy.Expr, rows: Rows, gate: sympy.Expr | None
+    ) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
         """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
         if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
             raise unreadable(anchor.softmax, f"the score could not be read: {score}")
         sinks = anchor.sinks_at(self.reader, self._axes(anchor))
+        if sinks is not None and gate is not None:
+            raise unreadable(anchor.softmax, "the site has a column of sinks and a factor of sinks", "write them as one column")
+        sinks = gate if sinks is None else sinks
         try:
             read = read_score(score, rows.keys if rows.keys.is_Symbol else None, shift=sinks is None)
         except ScoreError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,11 +46,43 @@ def sink_valued(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     return F.softmax(_with_sink(q, k, sinks), dim=-1) @ F.pad(v, (0, 0, 0, 1), value=1.0)
 
 
+def _gated(q: Tensor, k: Tensor, v: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    """The output times a function of the logsumexp of the scores."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    return (F.softmax(scores, dim=-1) @ v) * gate(torch.logsumexp(scores, dim=-1, keepdim=True))
+
+
 def sink_gate(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     """granite_swa: the output times sigmoid(logsumexp - sink)."""
     scores = q @ k.mT * SCALE + additive(q.shape[2])
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    return (F.softmax(scores, dim=-1) @ v) * torch.sigmoid(lse - sinks.view(1, -1, 1, 1))
+    scale = (torch.logsumexp(scores, dim=-1) - sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights, v) * scale.unsqueeze(-1).to(q.dtype)
+
+
+def sink_gate_sum(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """FlashAttention users without sinks: out / (1 + exp(sink - lse)), after the heads have been moved."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    rest = 1 + torch.exp(sinks - torch.logsumexp(scores, -1).transpose(1, 2))
+    return (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous() / rest[..., None]
+
+
+def gate_reversed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return _gated(q, k, v, lambda total: torch.sigmoid(sinks.view(1, -1, 1, 1) - total))
+
+
+def gate_halved(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return _gated(q, k, v, lambda total: torch.sigmoid(0.5 * total - sinks.view(1, -1, 1, 1)))
+
+
+def gate_of_token(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return _gated(q, k, v, lambda total: torch.sigmoid(total - q.sum(-1, keepdim=True) * sinks.view(1, -1, 1, 1)))
+
+
+def gate_of_other_scores(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return (F.softmax(scores + additive(q.shape[2]), dim=-1) @ v) * torch.sigmoid(total - sinks.view(1, -1, 1, 1))
 
 
 def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,11 +124,19 @@ def _sunk(found: AttentionSpec) -> bool:
 
 
 _S = {"sinks": SINKS}
+_GATES = (
+    NearMiss(gate_reversed, "no sink"),
+    NearMiss(gate_halved, "no sink"),
+    NearMiss(gate_of_token, "number per head|no sink"),
+    NearMiss(gate_of_other_scores, "other scores"),
+)
 _COLUMNS = (NearMiss(sink_wrong_column, "."), NearMiss(sink_valued, "."))
 FORMS = (
     Form(sink_column, spec(), _sunk, _S, near=_COLUMNS),
     Form(sink_plain, spec(), _sunk, _S, near=_COLUMNS),
-    Form(sink_first, spec(), _sunk, _S, near=(NearMiss(sink_gate, "also used by logsumexp"),)),
+    Form(sink_first, spec(), _sunk, _S),
+    Form(sink_gate, spec(), _sunk, _S, near=_GATES),
+    Form(sink_gate_sum, spec(), _sunk, _S),
     Form(off_by_one, spec(), _sunk),
     Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "."), NearMiss(exp_unnormalised, "."))),
     Form(exp_sum_late, spec()),
