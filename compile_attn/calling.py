@@ -12,31 +12,43 @@ from torch import nn
 Call = Callable[[Callable[..., Any], torch.Tensor, torch.Tensor], Any]
 
 
-def call_of(model: nn.Module, own: Call | None) -> Call:
-    """How to call the model: `own(model, input_ids, position_ids)` if given, else by the names in its signature."""
-    if own is not None:
-        return own
-    names = _accepted(model)
-    extra = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in names}
-    takes_positions = "position_ids" in names
+def call_of(model: nn.Module) -> Call:
+    """How to call the model, by the names in its signature.
+
+    Positions are passed only where forward demands them. The model's own default may be another than 0, 1, 2, ...
+    (RoBERTa starts at its padding id + 1), and what is served is `model(input_ids)`.
+    """
+    accepted = _accepted(model)
+    extra = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in accepted}
+    demands_positions = accepted.get("position_ids", False)
 
     def call(compiled: Callable[..., Any], input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        if takes_positions:
+        if demands_positions:
             return compiled(input_ids, position_ids=position_ids, **extra)
         return compiled(input_ids, **extra)
 
     return call
 
 
-def _accepted(model: nn.Module) -> set[str]:
-    """Names that forward takes; where it hands **kwargs on to the model it wraps (transformers), that one's as well."""
+def position_cure(model: nn.Module) -> str | None:
+    """What to try where a model was refused that makes its positions itself, though they could be given to it."""
+    if _accepted(model).get("position_ids", True):
+        return None
+    return (
+        "forward takes position_ids, and was called without: the model's own default was to be proven. If its positions are "
+        "0, 1, 2, ..., pass call=lambda model, ids, positions: model(ids, position_ids=positions)"
+    )
+
+
+def _accepted(model: nn.Module) -> dict[str, bool]:
+    """Names that forward takes, and whether each is demanded; where forward hands **kwargs on, those of `base_model` too."""
     parameters = inspect.signature(model.forward).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {name for name, one in parameters.items() if one.kind in named}
+    names = {name: one.default is inspect.Parameter.empty for name, one in parameters.items() if one.kind in named}
     inner = getattr(model, "base_model", None)
     hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     if hands_on and isinstance(inner, nn.Module) and inner is not model:
-        names |= _accepted(inner)
+        names = _accepted(inner) | names
     return names
 
 

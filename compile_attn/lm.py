@@ -17,7 +17,16 @@ import torch
 from torch import nn
 
 from compile_attn.cache import Chunk, PagedKVCache
-from compile_attn.calling import Call, call_of, check_no_dropout, device_of, dtype_of, logits_of, vocabulary_of
+from compile_attn.calling import (
+    Call,
+    call_of,
+    check_no_dropout,
+    device_of,
+    dtype_of,
+    logits_of,
+    position_cure,
+    vocabulary_of,
+)
 from compile_attn.options import Inner, Options
 from compile_attn.passes.graph import Location
 from compile_attn.passes.report import RefusedError, Rejected, Report
@@ -47,7 +56,9 @@ class PagedLM:
     kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
     kernel, inner     as in Options
     cuda_graphs       "auto" or False; nothing is captured yet
-    call              call(model, input_ids, position_ids) for a model of another signature or output
+    call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
+                      Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
+                      ids alone, and with position_ids where forward demands them
     max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
@@ -79,8 +90,9 @@ class PagedLM:
         options = Options(kernel=kernel, cache=cache, inner=inner)
         _check_dtype(self._model, cache)
         self.cache = cache
-        self._call = call_of(self._model, call)
-        self._compiled = _compile(self._model, options)
+        self._own_call = call is not None
+        self._call = call_of(self._model) if call is None else _Through.call
+        self._compiled = _compile(self._model if call is None else _Through(self._model, call), options)
         self._scheduler = Scheduler(cache, max_batch_tokens)
         self._closed = False
         self._vocabulary = self._warm_up()
@@ -183,7 +195,13 @@ class PagedLM:
         """Compile with a first call, so that a refusal and the model's limits are known before any request."""
         seq = self.cache.add()
         try:
-            logits = self._logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
+            try:
+                logits = self._logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
+            except RefusedError as refused:
+                cure = None if self._own_call else position_cure(self._model)
+                if cure is not None:
+                    refused.add_note(cure)
+                raise
             if not self.cache.k_pages:
                 raise ValueError("the model has no attention that could be paged; run it as it is")
         finally:
@@ -268,6 +286,21 @@ class PagedLM:
         self._scheduler.check_length(len(ids))
         plain: list[int] = ids.tolist()
         return plain
+
+
+class _Through(nn.Module):
+    """A model behind the user's own call, compiled as one: the call sees packed tokens as the model does."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model, self._through = model, call
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self._through(self.model, input_ids, position_ids)
+
+    @staticmethod
+    def call(compiled: Callable[..., Any], input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return compiled(input_ids, position_ids)
 
 
 def _compile(model: nn.Module, options: Options) -> Callable[..., Any]:

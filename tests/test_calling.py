@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from compile_attn.calling import call_of, check_no_dropout, device_of, dtype_of, logits_of, vocabulary_of
+from compile_attn.calling import call_of, check_no_dropout, device_of, dtype_of, logits_of, position_cure, vocabulary_of
 
 IDS, POSITIONS, LOGITS = torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), torch.zeros(1, 2, 9)
 
 
 def called(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the model is called with."""
-    return call_of(model, None)(lambda *args, **kwargs: (args, kwargs), IDS, POSITIONS)  # type: ignore[no-any-return]
+    return call_of(model)(lambda *args, **kwargs: (args, kwargs), IDS, POSITIONS)  # type: ignore[no-any-return]
 
 
 class Plain(nn.Module):
@@ -25,6 +25,10 @@ class Plain(nn.Module):
 
 class Named(nn.Module):
     def forward(self, input_ids: Any, *, position_ids: Any = None, use_cache: bool = True, return_dict: bool = False) -> None: ...
+
+
+class Demanding(nn.Module):
+    def forward(self, input_ids: Any, position_ids: Any, use_cache: bool = True) -> None: ...
 
 
 class Wrapping(nn.Module):
@@ -42,10 +46,16 @@ class Swallowing(nn.Module):
 
 
 def test_only_what_the_signature_takes_is_passed() -> None:
-    everything = {"position_ids": POSITIONS, "use_cache": False, "return_dict": True}
+    everything = {"use_cache": False, "return_dict": True}
     assert called(Plain()) == called(Swallowing()) == ((IDS,), {})
     assert called(Named()) == called(Wrapping()) == ((IDS,), everything)
-    assert call_of(Plain(), lambda model, ids, positions: model(positions))(lambda x: x, IDS, POSITIONS) is POSITIONS
+    assert called(Demanding()) == ((IDS,), {"position_ids": POSITIONS, "use_cache": False})
+
+
+def test_the_cure_names_positions_that_are_not_passed() -> None:
+    assert "call=lambda" in (position_cure(Named()) or "")
+    assert "call=lambda" in (position_cure(Wrapping()) or "")
+    assert position_cure(Demanding()) is None and position_cure(Plain()) is None
 
 
 @pytest.mark.parametrize(

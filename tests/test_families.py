@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from compile_attn.passes.report import RefusedError
-from tests.models.families import FAMILIES, VOCAB, Family, build
+from tests.models.families import FAMILIES, POSITIONS, VOCAB, Family, build
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
 
 PAGED = [family for family in FAMILIES if family.refused is None]
@@ -59,6 +60,20 @@ def test_other_form(case: tuple[Family, str]) -> None:
 def test_what_is_not_read_yet_is_refused_with_its_reason(family: Family) -> None:
     with pytest.raises(RefusedError, match=family.refused):
         paged(build(family, family.forms[0]), VOCAB)
+
+
+@pytest.mark.parametrize("form", ["eager", "sdpa"])
+def test_positions_that_count_other_ids_than_padding(form: str) -> None:
+    """RoBERTa's own positions depend on which ids are padding. Without any they start at the padding id + 1: a call says so."""
+    model: Any = build(next(one for one in FAMILIES if one.name == "roberta"), form)
+    first = model.config.pad_token_id + 1
+    with pytest.raises(RefusedError) as refused:
+        paged(model, VOCAB)
+    assert any("call=lambda" in note for note in refused.value.__notes__)
+
+    case = paged(model, VOCAB, call=lambda model, ids, positions: model(ids, position_ids=positions + first))
+    assert_same_logits(case, assert_same_tokens(case))
+    assert case.lm.cache.max_positions == POSITIONS - first
 
 
 def test_there_are_enough_families() -> None:

@@ -231,8 +231,8 @@ class Styled(torch.nn.Module):
         self.inner = tiny()
         self.style = style
 
-    def forward(self, ids: torch.Tensor, position_ids: torch.Tensor | None = None, use_cache: bool = True) -> Any:
-        assert not use_cache and position_ids is not None
+    def forward(self, ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool = True) -> Any:
+        assert not use_cache and position_ids.shape == ids.shape
         logits = self.inner(ids)
         if self.style == "tuple":
             return logits, None

@@ -283,7 +283,7 @@ def _encoders_as_decoders() -> list[Family]:
         Family("marian", "marian", _bart(decoder_start_token_id=0)),
         Family("trocr", "trocr", _bart(), forms=_EAGER),
         Family("bert", "bert", _plain(**decoder)),
-        Family("roberta", "roberta", _plain(**decoder)),
+        Family("roberta", "roberta", _plain(**decoder), refused="cumsum"),  # positions by counting ids that are no padding
         Family("electra", "electra", _plain(**decoder, embedding_size=16)),
         Family("roformer", "roformer", _plain(**decoder, embedding_size=32), forms=_EAGER),
     ]

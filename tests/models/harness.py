@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_attn.cache import Chunk
-from compile_attn.calling import logits_of
+from compile_attn.calling import Call, logits_of
 from compile_attn.lm import PagedLM
 
 PROMPTS = (5, 23, 41)
@@ -36,9 +36,9 @@ def prompts_of(vocabulary: int, seed: int = 1) -> tuple[list[int], ...]:
     return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in PROMPTS)
 
 
-def paged(model: nn.Module, vocabulary: int, max_seqs: int = 2, budget: int = BUDGET) -> Paged:
+def paged(model: nn.Module, vocabulary: int, max_seqs: int = 2, budget: int = BUDGET, call: Call | None = None) -> Paged:
     """A small cache; at most `budget` new tokens a step, so that prompts of 23 and 41 tokens go in by chunks."""
-    lm = PagedLM(model, KV_TOKENS, PAGE, max_seqs, inner="eager", max_batch_tokens=budget, poison=True)
+    lm = PagedLM(model, KV_TOKENS, PAGE, max_seqs, inner="eager", call=call, max_batch_tokens=budget, poison=True)
     return Paged(model, lm, prompts_of(vocabulary))
 
 
