@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ def location(node: fx.Node) -> Location:
 
 def _clean_path(path: str) -> str:
     """`L['self'].model.layers.0.self_attn` or `L['self']._modules['model']...` as a dotted path below the model."""
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("._modules", "")
+    path = re.sub(r"^L\['\w+'\]", "", path).replace("._modules", "")  # whatever forward calls its self
     path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
     return path.strip(".")
 
