@@ -66,7 +66,8 @@ def _made(target: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
     """What the factory returns, as model, args, kwargs. ValueError where it is not there or returns something else."""
     module, _, name = target.partition(":")
     cure = "name a function MODULE:FACTORY that returns (model, args), args being what the model is called with"
-    sys.path.insert(0, "")
+    if "" not in sys.path:  # a module of the working directory, as with python -m
+        sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

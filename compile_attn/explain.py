@@ -30,13 +30,19 @@ def explain(
     if paged:
         return _explain_paged(model, kernel, call)
     reports: list[Report] = []
+    wrong: list[ValueError] = []
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
-        reports.append(rewrite_stateless(gm, examples, kernel=kernel).report)
+        try:
+            reports.append(rewrite_stateless(gm, examples, kernel=kernel).report)
+        except ValueError as error:  # a kernel that is not there, or cannot: raised from here, Dynamo would wrap it
+            wrong.append(error)
         return gm.forward
 
     with torch.no_grad():
         _compiled_apart(model, backend)(*args, **kwargs)
+    if wrong:
+        raise wrong[0]
     if not reports:
         raise RuntimeError(
             "torch.compile captured no graph of this call, so there is nothing to explain; look for @torch.compiler.disable around "

@@ -13,7 +13,10 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Location:
-    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "")."""
+    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "").
+
+    Files below the working directory are named from there.
+    """
 
     node: str
     module: str
@@ -48,7 +51,8 @@ def _source_line(trace: str | None) -> str:
             parts = lines[at].split('"')
             number = lines[at].split("line ")[1].split(",")[0] if "line " in lines[at] else "?"
             code = lines[at + 1] if at + 1 < len(lines) else ""
-            return f"{parts[1] if len(parts) > 1 else '?'}:{number}: {code}"
+            file = parts[1].removeprefix(os.getcwd() + os.sep) if len(parts) > 1 else "?"
+            return f"{file}:{number}: {code}"
     return ""
 
 

@@ -159,13 +159,14 @@ def _prove(
 def refusal(report: Report, rejected: Sequence[Rejected]) -> RefusedError:
     """The error that says why a model cannot be paged: every reason, with node, module and source line."""
     unique = tuple(dict.fromkeys(rejected))
-    lines = [f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
+    lines = [f"{reason.reason}{_where(reason.where)}" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
     text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(f"  - {line}" for line in lines)
     return RefusedError(text, replace(report, sites=(), rejected=unique))
 
 
 def _where(where: Location) -> str:
-    return ", ".join(part for part in (f"node {where.node}", where.module, where.source) if part)
+    parts = (where.node and f"node {where.node}", where.module, where.source)
+    return f" [{', '.join(filter(None, parts))}]" if any(parts) else ""
 
 
 def _fuse_all(

@@ -1,7 +1,7 @@
 """How is a graph written down so that two of them can be compared line by line?
 
-One node a line, under the user's line and module that it came from. Sizes are named s0, s1, ... in order of appearance: the names
-that Dynamo and the passes happen to give them would make every line differ.
+One node a line, under the user's line and module that it came from. Inputs have the user's names. Sizes are named s0, s1, ... in
+order of appearance: the names that Dynamo and the passes happen to give them would make every line differ.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")  # s27, u0: the symbols of a size, backed a
 def readable(graph: fx.Graph, sources: Mapping[fx.Node, str]) -> str:
     """The graph as text; `sources` says which placeholder is which of the user's tensors."""
     return "\n".join(_Writer(sources).lines(graph))
+
+
+class _Verbatim(str):
+    """A string that is printed without quotes inside lists and tuples."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class _Writer:
@@ -43,18 +50,27 @@ class _Writer:
 
     def _line(self, node: fx.Node) -> str:
         if node.op == "output":
-            return f"return {node.args[0]!r}"
+            return f"return {self._arguments(node.args)}"
         value = node.meta.get("val")
-        name = f"{node.name}: {self._type(value)}" if isinstance(value, (torch.Tensor, torch.SymInt)) else node.name
+        name = self._name(node)
+        typed = f"{name}: {self._type(value)}" if isinstance(value, (torch.Tensor, torch.SymInt)) else name
         if node.op == "placeholder":
-            source = self._sources.get(node, "")
-            return f"input {name}" + (f"  # {source}" if source and source != node.name else "")
+            return f"input {name if isinstance(value, torch.SymInt) else typed}"
         if node.op == "get_attr":
-            return f"{name} = {node.target}"
-        parts = [repr(argument) for argument in node.args]
-        parts += [f"{key}={argument!r}" for key, argument in node.kwargs.items()]
+            return f"{typed} = {node.target}"
         target = node.target if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", node.target)
-        return f"{name} = {target}({', '.join(parts)})"
+        return f"{typed} = {target}({self._arguments(node.args, node.kwargs)})"
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> str:
+        args, kwargs = fx.map_arg((args, dict(kwargs or {})), lambda node: _Verbatim(self._name(node)))
+        return ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+
+    def _name(self, node: fx.Node) -> str:
+        """The user's name for an input, the symbol for a size that is an input, else the node's own."""
+        if node.op != "placeholder":
+            return node.name
+        value = node.meta.get("val")
+        return self._size(value) if isinstance(value, torch.SymInt) else self._sources.get(node) or node.name
 
     def _type(self, value: torch.Tensor | torch.SymInt) -> str:
         if isinstance(value, torch.SymInt):

@@ -6,7 +6,6 @@ A Report is a value: sites rewritten, sites rejected, what was done about tokens
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -122,8 +121,7 @@ def _where(places: Sequence[Location]) -> str:
     """First and last place of a group, and their source line."""
     first, last = (at.module or at.node for at in (places[0], places[-1]))
     span = first if len(places) == 1 else f"{first} ... {last} ({len(places)})"
-    source = places[0].source.removeprefix(os.getcwd() + os.sep)
-    return "\n".join(part for part in (span, source) if part)
+    return "\n".join(part for part in (span, places[0].source) if part)
 
 
 def _meaning(site: Rewritten) -> str:
