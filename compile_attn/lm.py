@@ -329,7 +329,7 @@ class _plain_errors(AbstractContextManager["None"]):
 
 def _not_one_graph(error: Exception) -> RefusedError:
     why = f"the model does not compile as one graph: {error}"
-    rejected = Rejected(why, Location("", "", ""), "rewrite the code that is named there, or move it out of forward")
+    rejected = Rejected(why, Location(), "rewrite the code that is named there, or move it out of forward")
     return RefusedError(f"paged_attn cannot page this model: {why}", Report("paged", rejected=(rejected,)))
 
 
