@@ -78,6 +78,7 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
     """Under dynamic=True Dynamo passes Python floats as 0-dim tensors and takes `.item()`: make them constants again.
 
     A scale that is a symbol cannot be read. `float()` of the backed symbol adds the guard that makes the constant sound.
+    Floats that depend on a size stay symbols: as constants they would hold for one length only.
     """
     for node in list(gm.graph.nodes):
         value = node.meta.get("example_value")
@@ -86,9 +87,13 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:  # their products and quotients, which Dynamo has left as symbols of the graph too
         value = node.meta.get("example_value")
-        if node.op == "call_function" and isinstance(value, torch.SymFloat):
+        if node.op == "call_function" and isinstance(value, torch.SymFloat) and not _has_sizes(value):
             node.replace_all_uses_with(float(value))
     gm.recompile()
+
+
+def _has_sizes(number: torch.SymFloat) -> bool:
+    return any(symbol.is_integer for symbol in number.node.expr.free_symbols)
 
 
 def _einsum(equation: str, operands: Sequence[torch.Tensor], path: object = None) -> torch.Tensor:
