@@ -17,7 +17,7 @@ from compile_attn.kernels.expr import B, H, I, J
 from compile_attn.passes.anchors import Anchor
 from compile_attn.passes.heads import head_symbol_values
 from compile_attn.passes.indices import Bounds, Index
-from compile_attn.passes.symbolic import unreadable
+from compile_attn.passes.terms import unreadable
 
 
 @dataclass(frozen=True)

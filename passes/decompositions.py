@@ -50,7 +50,7 @@ def _native_mha(
     """nn.MultiheadAttention's fast path: batch first, self-attention in eval mode."""
     weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
     parts = zip((query, key, value), weights, biases, strict=True)
-    q, k, v = (F.linear(x, w, b).unflatten(-1, (num_head, -1)).transpose(1, 2) for x, w, b in parts)
+    q, k, v = (F.linear(x, w, b).view(*x.shape[:2], num_head, -1).transpose(1, 2) for x, w, b in parts)
     hidden = _hidden(mask, mask_type)
     if need_weights:
         scores = q @ k.transpose(-1, -2) * (embed_dim // num_head) ** -0.5

@@ -19,7 +19,8 @@ from compile_attn.passes.gates import factors, sink_of
 from compile_attn.passes.graph import is_tensor
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
 from compile_attn.passes.indices import Index, index_map, path, shape_of
-from compile_attn.passes.symbolic import Reader, Unreadable, unreadable
+from compile_attn.passes.symbolic import Reader
+from compile_attn.passes.terms import Unreadable, unreadable
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.outputs import OutputReader, operand_index, operands
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
-from compile_attn.passes.symbolic import Dot, Opaque, Reader, Unreadable, number, unreadable
+from compile_attn.passes.symbolic import Reader
+from compile_attn.passes.terms import Dot, Opaque, Unreadable, unreadable
+from compile_attn.passes.values import number
 
 __all__ = ["AttentionSite", "Operand", "recognise"]
 
@@ -94,7 +96,7 @@ class _SiteReader:
                 raise unreadable(anchor.softmax, *anchor.refused)
             return None
         if not products:
-            self._no_product(anchor, frame)
+            self._no_product(anchor, frame, value)
             return None
         if len(products) > 1:
             raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
@@ -123,11 +125,16 @@ class _SiteReader:
         node = self.reader.contractions[int(dot.args[0])]
         return all(operand in self.data for operand in operands(node))
 
-    def _no_product(self, anchor: Anchor, frame: Frame) -> None:
+    def _no_product(self, anchor: Anchor, frame: Frame, value: sympy.Basic) -> None:
         """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
-        if not frame.keys.size.is_Integer:
-            why = "a softmax over tokens whose score is not one product of queries and keys"
-            raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
+        if frame.keys.size.is_Integer:
+            return
+        why = "a softmax over tokens whose score is not one product of queries and keys"
+        leaves = (self.reader.captured[int(load.args[0])] for load in value.atoms(Load))
+        stop = next((leaf for leaf in leaves if leaf in self.data and leaf.op != "placeholder" and _holds_product(leaf)), None)
+        if stop is not None:
+            why = f"{why}: between the two stands {stop.name} ({op_name(stop)}), an op that cannot be read"
+        raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
 
     def _queries_and_keys(self, anchor: Anchor, frame: Frame, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
@@ -199,7 +206,7 @@ class _SiteReader:
             raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
         loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
         captured = tuple(self.reader.captured[number] for number in loads)
-        self._check_captured(anchor, captured)
+        self._check_captured(captured)
         rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
         parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
         visible = visible.xreplace(rename)
@@ -212,11 +219,15 @@ class _SiteReader:
             raise unreadable(anchor.softmax, why, "only causal attention can be paged")
         return mask, parts, captured
 
-    def _check_captured(self, anchor: Anchor, captured: Iterable[fx.Node]) -> None:
+    def _check_captured(self, captured: Iterable[fx.Node]) -> None:
+        cure = "a paged score may read parameters, buffers and positions only"
         for node in captured:
-            if self.paged and node in self.data:
-                why = f"the score depends on {node.name} ({op_name(node) or node.op}), which is data of the call or is not read"
-                raise unreadable(node, why, "a paged score may read parameters, buffers and positions only")
+            if not self.paged or node not in self.data:
+                continue
+            if node.op == "placeholder":
+                raise unreadable(node, f"the score depends on the input {node.name}, which is data of the call", cure)
+            why = f"the score depends on {node.name} ({op_name(node) or node.op}), an op that cannot be read"
+            raise unreadable(node, why, cure)
 
     def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
         """The nodes that die with the site; Unreadable if something between q.k and the output is used elsewhere."""
@@ -238,3 +249,16 @@ class _SiteReader:
                     found.add(node)
                     todo.append(node)
         return found
+
+
+def _holds_product(node: fx.Node) -> bool:
+    """Whether a product of two tensors of data leads to this node."""
+    seen, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if op_name(source) in ("matmul", "bmm", "mm", "baddbmm", "addmm"):
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
