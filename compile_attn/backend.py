@@ -112,7 +112,7 @@ def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCac
     """Which inputs are the current batch's own tensors: (place of input_ids, place of position_ids or None)."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if getattr(reason, "graph_break", False):
-        why = f"the model does not compile as one graph: {getattr(reason, 'reason', 'graph break')}"
+        why = f"the model does not compile as one graph: {str(getattr(reason, 'reason', 'graph break')).splitlines()[0]}"
         raise _refused(why, "remove the graph break (torch.compile(..., fullgraph=True) shows where it is)")
     batch = cache.current
     if batch is None:

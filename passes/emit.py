@@ -17,9 +17,12 @@ from compile_attn.passes.graph import val
 _aten = torch.ops.aten
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
-    """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line."""
-    node = graph.call_function(target, args)
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **options: Any) -> fx.Node:
+    """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line.
+
+    `options` are keyword arguments of the op that are no nodes.
+    """
+    node = graph.call_function(target, args, options)
     mode = detect_fake_mode([n.meta["val"] for n in node.all_input_nodes])
 
     def value(source: fx.Node) -> Any:
@@ -29,7 +32,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) 
 
     # The mode: composite ops make tensors of their own. The Python dispatcher: on torch 2.11 their C++ kernels guard on sizes.
     with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
-        node.meta["val"] = target(*fx.map_arg(args, value))
+        node.meta["val"] = target(*fx.map_arg(args, value), **options)
     if like is not None:
         node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
     return node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Location:
-    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "")."""
+    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "").
+
+    Files below the working directory are named from there.
+    """
 
     node: str
     module: str
@@ -30,7 +34,7 @@ def location(node: fx.Node) -> Location:
 
 def _clean_path(path: str) -> str:
     """`L['self'].model.layers.0.self_attn` or `L['self']._modules['model']...` as a dotted path below the model."""
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("._modules", "")
+    path = re.sub(r"^L\['\w+'\]", "", path).replace("._modules", "")  # whatever forward calls its self
     path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
     return path.strip(".")
 
@@ -47,7 +51,8 @@ def _source_line(trace: str | None) -> str:
             parts = lines[at].split('"')
             number = lines[at].split("line ")[1].split(",")[0] if "line " in lines[at] else "?"
             code = lines[at + 1] if at + 1 < len(lines) else ""
-            return f"{parts[1] if len(parts) > 1 else '?'}:{number}: {code}"
+            file = parts[1].removeprefix(os.getcwd() + os.sep) if len(parts) > 1 else "?"
+            return f"{file}:{number}: {code}"
     return ""
 
 

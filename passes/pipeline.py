@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from compile_attn.passes import lower
-from compile_attn.passes.cleanup import cleanup, readable
+from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
 from compile_attn.passes.normalize import Normalized, normalize
+from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
@@ -70,7 +71,8 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
             normalized = normalize(gm, examples)
     except Exception as error:  # whatever torch raises while tracing: the graph then stays as it is, and the report says so
         return Rewriting(gm, Report("stateless", (), (_untraceable(error),), (), clock.seconds))
-    before = readable(normalized.module)
+    relax_views(normalized.module.graph)
+    before = _text(normalized)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=False, positions=frozenset())
     with clock.phase("lower"):
@@ -78,7 +80,7 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         if rewritten:
             cleanup(normalized.module.graph)
     normalized.module.recompile()
-    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, readable(normalized.module))
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, _text(normalized))
     return Rewriting(normalized.module, report)
 
 
@@ -103,7 +105,8 @@ def rewrite_paged(
     except Exception as error:
         raise refusal(Report("paged", seconds=clock.seconds), [_untraceable(error)]) from error
     module, graph = normalized.module, normalized.module.graph
-    before = readable(module)
+    relax_views(graph)
+    before = _text(normalized)
     inputs = placeholders(graph)
     tokens = [inputs[place] for place in (token_ids, positions) if place is not None]
     position_inputs = frozenset(tokens[1:])
@@ -125,7 +128,7 @@ def rewrite_paged(
         fresh = FreshInputs(graph)
         verify(module, fresh)
     module.recompile()
-    report = replace(report, tokens=proof.rewrites, after=readable(module), max_positions=proof.max_positions)
+    report = replace(report, tokens=proof.rewrites, after=_text(normalized), max_positions=proof.max_positions)
     return Rewriting(module, report, layers, fresh, proof.max_tokens)
 
 
@@ -156,13 +159,14 @@ def _prove(
 def refusal(report: Report, rejected: Sequence[Rejected]) -> RefusedError:
     """The error that says why a model cannot be paged: every reason, with node, module and source line."""
     unique = tuple(dict.fromkeys(rejected))
-    lines = [f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
+    lines = [f"{reason.reason}{_where(reason.where)}" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
     text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(f"  - {line}" for line in lines)
     return RefusedError(text, replace(report, sites=(), rejected=unique))
 
 
 def _where(where: Location) -> str:
-    return ", ".join(part for part in (f"node {where.node}", where.module, where.source) if part)
+    parts = (where.node and f"node {where.node}", where.module, where.source)
+    return f" [{', '.join(filter(None, parts))}]" if any(parts) else ""
 
 
 def _fuse_all(
@@ -182,6 +186,10 @@ def _fuse_all(
         added = len(graph.nodes) - count
         rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, len(site.replaced), added))
     return tuple(rewritten), refused
+
+
+def _text(normalized: Normalized) -> str:
+    return readable(normalized.module.graph, normalized.sources)
 
 
 def _untraceable(error: Exception) -> Rejected:
