@@ -36,8 +36,7 @@ class FreshInputs:
         shape = [self._size(n) for n in value.shape]
         stride = value.stride() if all(isinstance(n, int) for n in value.stride()) else _contiguous(shape)
         with self.mode:
-            fresh = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return torch.nn.Parameter(fresh, requires_grad=False) if isinstance(value, torch.nn.Parameter) else fresh
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
 
     def _size(self, length: int | torch.SymInt) -> int | torch.SymInt:
         if isinstance(length, int):
