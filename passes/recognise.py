@@ -18,7 +18,7 @@ from compile_attn.kernels.mask import Bidirectional, Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
 from compile_attn.passes.axes import Frame, Rows, frames, rows_of
-from compile_attn.passes.graph import Location, downstream, location, placeholders
+from compile_attn.passes.graph import Location, downstream, is_tensor, location, placeholders
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand
 from compile_attn.passes.indices import Index, op_name, shape_of
 from compile_attn.passes.masks import classify, sees_itself
@@ -53,7 +53,7 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
     reader = Reader(normalized.constants, positions)
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
     anchors = list(find_anchors(graph, reader))  # first: it adds the spelled-out form of SDPA nodes
-    site_reader = _SiteReader(reader, paged, downstream(inputs) | set(inputs))
+    site_reader = _SiteReader(reader, paged, inputs)
     sites, rejected = [], []
     for anchor in anchors:
         try:
@@ -69,14 +69,19 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
 class _SiteReader:
     """Reads one anchor after another; masks shared between layers are read once, by the reader's memo."""
 
-    def __init__(self, reader: Reader, paged: bool, data: set[fx.Node]) -> None:
-        self.reader, self.paged, self.data = reader, paged, data
+    def __init__(self, reader: Reader, paged: bool, inputs: list[fx.Node]) -> None:
+        self.reader, self.paged = reader, paged
+        self.data = downstream(inputs) | set(inputs)
+        self.tokens = downstream(n for n in inputs if is_tensor(n) and n not in reader.positions)
         self.outputs = OutputReader(reader)
 
     def read(self, anchor: Anchor) -> AttentionSite | None:
         """The site of an anchor; None where a softmax is no attention at all. Raises Unreadable."""
         if anchor.refused is not None and anchor.scores is anchor.softmax:
             raise unreadable(anchor.softmax, *anchor.refused)
+        if anchor.refused is not None:
+            self._refuse(anchor, anchor.refused)
+            return None
         first: Unreadable | None = None
         for frame in frames(anchor, self.reader.bounds):
             # The second try: sequences and heads on one axis, as in view(B * H, T, D). Every row of it is then a head of its own.
@@ -91,10 +96,6 @@ class _SiteReader:
     def _read(self, anchor: Anchor, frame: Frame, batched: bool) -> AttentionSite | None:
         value = anchor.score_at(self.reader, frame.index)
         products = [dot for dot in value.atoms(Dot) if self._is_product(dot)]
-        if anchor.refused is not None:
-            if products:
-                raise unreadable(anchor.softmax, *anchor.refused)
-            return None
         if not products:
             self._no_product(anchor, frame, value)
             return None
@@ -119,6 +120,12 @@ class _SiteReader:
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
         replaced = self._dead(anchor, output.operand.node, product)
         return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output.operand, replaced)
+
+    def _refuse(self, anchor: Anchor, why: tuple[str, str]) -> None:
+        """What resembles a softmax and is none: nothing to do with attention unless a product of queries and keys is in it."""
+        index = tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(anchor.shape))
+        if any(self._is_product(dot) for dot in anchor.score_at(self.reader, index).atoms(Dot)):
+            raise unreadable(anchor.softmax, *why)
 
     def _is_product(self, dot: sympy.Expr) -> bool:
         """Whether both operands of a contraction carry data (a contraction of constants is a constant)."""
@@ -226,7 +233,8 @@ class _SiteReader:
                 continue
             if node.op == "placeholder":
                 raise unreadable(node, f"the score depends on the input {node.name}, which is data of the call", cure)
-            why = f"the score depends on {node.name} ({op_name(node) or node.op}), an op that cannot be read"
+            what = "which is computed from the tokens" if node in self.tokens else "an op that cannot be read"
+            why = f"the score depends on {node.name} ({op_name(node) or node.op}), {what}"
             raise unreadable(node, why, cure)
 
     def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:

@@ -41,7 +41,8 @@ UNARY: dict[str, Op] = {
         name: getattr(torch, name) for name in ("erf", "erfc", "sigmoid", "square", "relu", "floor", "ceil", "trunc", "fix", "frac")
     },
     **{name: getattr(torch, name) for name in ("sign", "sgn", "reciprocal", "deg2rad", "rad2deg")},
-    **{name: getattr(F, name) for name in ("silu", "mish", "softplus", "logsigmoid", "gelu", "elu", "selu", "celu", "leaky_relu")},
+    **{name: getattr(F, name) for name in ("silu", "mish", "softplus", "logsigmoid", "gelu")},
+    **{name: getattr(F, name) for name in ("elu", "selu", "celu", "leaky_relu")},
     **{name: getattr(F, name) for name in ("hardtanh", "relu6", "hardsigmoid", "hardswish", "softsign", "tanhshrink")},
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "softplus_beta": lambda x: F.softplus(x, beta=2.0, threshold=5.0),
