@@ -18,7 +18,9 @@ from torch import fx
 from compile_attn.passes import emit
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, shape_of
-from compile_attn.passes.symbolic import Reader, boolean, number, unreadable
+from compile_attn.passes.symbolic import Reader
+from compile_attn.passes.terms import unreadable
+from compile_attn.passes.values import boolean, number
 
 _aten = torch.ops.aten
 _SOFTMAX = ("softmax", "_softmax", "special_softmax", "_safe_softmax")
@@ -65,11 +67,12 @@ class Anchor:
         """The contraction of the probabilities with the values, and which operand (0 or 1) the probabilities are."""
         node = self.probabilities
         while True:
-            products = [u for u in node.users if op_name(u) in (*_PRODUCTS, "baddbmm")]
+            products = [u for u in node.users if op_name(u) in (*_PRODUCTS, "baddbmm", "addmm")]
             if products:
                 product = products[0]
-                if op_name(product) == "baddbmm":
-                    raise unreadable(product, "the product with the values adds something (baddbmm)", "use a plain product")
+                if op_name(product) in ("baddbmm", "addmm"):
+                    why = f"the product with the values adds something ({op_name(product)})"
+                    raise unreadable(product, why, "use a plain product")
                 return product, 0 if product.args[0] is node else 1
             onward = [u for u in node.users if _is_layout(u, bounds)]
             if not onward:

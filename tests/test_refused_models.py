@@ -89,7 +89,7 @@ def test_refused(name: str) -> None:
     assert any(one.reason in str(refused) for one in refused.report.rejected)
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("gru", "length_scaled")])
+@pytest.mark.parametrize("name", REFUSED)
 def test_refusal_names_node_and_source(name: str) -> None:
     model = REFUSED[name][0]().eval().requires_grad_(False)
     rejected = _refusal(model).report.rejected
