@@ -86,7 +86,7 @@ def test_a_model_with_a_graph_break() -> None:
 
 def test_nothing_to_explain() -> None:
     with pytest.raises(RuntimeError, match=r"captured no graph of this call.*look for @torch.compiler.disable"):
-        ca.explain(torch.compiler.disable(lambda x: x), IDS)
+        ca.explain(torch.compiler.disable(lambda x: x), IDS)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("isolating", [True, False], ids=["isolate_recompiles", "older torch"])
