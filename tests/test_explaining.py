@@ -96,7 +96,7 @@ def test_other_compilations_are_left_alone(isolating: bool, monkeypatch: pytest.
         pytest.skip("this torch has no isolate_recompiles")
     if not isolating:
         old = SimpleNamespace(signature=lambda _: inspect.Signature())
-        monkeypatch.setattr(sys.modules["compile_attn.explain"], "inspect", old)
+        monkeypatch.setattr(sys.modules["compile_attn.explaining"], "inspect", old)
     model = tiny()
     fast = torch.compile(model, backend="eager")
     fast(IDS)
