@@ -142,7 +142,7 @@ def _refused(why: str, cure: str) -> RefusedError:
     from compile_attn.passes.graph import Location
     from compile_attn.passes.pipeline import refusal
 
-    return refusal(Report("paged"), [Rejected(why, Location("", "", ""), cure)])
+    return refusal(Report("paged"), [Rejected(why, Location(), cure)])
 
 
 def _raise_when_called(error: Exception) -> Compiled:

@@ -335,7 +335,7 @@ def _not_one_graph(error: Exception) -> RefusedError:
     stack = getattr(error, "real_stack", None)
     where = source_line("".join(traceback.format_list(stack))) if stack else ""
     cure = "rewrite the code that is named there, or move it out of forward"
-    rejected = Rejected(f"the model does not compile as one graph: {what}", Location("", "", where), cure)
+    rejected = Rejected(f"the model does not compile as one graph: {what}", Location(source=where), cure)
     return refusal(Report("paged"), [rejected])
 
 

@@ -18,9 +18,9 @@ class Location:
     Files below the working directory are named from there.
     """
 
-    node: str
-    module: str
-    source: str
+    node: str = ""
+    module: str = ""
+    source: str = ""
 
 
 def location(node: fx.Node) -> Location:

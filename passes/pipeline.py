@@ -215,7 +215,7 @@ def _text(normalized: Normalized) -> str:
 
 def _untraceable(error: Exception) -> Rejected:
     why = f"the captured graph cannot be traced to ATen: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-    return Rejected(why, Location("", "", ""), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
+    return Rejected(why, Location(), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
 
 
 def _unify_lengths(gm: fx.GraphModule, places: Sequence[int]) -> None:

@@ -112,7 +112,7 @@ def grouped(entries: Iterable[_Located]) -> list[tuple[_Located, list[Location]]
     """Entries that differ in module and node alone, such as those of equal layers, once, with all their places."""
     groups: dict[str, tuple[_Located, list[Location]]] = {}
     for entry in entries:
-        key = repr(replace(entry, where=Location("", "", entry.where.source)))
+        key = repr(replace(entry, where=Location(source=entry.where.source)))
         groups.setdefault(key, (entry, []))[1].append(entry.where)
     return list(groups.values())
 

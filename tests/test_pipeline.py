@@ -157,7 +157,7 @@ def test_a_kernel_that_cannot() -> None:
 
 
 def test_a_refusal_says_each_reason_once() -> None:
-    here, nowhere = Location("roll", "layers.0", "m.py:3: x.roll(1, 1)"), Location("", "", "")
+    here, nowhere = Location("roll", "layers.0", "m.py:3: x.roll(1, 1)"), Location()
     reasons = [Rejected("a", here, "b"), Rejected("a", here, "b"), Rejected("c", nowhere)]
     error = refusal(Report("paged"), reasons)
     assert str(error) == (
