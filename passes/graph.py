@@ -29,7 +29,7 @@ def location(node: fx.Node) -> Location:
     module = ""
     for path, _ in stack.values():
         module = _clean_path(path)
-    return Location(node.name, module, _source_line(node.meta.get("stack_trace")))
+    return Location(node.name, module, source_line(node.meta.get("stack_trace")))
 
 
 def _clean_path(path: str) -> str:
@@ -39,8 +39,8 @@ def _clean_path(path: str) -> str:
     return path.strip(".")
 
 
-def _source_line(trace: str | None) -> str:
-    """`file:line: code` of the innermost frame of a recorded stack."""
+def source_line(trace: str | None) -> str:
+    """`file:line: code` of the user's innermost frame in a stack as `traceback` writes it; empty without one."""
     if not trace:
         return ""
     lines = [line.strip() for line in trace.strip().splitlines()]

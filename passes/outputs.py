@@ -15,7 +15,9 @@ from torch import fx
 from compile_attn.kernels.expr import B, H, I, J
 from compile_attn.passes.anchors import Anchor
 from compile_attn.passes.axes import Axis, Frame, Rows, splits
-from compile_attn.passes.gates import factors, sink_of
+from compile_attn.passes.contractions import depth, factors
+from compile_attn.passes.gates import factors as gate_factors
+from compile_attn.passes.gates import sink_of
 from compile_attn.passes.graph import is_tensor
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
 from compile_attn.passes.indices import Index, index_map, path, shape_of
@@ -58,7 +60,7 @@ class OutputReader:
                     raise
                 return found
             found = found or here
-            for factor in factors(output):
+            for factor in gate_factors(output):
                 if (sink := sink_of(factor, here.index, here.back, score, rows.keys, self.reader)) is not None:
                     return replace(here, operand=replace(here.operand, node=factor.product), sink=sink)
             output = _onward(output, self.reader)
@@ -90,30 +92,26 @@ class OutputReader:
     ) -> Output:
         outs = tuple(axis.symbol for parts in axes for axis in parts)
         index = dict(path(output, out_index, self.reader.bounds))[anchor.finish or node]
-        left, right = operands(node)
-        depth = shape_of(left)[-1]
-        inner = self.reader.bounds.symbol("c", depth)
-        left_index = operand_index(left, index, index[-2], inner)
-        right_index = operand_index(right, index, inner, index[-1])
-        (weights, weight_index), (value, value_index) = ((left, left_index), (right, right_index))[:: 1 if side == 0 else -1]
-        steps = path(weights, weight_index, self.reader.bounds)
+        length = depth(node)
+        inner = self.reader.bounds.symbol("c", length)
+        weights, value = factors(node, index, inner)[:: 1 if side == 0 else -1]
+        steps = path(weights.node, weights.index, self.reader.bounds)
         place = next((at for step, at in steps if step is anchor.probabilities), None)
         if place is None:
             raise unreadable(node, "the probabilities do not reach their product with the values by layout ops alone")
         if place[anchor.dim] != inner + anchor.offset:
             why = "the softmax runs over another axis than the one that is contracted with the values"
             raise unreadable(node, why, "out = softmax(scores, -1) @ v")
-        if depth != rows.keys:
-            why = f"{rows.keys} keys are normalised, but {depth} of them meet a value"
+        if length != rows.keys:
+            why = f"{rows.keys} keys are normalised, but {length} of them meet a value"
             raise unreadable(node, why, "contract all of the probabilities with the values")
         back = self._invert(anchor, frame, rows, place, outs, node)
-        value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value_index)
-        column = index[-1] if side == 0 else index[-2]
-        size = shape_of(node)[-1 if side == 0 else -2]
+        value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value.index)
+        column, size = value.own, self.reader.bounds.size(value.own)
         if column not in outs and column != 0:
             raise unreadable(node, f"the channels of the output are {column}, not one axis")
         roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
-        found = find_operand(value, value_index, roles, self.reader.bounds, scaled=False)
+        found = find_operand(value.node, value_index, roles, self.reader.bounds, scaled=False)
         if found is None:
             raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
         letters = tuple("".join(self._letter(axis.symbol, back, column) for axis in parts) for parts in axes)
@@ -151,21 +149,6 @@ class OutputReader:
             return "d"
         means = back.get(symbol, H)
         return {I: "t", B: "b"}.get(means, "h")
-
-
-def operand_index(operand: fx.Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Index:
-    shape = shape_of(operand)
-    leading = index[len(index) - len(shape) : -2]
-    lead = tuple(sympy.Integer(0) if size == 1 else place for place, size in zip(leading, shape, strict=False))
-    return (*lead, row, column)
-
-
-def operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The two factors of a contraction."""
-    left, right = product.args[-2:]
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        raise TypeError(f"{product.name} multiplies something that is no tensor")
-    return left, right
 
 
 def same_for_heads(a: sympy.Expr, b: sympy.Expr, heads: int) -> bool:

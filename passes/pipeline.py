@@ -24,7 +24,7 @@ from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
-from compile_attn.passes.verify import FreshInputs, verify
+from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
 
 __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
 
@@ -49,6 +49,24 @@ class Rewriting:
     max_tokens: int | None = None  # most packed tokens that one call may hold, where the model itself limits it
     constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
 
+    def verify(self) -> None:
+        """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
+        assert self.inputs is not None
+        verify(self.module, self.inputs)
+
+    def most_tokens(self, max_seqs: int, own_inputs: int) -> int | None:
+        """The most tokens of a step: the model's own limit, and what compiling it has assumed. Rows are tokens too.
+
+        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where too few sequences fit.
+        """
+        assert self.inputs is not None
+        bounds = assumed_bounds(self.inputs)
+        block_table = self.inputs.values[own_inputs]
+        sequences = bounds.pop(block_table.shape[0].node.expr, max_seqs)
+        if sequences < max_seqs:
+            raise ValueError(f"max_seqs={max_seqs}; the compiled graph takes at most {sequences} sequences a step: lower it")
+        return min((*bounds.values(), *([] if self.max_tokens is None else [self.max_tokens])), default=None)
+
 
 @dataclass
 class _Clock:
@@ -72,7 +90,8 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
     except Exception as error:  # whatever torch raises while tracing: the graph then stays as it is, and the report says so
         return Rewriting(gm, Report("stateless", (), (_untraceable(error),), (), clock.seconds))
     relax_views(normalized.module.graph)
-    before = _text(normalized)
+    with clock.phase("report"):
+        before = _text(normalized)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=False, positions=frozenset())
     with clock.phase("lower"):
@@ -80,7 +99,9 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         if rewritten:
             cleanup(normalized.module.graph)
     normalized.module.recompile()
-    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, _text(normalized))
+    with clock.phase("report"):
+        after = _text(normalized)
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after)
     return Rewriting(normalized.module, report)
 
 
@@ -106,7 +127,8 @@ def rewrite_paged(
         raise refusal(Report("paged", seconds=clock.seconds), [_untraceable(error)]) from error
     module, graph = normalized.module, normalized.module.graph
     relax_views(graph)
-    before = _text(normalized)
+    with clock.phase("report"):
+        before = _text(normalized)
     inputs = placeholders(graph)
     tokens = [inputs[place] for place in (token_ids, positions) if place is not None]
     position_inputs = frozenset(tokens[1:])
@@ -124,12 +146,11 @@ def rewrite_paged(
     with clock.phase("lower"):
         layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
         cleanup(graph)
-    with clock.phase("verify"):
-        fresh = FreshInputs(graph)
-        verify(module, fresh)
     module.recompile()
-    report = replace(report, tokens=proof.rewrites, after=_text(normalized), max_positions=proof.max_positions)
-    return Rewriting(module, report, layers, fresh, proof.max_tokens)
+    with clock.phase("report"):
+        after = _text(normalized)
+    report = replace(report, tokens=proof.rewrites, after=after, max_positions=proof.max_positions)
+    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens)
 
 
 def _prove(

@@ -18,12 +18,13 @@ from compile_attn.kernels.mask import Bidirectional, Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
 from compile_attn.passes.axes import Frame, Rows, frames, rows_of
+from compile_attn.passes.contractions import depth, factors, is_contraction
 from compile_attn.passes.graph import Location, downstream, is_tensor, location, placeholders
 from compile_attn.passes.heads import Found, Operand, Roles, find_operand
-from compile_attn.passes.indices import Index, op_name, shape_of
+from compile_attn.passes.indices import op_name
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
-from compile_attn.passes.outputs import OutputReader, operand_index, operands
+from compile_attn.passes.outputs import OutputReader
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
 from compile_attn.passes.symbolic import Reader
@@ -50,10 +51,11 @@ class AttentionSite:
 def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:
     """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
     graph = normalized.module.graph
-    reader = Reader(normalized.constants, positions)
+    anchors = list(find_anchors(graph))  # first: it adds the spelled-out form of SDPA nodes
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
-    anchors = list(find_anchors(graph, reader))  # first: it adds the spelled-out form of SDPA nodes
-    site_reader = _SiteReader(reader, paged, inputs)
+    data = downstream(inputs) | set(inputs)
+    tokens = downstream(n for n in inputs if is_tensor(n) and n not in positions)
+    site_reader = _SiteReader(Reader(normalized.constants, positions, data), paged, data, tokens)
     sites, rejected = [], []
     for anchor in anchors:
         try:
@@ -69,10 +71,8 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
 class _SiteReader:
     """Reads one anchor after another; masks shared between layers are read once, by the reader's memo."""
 
-    def __init__(self, reader: Reader, paged: bool, inputs: list[fx.Node]) -> None:
-        self.reader, self.paged = reader, paged
-        self.data = downstream(inputs) | set(inputs)
-        self.tokens = downstream(n for n in inputs if is_tensor(n) and n not in reader.positions)
+    def __init__(self, reader: Reader, paged: bool, data: set[fx.Node], tokens: set[fx.Node]) -> None:
+        self.reader, self.paged, self.data, self.tokens = reader, paged, data, tokens
         self.outputs = OutputReader(reader)
 
     def read(self, anchor: Anchor) -> AttentionSite | None:
@@ -95,7 +95,7 @@ class _SiteReader:
 
     def _read(self, anchor: Anchor, frame: Frame, batched: bool) -> AttentionSite | None:
         value = anchor.score_at(self.reader, frame.index)
-        products = [dot for dot in value.atoms(Dot) if self._is_product(dot)]
+        products = list(value.atoms(Dot))
         if not products:
             self._no_product(anchor, frame, value)
             return None
@@ -107,7 +107,7 @@ class _SiteReader:
         output = self.outputs.values(anchor, frame, rows, number(value).xreplace(rows.values))
         v, dim_v = output.values, output.size
         mask, parts, captured = self._meaning(anchor, frame, score, rows, output.sink)
-        dims = shape_of(operands(self.reader.contractions[int(product.args[0])])[0])[-1]
+        dims = depth(self.reader.contractions[int(product.args[0])])
         parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
         if "score" in parts:
             parts["score"] = parts["score"].xreplace({S: S * sympy.Float(q.factor * k.factor)})
@@ -124,13 +124,8 @@ class _SiteReader:
     def _refuse(self, anchor: Anchor, why: tuple[str, str]) -> None:
         """What resembles a softmax and is none: nothing to do with attention unless a product of queries and keys is in it."""
         index = tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(anchor.shape))
-        if any(self._is_product(dot) for dot in anchor.score_at(self.reader, index).atoms(Dot)):
+        if anchor.score_at(self.reader, index).has(Dot):
             raise unreadable(anchor.softmax, *why)
-
-    def _is_product(self, dot: sympy.Expr) -> bool:
-        """Whether both operands of a contraction carry data (a contraction of constants is a constant)."""
-        node = self.reader.contractions[int(dot.args[0])]
-        return all(operand in self.data for operand in operands(node))
 
     def _no_product(self, anchor: Anchor, frame: Frame, value: sympy.Basic) -> None:
         """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
@@ -145,28 +140,24 @@ class _SiteReader:
 
     def _queries_and_keys(self, anchor: Anchor, frame: Frame, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
-        index: Index = product.args[1:]
-        left, right = operands(node)
-        depth = shape_of(left)[-1]
-        channel = self.reader.bounds.symbol("d", depth)
+        length = depth(node)
+        channel = self.reader.bounds.symbol("d", length)
         column = frame.keys.symbol
-        sides = [
-            (left, operand_index(left, index, index[-2], channel)),
-            (right, operand_index(right, index, channel, index[-1])),
-        ]
-        if index[-1] == column:
-            row, (query, key) = index[-2], sides
-        elif index[-2] == column:
-            row, (key, query) = index[-1], sides
+        sides = factors(node, product.args[1:], channel)
+        if sides[1].own == column:
+            query, key = sides
+        elif sides[0].own == column:
+            key, query = sides
         else:
             why = f"the softmax runs over axis {anchor.dim}, which is not the key axis of the product {node.name}"
             raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
-        rows = rows_of(frame, row, anchor, node, batched, self.reader.bounds)
+        rows = rows_of(frame, query.own, anchor, node, batched, self.reader.bounds)
         self._check_pageable(anchor, rows)
         found = []
-        for name, (operand, place), token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
-            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in place)
-            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, depth, rows.heads)
+        for name, side, token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
+            operand = side.node
+            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in side.index)
+            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, length, rows.heads)
             got = find_operand(operand, place, roles, self.reader.bounds, scaled=True)
             if got is None or (name == "queries" and got.heads != rows.heads):
                 got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
@@ -264,7 +255,7 @@ def _holds_product(node: fx.Node) -> bool:
     seen, todo = {node}, [node]
     while todo:
         for source in todo.pop().all_input_nodes:
-            if op_name(source) in ("matmul", "bmm", "mm", "baddbmm", "addmm"):
+            if is_contraction(source) and op_name(source) != "linear":
                 return True
             if source not in seen:
                 seen.add(source)

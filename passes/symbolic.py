@@ -6,7 +6,7 @@ tensor, or `Dot(k, ...)`, an element of a contraction. No spelling is known here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import sympy
@@ -16,20 +16,28 @@ from torch import fx
 from compile_attn.kernels.expr import Load
 from compile_attn.passes import pointwise, symbolic_makers
 from compile_attn.passes.constants import is_affine, read_constant
+from compile_attn.passes.contractions import adds, is_contraction, operands
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Bounds, Index, as_expr, broadcast, index_map, op_name
 from compile_attn.passes.terms import Dot, Opaque
 from compile_attn.passes.values import cast, constant, number
 
-_CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "addmm")
 RULES = {**pointwise.RULES, **symbolic_makers.RULES}
 
 
 class Reader:
-    """Reads one graph. `positions` are inputs whose element at (.., t) is t by contract."""
+    """Reads one graph. `positions` are inputs whose element at (.., t) is t by contract.
 
-    def __init__(self, constants: Mapping[fx.Node, torch.Tensor], positions: frozenset[fx.Node] = frozenset()) -> None:
-        self.constants, self.positions = constants, positions
+    `data`: the nodes that differ from call to call. A contraction of two of them is a term of its own; any other is a tensor.
+    """
+
+    def __init__(
+        self,
+        constants: Mapping[fx.Node, torch.Tensor],
+        positions: frozenset[fx.Node] = frozenset(),
+        data: Container[fx.Node] = frozenset(),
+    ) -> None:
+        self.constants, self.positions, self.data = constants, positions, data
         self.bounds = Bounds()
         self.captured: list[fx.Node] = []
         self.contractions: list[fx.Node] = []
@@ -77,7 +85,7 @@ class Reader:
             if _out_of(place, source):
                 return self.load(node, index)
             return cast(self.at(source, place), val(source).dtype, val(node).dtype)
-        if op_name(node) in _CONTRACTIONS:
+        if is_contraction(node) and all(part in self.data for part in operands(node)):
             return self._contraction(node, index)
         rule = RULES.get(op_name(node))
         if rule is not None:
@@ -91,7 +99,7 @@ class Reader:
         if node not in self.contractions:
             self.contractions.append(node)
         product = Dot(self.contractions.index(node), *index)
-        if op_name(node) in ("baddbmm", "addmm"):
+        if adds(node):
             beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
             return constant(alpha) * product + constant(beta) * number(self.operand(node.args[0], index))
         return product

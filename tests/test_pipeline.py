@@ -74,7 +74,7 @@ def test_stateless() -> None:
     captured, rewriting = _rewritten(tiny(), _stateless, _ids())
     report = rewriting.report
     assert rewriting.module is not captured and rewriting.layers == () and rewriting.inputs is None
-    assert list(report.seconds) == ["normalize", "recognise", "lower"]
+    assert list(report.seconds) == ["normalize", "report", "recognise", "lower"]
     assert len(report.sites) == 2 and not report.rejected
     assert torch.ops.aten.softmax.int not in _targets(rewriting)
     assert "aten.softmax" in report.before and "aten.softmax" not in report.after
@@ -96,7 +96,7 @@ def test_what_cannot_be_traced_stays_as_it_was() -> None:
 def test_paged() -> None:
     _, rewriting = _rewritten(tiny(), _paged, _ids())
     report, graph = rewriting.report, rewriting.module.graph
-    assert list(report.seconds) == ["normalize", "recognise", "lower", "tokens", "verify"]
+    assert list(report.seconds) == ["normalize", "report", "recognise", "lower", "tokens"]
     added = [node.name for node in placeholders(graph)][-8:]
     assert added == [*STEP_INPUTS, "k_pages_0", "v_pages_0", "k_pages_1", "v_pages_1"]
     assert rewriting.inputs is not None and len(rewriting.inputs.values) == len(placeholders(graph))

@@ -93,7 +93,7 @@ def test_refused(name: str) -> None:
 def test_refusal_names_node_and_source(name: str) -> None:
     model = REFUSED[name][0]().eval().requires_grad_(False)
     rejected = _refusal(model).report.rejected
-    assert all(one.where.node for one in rejected), rejected
+    assert all(one.where.node or one.where.source for one in rejected), rejected  # a source alone where Dynamo refused
     assert any("tests/models/" in one.where.source for one in rejected), rejected
     assert any(one.cure for one in rejected), rejected
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compile_attn.passes.bounds import NotABound
 from compile_attn.passes.graph import is_tensor, placeholders
 from compile_attn.passes.normalize import Normalized
-from compile_attn.passes.verify import FreshInputs, verify
+from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
 from tests.capture import captured
 
 _aten = torch.ops.aten
@@ -85,3 +86,20 @@ def test_a_malformed_graph() -> None:
     late.args = (graph.call_function(_aten.cos.default, (x,)),)
     with pytest.raises(RuntimeError, match="was used before it has been defined"):
         verify(fx.GraphModule({}, graph), FreshInputs(graph))
+
+
+def test_nothing_is_assumed_by_a_sound_graph() -> None:
+    module = _table().module
+    inputs = FreshInputs(module.graph)
+    verify(module, inputs)
+    assert assumed_bounds(inputs) == {}
+
+
+def test_what_a_compiler_assumes_is_a_bound_or_an_error() -> None:
+    inputs = FreshInputs(_table().module.graph)
+    tokens = next(value.shape[1] for value in inputs.values if isinstance(value, Tensor) and value.dtype == torch.int64)
+    assert tokens * 1024 < 2**31
+    assert assumed_bounds(inputs) == {tokens.node.expr: 2**21 - 1}
+    assert tokens == 67  # the hint: as a compiler that takes it for the size
+    with pytest.raises(NotABound, match="= 67"):
+        assumed_bounds(inputs)
