@@ -6,23 +6,22 @@ or after the product with the values), log_softmax then exp, SDPA, and sinks as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
-from compile_attn.passes import emit
+from compile_attn.passes.contractions import adds, is_contraction, meeting, operands
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, shape_of
-from compile_attn.passes.symbolic import Reader, boolean, number, unreadable
+from compile_attn.passes.spelled import Spelled, is_whole_attention, spell_out
+from compile_attn.passes.symbolic import Reader
+from compile_attn.passes.terms import unreadable
+from compile_attn.passes.values import boolean, number
 
-_aten = torch.ops.aten
 _SOFTMAX = ("softmax", "_softmax", "special_softmax", "_safe_softmax")
-_PRODUCTS = ("matmul", "bmm", "mm")
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,13 @@ class Anchor:
         """The contraction of the probabilities with the values, and which operand (0 or 1) the probabilities are."""
         node = self.probabilities
         while True:
-            products = [u for u in node.users if op_name(u) in (*_PRODUCTS, "baddbmm")]
+            products = [met for user in node.users if (met := meeting(node, user)) is not None]
             if products:
                 product = products[0]
-                if op_name(product) == "baddbmm":
-                    raise unreadable(product, "the product with the values adds something (baddbmm)", "use a plain product")
-                return product, 0 if product.args[0] is node else 1
+                if adds(product):
+                    why = f"the product with the values adds something ({op_name(product)})"
+                    raise unreadable(product, why, "use a plain product")
+                return product, 0 if operands(product)[0] is node else 1
             onward = [u for u in node.users if _is_layout(u, bounds)]
             if not onward:
                 users = ", ".join(f"{u.name} ({op_name(u) or u.op})" for u in node.users) or "nothing"
@@ -86,7 +86,7 @@ def _is_layout(node: fx.Node, bounds: Bounds) -> bool:
     return index_map(node, index, bounds) is not None
 
 
-def find_anchors(graph: fx.Graph, reader: Reader) -> Iterator[Anchor]:
+def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
     """Every normalisation of a graph, in order."""
     for node in list(graph.nodes):
         name = op_name(node)
@@ -94,11 +94,13 @@ def find_anchors(graph: fx.Graph, reader: Reader) -> Iterator[Anchor]:
             yield _from_softmax(node)
         elif name == "exp" and (anchor := _from_exp(node)) is not None:
             yield anchor
-        elif name == "scaled_dot_product_attention":
-            yield _from_sdpa(graph, node)
-        elif "attention" in name:
-            why = f"the fused op {name} cannot be read"
-            yield Anchor(node, node, -1, node, refused=(why, "call F.scaled_dot_product_attention instead"))
+        elif is_whole_attention(node):
+            spelled = spell_out(graph, node)
+            if isinstance(spelled, Spelled):
+                weights = spelled.probabilities
+                yield Anchor(weights, spelled.scores, val(weights).dim() - 1, weights, finish=spelled.finish)
+            else:
+                yield Anchor(node, node, -1, node, refused=spelled)
 
 
 def _from_softmax(node: fx.Node) -> Anchor:
@@ -205,7 +207,7 @@ def _quotient_after_product(divisor: fx.Node) -> fx.Node | None:
     todo = list(divisor.users)
     while todo:
         user = todo.pop()
-        if op_name(user) == "div" and _comes_from(user.args[1], divisor) and op_name(user.args[0]) in _PRODUCTS:  # type: ignore[arg-type]
+        if op_name(user) == "div" and _comes_from(user.args[1], divisor) and is_contraction(user.args[0]):  # type: ignore[arg-type]
             return user
         if op_name(user) in ("unsqueeze", "expand", "view", "reshape", "transpose", "clamp_min"):
             todo.extend(user.users)
@@ -222,33 +224,3 @@ def _comes_from(node: object, divisor: fx.Node, inverse: bool = False) -> bool:
             return False
         node = node.args[0]
     return False
-
-
-def _from_sdpa(graph: fx.Graph, node: fx.Node) -> Anchor:
-    """Spell SDPA out beside the node: dead code if the site is rejected, and read like any other spelling."""
-    q, k, v = node.args[:3]
-    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
-    causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
-    if dropout > 0:
-        return Anchor(node, node, -1, node, refused=(f"dropout is on (p = {dropout})", "call model.eval() first"))
-    with graph.inserting_before(node):
-        heads, kv_heads = (val(x).shape[-3] if val(x).dim() > 2 else 1 for x in (q, k))  # type: ignore[arg-type]
-        if argument(node, 7, "enable_gqa", False) and heads != kv_heads:
-            k, v = (emit.call(graph, _aten.repeat_interleave.self_int, x, heads // kv_heads, -3, like=node) for x in (k, v))
-        keys = emit.call(graph, _aten.transpose.int, k, -2, -1, like=node)
-        product = emit.call(graph, _aten.matmul.default, q, keys, like=node)
-        factor = scale if scale is not None else 1.0 / math.sqrt(val(q).shape[-1])  # type: ignore[arg-type]
-        scores = emit.call(graph, _aten.mul.Tensor, product, factor, like=node)
-        if causal:
-            square = emit.call(graph, _aten.ones_like.default, scores, like=node)
-            lower = emit.call(graph, _aten.tril.default, square, like=node)
-            hidden = emit.call(graph, _aten.eq.Scalar, lower, 0, like=node)
-            scores = emit.call(graph, _aten.masked_fill.Scalar, scores, hidden, -math.inf, like=node)
-        if mask is not None and val(mask).dtype == torch.bool:
-            hidden = emit.call(graph, _aten.logical_not.default, mask, like=node)
-            scores = emit.call(graph, _aten.masked_fill.Scalar, scores, hidden, -math.inf, like=node)
-        elif mask is not None:
-            scores = emit.call(graph, _aten.add.Tensor, scores, mask, like=node)
-        weights = emit.call(graph, _aten.softmax.int, scores, -1, like=node)
-        emit.call(graph, _aten.matmul.default, weights, v, like=node)
-    return Anchor(weights, scores, val(scores).dim() - 1, weights, finish=node)

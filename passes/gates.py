@@ -15,8 +15,9 @@ from torch import fx
 from compile_attn.kernels.expr import J, Round
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Index, argument, dim_of, op_name, sequence, shape_of
-from compile_attn.passes.symbolic import Reader, number
+from compile_attn.passes.symbolic import Reader
 from compile_attn.passes.terms import Opaque, unreadable
+from compile_attn.passes.values import number
 
 _CURE = "write the sink as a further column of the scores, one number per head"
 

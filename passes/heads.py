@@ -6,6 +6,7 @@ channel] tensor in some order. The one with the fewest heads is taken, so repeat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,10 +22,15 @@ CHANNEL = "c"  # name of the contracted or free channel axis
 
 @dataclass(frozen=True)
 class Operand:
-    """A node and one letter per dim: "b" sequence, "h" head (several are merged in order), "t" token, "d" channel, "1" size 1."""
+    """A node and what each dim is: "b" sequence, "h" head (several are merged in order), "t" token, "d" channel, "1" size 1.
+
+    Two letters are one dim that holds both, the slower first: "hd" heads and their channels, "ht" and "th" packed queries.
+    `heads`: how many heads each dim holds, 1 where it holds none.
+    """
 
     node: fx.Node
     axes: tuple[str, ...]
+    heads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,10 @@ def find_operand(node: fx.Node, index: Index, roles: Roles, bounds: Bounds, scal
     step: tuple[fx.Node, Index] | None = (node, index)
     while step is not None:
         node, index = step
-        letters = _letters(node, index, roles, bounds)
-        if letters is not None and (best is None or letters[1] <= best.heads):
-            best = Found(Operand(node, letters[0]), letters[1], factor)
+        for merged in (False, True):
+            operand = _operand(node, index, roles, bounds, merged)
+            if operand is not None and (best is None or math.prod(operand.heads) < best.heads + (not merged)):
+                best = Found(operand, math.prod(operand.heads), factor)
         step = index_map(node, index, bounds)
         if step is None and scaled and (peeled := _constant_factor(node)) is not None:
             source, times = peeled
@@ -79,48 +86,67 @@ def _constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
     return source, float(times if op_name(node) == "mul" else 1.0 / times)  # type: ignore[return-value]
 
 
-def _letters(node: fx.Node, index: Index, roles: Roles, bounds: Bounds) -> tuple[tuple[str, ...], int] | None:
-    """One letter a dim and the number of heads, where the index is plain in every dim."""
-    letters, seen, heads = [], [], []
+def _operand(node: fx.Node, index: Index, roles: Roles, bounds: Bounds, merged: bool) -> Operand | None:
+    """The meaning of every dim, where the index says it; `merged`: a dim may hold heads and something else."""
+    axes, held, heads = [], [], []
     for place, size in zip(index, shape_of(node), strict=True):
-        if size == 1:
-            letters.append("1")
-        elif place == roles.token and size == roles.tokens:
-            letters.append("t")
-        elif place == roles.channel and size == roles.channels:
-            letters.append("d")
-        elif roles.batch is not None and place == roles.batch:
-            letters.append("b")
-        elif place.free_symbols <= {H} and size.is_Integer:
-            letters.append("h")
-            heads.append((place, int(size)))
-            continue
-        else:
+        axis = "1" if size == 1 else _axis(place, size, roles)
+        count, number = (size if axis == "h" else 1), place
+        if axis == "" and merged:
+            axis, count, number = _merged_axis(place, size, roles, bounds)
+        if axis == "" or not sympy.sympify(count).is_Integer:
             return None
-        seen.append(letters[-1])
+        if "h" in axis:
+            heads.append((number, int(count)))
+        axes.append(axis)
+        held.append(int(count))
+    seen = "".join(axes)
     if seen.count("t") != (roles.tokens != 1) or seen.count("d") != (roles.channels != 1) or seen.count("b") > 1:
         return None
-    count = _head_count(heads, roles.heads)
-    return None if count is None else (tuple(letters), count)
+    return Operand(node, tuple(axes), tuple(held)) if _in_order(heads, roles.heads) else None
 
 
-def _head_count(heads: list[tuple[sympy.Expr, int]], query_heads: int) -> int | None:
-    """How many heads these dims hold, if query head h reads head h // (Hq / heads) of them; None if it reads another."""
-    count = 1
-    for _, size in heads:
-        count *= size
+def _axis(place: sympy.Expr, size: sympy.Expr, roles: Roles) -> str:
+    """The one letter of a dim, "" where it has none."""
+    if place == roles.token and size == roles.tokens:
+        return "t"
+    if place == roles.channel and size == roles.channels:
+        return "d"
+    if roles.batch is not None and place == roles.batch:
+        return "b"
+    return "h" if place.free_symbols <= {H} and size.is_Integer else ""
+
+
+def _merged_axis(place: sympy.Expr, size: sympy.Expr, roles: Roles, bounds: Bounds) -> tuple[str, sympy.Expr, sympy.Expr]:
+    """The two letters of a dim, its number of heads, and which of them is read; "" where it is no such dim."""
+    for letter, symbol, length in (("t", roles.token, roles.tokens), ("d", roles.channel, roles.channels)):
+        count = sympy.cancel(size / length)
+        if symbol not in place.free_symbols or not count.is_Integer or count < 2:
+            continue
+        outer, inner = bounds.divmod(place, length)
+        if inner == symbol and outer.free_symbols <= {H}:
+            return "h" + letter, count, outer
+        outer, inner = bounds.divmod(place, count)
+        if outer == symbol and inner.free_symbols <= {H}:
+            return letter + "h", count, inner
+    return "", sympy.Integer(1), place
+
+
+def _in_order(heads: list[tuple[sympy.Expr, int]], query_heads: int) -> bool:
+    """Whether query head h reads head h // (query heads / heads) of the heads that these dims hold."""
+    count = math.prod(size for _, size in heads)
     if count == 0 or query_heads % count:
-        return None
+        return False
     for head in range(query_heads):  # a proof by every case: heads are few
         at = 0
         for place, size in heads:
             value = place.subs(H, head)
             if not value.is_Integer or not 0 <= value < size:
-                return None
+                return False
             at = at * size + int(value)
         if at != head // (query_heads // count):
-            return None
-    return count
+            return False
+    return True
 
 
 def head_symbol_values(sizes: Mapping[sympy.Expr, int]) -> dict[sympy.Expr, sympy.Expr]:

@@ -50,6 +50,10 @@ class Bounds:
         """Bound a symbol of the expression language by the size of its axis at the present site."""
         self._sizes[symbol] = size
 
+    def size(self, symbol: sympy.Expr) -> sympy.Expr:
+        """The size of the axis of an index symbol; 1 for the constant 0."""
+        return self._sizes.get(symbol, sympy.Integer(1))
+
     def below(self, expr: sympy.Expr, size: sympy.Expr) -> bool:
         """Whether 0 <= expr < size is certain."""
         expr = sympy.expand(expr)
@@ -101,6 +105,14 @@ class Bounds:
             whole, rest = (whole + quotient, rest) if exact else (whole, rest + term)
         if self.below(rest, size):
             return whole, rest
+        for term in sympy.Add.make_args(rest):  # x // (g * m) = (x // m) // g, and x % (g * m) = ((x // m) % g) * m + x % m
+            step = sympy.gcd(term, size)
+            if step in (1, size):
+                continue
+            outer, inner = self.divmod(rest, step)
+            if self.below(inner, step) and not inner.has(sympy.Mod, sympy.floor):
+                top, middle = self.divmod(outer, sympy.cancel(size / step))
+                return whole + top, sympy.expand(middle * step + inner)
         return whole + sympy.floor(rest / size), sympy.Mod(rest, size)
 
     def reshape(self, index: Index, shape: Index, into: Index) -> Index:
@@ -284,8 +296,7 @@ def _repeat_interleave(node: fx.Node, source: fx.Node, index: Index, bounds: Bou
 def _repeat(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> Index | None:
     shape = shape_of(source)
     tail = index[len(index) - len(shape) :]
-    pairs = zip(tail, shape, strict=True)
-    return tuple(place if bounds.below(place, size) else sympy.Mod(place, size) for place, size in pairs)
+    return tuple(bounds.divmod(place, size)[1] for place, size in zip(tail, shape, strict=True))
 
 
 def _cast(node: fx.Node, source: fx.Node, index: Index, bounds: Bounds) -> Index | None:

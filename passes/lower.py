@@ -64,21 +64,16 @@ def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
         q, k, v = (_canonical(graph, operand, like) for operand in (site.q, site.k, site.v))
         k, v = (_with_heads(graph, node, site.spec.num_kv_heads, like) for node in (k, v))
         if kernel == "sdpa" and _plain_sdpa(site, q, k):
-            args = (q, k, v, None, 0.0, isinstance(site.spec.mask, Causal))
-            options = {"scale": site.spec.scale, "enable_gqa": site.spec.num_q_heads != site.spec.num_kv_heads}
-            fused = _call_with_options(graph, _aten.scaled_dot_product_attention.default, args, options, like)
+            causal, grouped = isinstance(site.spec.mask, Causal), site.spec.num_q_heads != site.spec.num_kv_heads
+            options = {"scale": site.spec.scale, "enable_gqa": grouped}
+            sdpa = _aten.scaled_dot_product_attention.default
+            fused = emit.call(graph, sdpa, q, k, v, None, 0.0, causal, like=like, **options)
         else:
             captured = list(site.captured)
             fused = emit.call(graph, _ops.attention.default, q, k, v, captured, site.spec.encode(), kernel, like=like)
         result = _as_output(graph, fused, site.output, like)
     like.replace_all_uses_with(result)
     return fused
-
-
-def _call_with_options(graph: fx.Graph, target: object, args: tuple, options: dict, like: fx.Node) -> fx.Node:  # type: ignore[type-arg]
-    node = emit.call(graph, lambda *a: target(*a, **options), *args, like=like)  # type: ignore[operator]
-    node.target, node.kwargs = target, options  # type: ignore[assignment]
-    return node
 
 
 def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:
@@ -91,13 +86,26 @@ def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:
 
 
 def _canonical(graph: fx.Graph, operand: Operand, like: fx.Node) -> fx.Node:
-    """The operand as [B, H, T, D], by permute and reshape."""
-    axes = operand.axes
+    """The operand as [B, H, T, D], by reshape and permute."""
+    axes, lengths = _elementary(graph, operand)
+    node = emit.reshape(graph, operand.node, lengths, like)
     order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
-    node = emit.permute(graph, operand.node, order, like)
-    lengths = dict(zip(order, emit.sizes(graph, operand.node, order), strict=True))
+    node = emit.permute(graph, node, order, like)
     groups = [[lengths[dim] for dim in order if axes[dim] == letter] for letter in _CANONICAL]
     return emit.reshape(graph, node, [emit.product(graph, group) for group in groups], like)
+
+
+def _elementary(graph: fx.Graph, operand: Operand) -> tuple[str, list[int | fx.Node]]:
+    """The letters and sizes of the dims of an operand, a dim of two letters being two."""
+    lengths: list[int | fx.Node] = []
+    for dim, (axis, heads) in enumerate(zip(operand.axes, operand.heads, strict=True)):
+        length = emit.size(graph, operand.node, dim)
+        if len(axis) == 1:
+            lengths.append(length)
+            continue
+        other = length // heads if isinstance(length, int) else emit.call(graph, operator.floordiv, length, heads)
+        lengths += [heads, other] if axis[0] == "h" else [other, heads]
+    return "".join(operand.axes), lengths
 
 
 def _with_heads(graph: fx.Graph, node: fx.Node, heads: int, like: fx.Node) -> fx.Node:
@@ -108,12 +116,14 @@ def _with_heads(graph: fx.Graph, node: fx.Node, heads: int, like: fx.Node) -> fx
 
 def _as_output(graph: fx.Graph, fused: fx.Node, output: Operand, like: fx.Node) -> fx.Node:
     """The fused [B, H, T, Dv] in the shape of the node that it replaces. Strides may differ: cleanup makes views reshapes."""
-    axes = output.axes
-    order = [dim for letter in "1" + _CANONICAL for dim, axis in enumerate(axes) if axis == letter]
-    place = {"b": 0, "t": 2}  # the other axes have constant sizes
-    shape = [emit.size(graph, fused, place[axes[dim]]) if axes[dim] in place else int(val(output.node).shape[dim]) for dim in order]
-    node = emit.reshape(graph, fused, shape, like)
-    return emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
+    axes = [(letter, heads) for axis, heads in zip(output.axes, output.heads, strict=True) for letter in axis]
+    places = {"b": 0, "t": 2, "d": 3}
+    lengths = [emit.size(graph, fused, places[letter]) if letter in places else heads for letter, heads in axes]
+    order = [dim for wanted in "1" + _CANONICAL for dim, (letter, _) in enumerate(axes) if letter == wanted]
+    node = emit.reshape(graph, fused, [lengths[dim] for dim in order], like)
+    node = emit.permute(graph, node, [order.index(dim) for dim in range(len(axes))], like)
+    rest = iter(lengths)
+    return emit.reshape(graph, node, [emit.product(graph, [next(rest) for _ in axis]) for axis in output.axes], like)
 
 
 def add_step_inputs(module: fx.GraphModule, tokens: fx.Node, examples: Sequence[torch.Tensor], page_size: int) -> StepNodes:

@@ -1,7 +1,7 @@
 """How does a graph that Dynamo captured become one dialect of ATen?
 
 Functional, pre-dispatch ATen with symbolic shapes: `linear`, `layer_norm`, `softmax` and SDPA stay whole, in-place writes are
-gone, and only `einsum` is decomposed. Every later pass may rely on that.
+gone, and only what hides an attention in one op is taken apart (`decompositions`). Every later pass may rely on that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_attn.passes.decompositions import DECOMPOSITIONS
 from compile_attn.passes.graph import output_node, placeholders
 
 _aten = torch.ops.aten
@@ -41,9 +42,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     captured = placeholders(gm.graph)
     fakes = [node.meta["example_value"] for node in captured]
     module: Any
-    module, signature = aot_export_module(
-        gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={_aten.einsum.default: _einsum}
-    )
+    module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(DECOMPOSITIONS))
     inputs = placeholders(module.graph)
     _restore_mutations(module, signature, inputs)
     _drop_asserts(module.graph)
@@ -78,6 +77,7 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
     """Under dynamic=True Dynamo passes Python floats as 0-dim tensors and takes `.item()`: make them constants again.
 
     A scale that is a symbol cannot be read. `float()` of the backed symbol adds the guard that makes the constant sound.
+    Floats that depend on a size stay symbols: as constants they would hold for one length only.
     """
     for node in list(gm.graph.nodes):
         value = node.meta.get("example_value")
@@ -86,14 +86,13 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:  # their products and quotients, which Dynamo has left as symbols of the graph too
         value = node.meta.get("example_value")
-        if node.op == "call_function" and isinstance(value, torch.SymFloat):
+        if node.op == "call_function" and isinstance(value, torch.SymFloat) and not _has_sizes(value):
             node.replace_all_uses_with(float(value))
     gm.recompile()
 
 
-def _einsum(equation: str, operands: Sequence[torch.Tensor], path: object = None) -> torch.Tensor:
-    """Torch's own decomposition of einsum into permute, view and bmm, reached through its composite kernel."""
-    return torch.ops.aten.einsum.default.decompose(equation, operands)  # type: ignore[no-any-return]
+def _has_sizes(number: torch.SymFloat) -> bool:
+    return any(symbol.is_integer for symbol in number.node.expr.free_symbols)
 
 
 def _restore_mutations(module: fx.GraphModule, signature: Any, inputs: list[fx.Node]) -> None:

@@ -13,19 +13,23 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from compile_attn.kernels.expr import B, H, I, J, Load, S
+from compile_attn.kernels.expr import H, I, J, Load, S
 from compile_attn.kernels.mask import Bidirectional, Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
-from compile_attn.passes.graph import Location, downstream, location, placeholders
-from compile_attn.passes.heads import Found, Operand, Roles, find_operand, head_symbol_values
-from compile_attn.passes.indices import Index, op_name, shape_of
+from compile_attn.passes.axes import Frame, Rows, frames, rows_of
+from compile_attn.passes.contractions import depth, factors, is_contraction
+from compile_attn.passes.graph import Location, downstream, is_tensor, location, placeholders
+from compile_attn.passes.heads import Found, Operand, Roles, find_operand
+from compile_attn.passes.indices import op_name
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
-from compile_attn.passes.outputs import OutputReader, Rows, operand_index, operands
+from compile_attn.passes.outputs import OutputReader
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
-from compile_attn.passes.symbolic import Dot, Opaque, Reader, Unreadable, number, unreadable
+from compile_attn.passes.symbolic import Reader
+from compile_attn.passes.terms import Dot, Opaque, Unreadable, unreadable
+from compile_attn.passes.values import number
 
 __all__ = ["AttentionSite", "Operand", "recognise"]
 
@@ -47,10 +51,11 @@ class AttentionSite:
 def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:
     """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
     graph = normalized.module.graph
-    reader = Reader(normalized.constants, positions)
+    anchors = list(find_anchors(graph))  # first: it adds the spelled-out form of SDPA nodes
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
-    anchors = list(find_anchors(graph, reader))  # first: it adds the spelled-out form of SDPA nodes
-    site_reader = _SiteReader(reader, paged, downstream(inputs) | set(inputs))
+    data = downstream(inputs) | set(inputs)
+    tokens = downstream(n for n in inputs if is_tensor(n) and n not in positions)
+    site_reader = _SiteReader(Reader(normalized.constants, positions, data), paged, data, tokens)
     sites, rejected = [], []
     for anchor in anchors:
         try:
@@ -66,42 +71,43 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
 class _SiteReader:
     """Reads one anchor after another; masks shared between layers are read once, by the reader's memo."""
 
-    def __init__(self, reader: Reader, paged: bool, data: set[fx.Node]) -> None:
-        self.reader, self.paged, self.data = reader, paged, data
+    def __init__(self, reader: Reader, paged: bool, data: set[fx.Node], tokens: set[fx.Node]) -> None:
+        self.reader, self.paged, self.data, self.tokens = reader, paged, data, tokens
         self.outputs = OutputReader(reader)
 
     def read(self, anchor: Anchor) -> AttentionSite | None:
         """The site of an anchor; None where a softmax is no attention at all. Raises Unreadable."""
-        try:
-            return self._read(anchor, batched=not self.paged)
-        except Unreadable:
-            if self.paged:
-                raise
-            # Sequences and heads on one axis, as in view(B * H, T, D): every row of it is then a head of its own.
-            return self._read(anchor, batched=False)
-
-    def _read(self, anchor: Anchor, batched: bool) -> AttentionSite | None:
         if anchor.refused is not None and anchor.scores is anchor.softmax:
             raise unreadable(anchor.softmax, *anchor.refused)
-        axes = self._axes(anchor)
-        value = anchor.score_at(self.reader, axes)
-        products = [dot for dot in value.atoms(Dot) if self._is_product(dot)]
         if anchor.refused is not None:
-            if products:
-                raise unreadable(anchor.softmax, *anchor.refused)
+            self._refuse(anchor, anchor.refused)
             return None
+        first: Unreadable | None = None
+        for frame in frames(anchor, self.reader.bounds):
+            # The second try: sequences and heads on one axis, as in view(B * H, T, D). Every row of it is then a head of its own.
+            for batched in (False,) if self.paged else (True, False):
+                try:
+                    return self._read(anchor, frame, batched)
+                except Unreadable as stop:
+                    first = first or stop
+        assert first is not None
+        raise first
+
+    def _read(self, anchor: Anchor, frame: Frame, batched: bool) -> AttentionSite | None:
+        value = anchor.score_at(self.reader, frame.index)
+        products = list(value.atoms(Dot))
         if not products:
-            self._no_product(anchor, axes)
+            self._no_product(anchor, frame, value)
             return None
         if len(products) > 1:
             raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
         (product,) = products
-        rows, q, k = self._queries_and_keys(anchor, axes, product, batched)
+        rows, q, k = self._queries_and_keys(anchor, frame, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
-        output = self.outputs.values(anchor, axes, rows, number(value).xreplace(rows.values))
+        output = self.outputs.values(anchor, frame, rows, number(value).xreplace(rows.values))
         v, dim_v = output.values, output.size
-        mask, parts, captured = self._meaning(anchor, score, rows, output.sink)
-        dims = shape_of(q.operand.node)[q.operand.axes.index("d")]
+        mask, parts, captured = self._meaning(anchor, frame, score, rows, output.sink)
+        dims = depth(self.reader.contractions[int(product.args[0])])
         parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
         if "score" in parts:
             parts["score"] = parts["score"].xreplace({S: S * sympy.Float(q.factor * k.factor)})
@@ -115,46 +121,43 @@ class _SiteReader:
         replaced = self._dead(anchor, output.operand.node, product)
         return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output.operand, replaced)
 
-    def _axes(self, anchor: Anchor) -> Index:
-        sizes = anchor.shape
-        return tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(sizes))
+    def _refuse(self, anchor: Anchor, why: tuple[str, str]) -> None:
+        """What resembles a softmax and is none: nothing to do with attention unless a product of queries and keys is in it."""
+        index = tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(anchor.shape))
+        if anchor.score_at(self.reader, index).has(Dot):
+            raise unreadable(anchor.softmax, *why)
 
-    def _is_product(self, dot: sympy.Expr) -> bool:
-        """Whether both operands of a contraction carry data (a contraction of constants is a constant)."""
-        node = self.reader.contractions[int(dot.args[0])]
-        return all(operand in self.data for operand in operands(node))
-
-    def _no_product(self, anchor: Anchor, axes: Index) -> None:
+    def _no_product(self, anchor: Anchor, frame: Frame, value: sympy.Basic) -> None:
         """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
-        if not axes[anchor.dim].is_Integer and not anchor.shape[anchor.dim].is_Integer:
-            why = "a softmax over tokens whose score is not one product of queries and keys"
-            raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
+        if frame.keys.size.is_Integer:
+            return
+        why = "a softmax over tokens whose score is not one product of queries and keys"
+        leaves = (self.reader.captured[int(load.args[0])] for load in value.atoms(Load))
+        stop = next((leaf for leaf in leaves if leaf in self.data and leaf.op != "placeholder" and _holds_product(leaf)), None)
+        if stop is not None:
+            why = f"{why}: between the two stands {stop.name} ({op_name(stop)}), an op that cannot be read"
+        raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
 
-    def _queries_and_keys(self, anchor: Anchor, axes: Index, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
+    def _queries_and_keys(self, anchor: Anchor, frame: Frame, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
         node = self.reader.contractions[int(product.args[0])]
-        index: Index = product.args[1:]
-        left, right = operands(node)
-        depth = shape_of(left)[-1]
-        channel = self.reader.bounds.symbol("d", depth)
-        column = axes[anchor.dim]
-        sides = [
-            (left, operand_index(left, index, index[-2], channel)),
-            (right, operand_index(right, index, channel, index[-1])),
-        ]
-        if index[-1] == column:
-            row, (query, key) = index[-2], sides
-        elif index[-2] == column:
-            row, (key, query) = index[-1], sides
+        length = depth(node)
+        channel = self.reader.bounds.symbol("d", length)
+        column = frame.keys.symbol
+        sides = factors(node, product.args[1:], channel)
+        if sides[1].own == column:
+            query, key = sides
+        elif sides[0].own == column:
+            key, query = sides
         else:
             why = f"the softmax runs over axis {anchor.dim}, which is not the key axis of the product {node.name}"
             raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
-        if row not in axes and row != 0:
-            row = self._merged_row(anchor, axes, row, node)
-        rows = self._rows(anchor, axes, row, batched)
+        rows = rows_of(frame, query.own, anchor, node, batched, self.reader.bounds)
+        self._check_pageable(anchor, rows)
         found = []
-        for name, (operand, place), token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
-            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in place)
-            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, depth, rows.heads)
+        for name, side, token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
+            operand = side.node
+            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in side.index)
+            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, length, rows.heads)
             got = find_operand(operand, place, roles, self.reader.bounds, scaled=True)
             if got is None or (name == "queries" and got.heads != rows.heads):
                 got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
@@ -165,59 +168,21 @@ class _SiteReader:
             raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
         return rows, found[0], found[1]
 
-    def _merged_row(self, anchor: Anchor, axes: Index, row: sympy.Expr, node: fx.Node) -> sympy.Expr:
-        """The token axis among several that are one axis of the product, as when grouped queries are packed into rows."""
-        inside = [n for n, axis in enumerate(axes) if axis in row.free_symbols]
-        long = [n for n in inside if anchor.shape[n] == anchor.shape[anchor.dim]] or [
-            n for n in inside if anchor.shape[n].is_Symbol
-        ]
-        if len(long) != 1:
-            raise unreadable(node, f"the query axis of the product is {row}, not one axis of the score", "keep tokens on one axis")
-        return axes[long[0]]
-
-    def _rows(self, anchor: Anchor, axes: Index, row: sympy.Expr, batched: bool) -> Rows:
-        query = axes.index(row) if row != 0 else None
-        rest = [n for n in range(len(axes)) if n not in (query, anchor.dim) and axes[n] != 0]
-        batch = rest[0] if rest and (len(rest) > 1 or not anchor.shape[rest[0]].is_Integer) and batched and rest[0] == 0 else None
-        heads = [n for n in rest if n != batch]
-        if not all(anchor.shape[n].is_Integer for n in heads):
-            raise unreadable(anchor.softmax, f"a score of shape {anchor.shape} has a head axis of unknown size")
-        sizes = {axes[n]: int(anchor.shape[n]) for n in heads}
-        values = head_symbol_values(sizes)
-        values[axes[anchor.dim]] = J
-        if query is not None:
-            values[axes[query]] = I
-        if batch is not None:
-            values[axes[batch]] = B
-        count = 1
-        for size in sizes.values():
-            count *= size
-        if batch is not None:
-            self.reader.bounds.know(B, anchor.shape[batch])
-        for symbol, size in (
-            (H, count),
-            (I, anchor.shape[query] if query is not None else 1),
-            (J, anchor.shape[anchor.dim]),
-        ):
-            self.reader.bounds.know(symbol, sympy.sympify(size))
-        queries = anchor.shape[query] if query is not None else sympy.Integer(1)
-        keys = anchor.shape[anchor.dim]
-        if self.paged and keys != queries:
-            why = f"{queries} queries attend to {keys} keys; a paged model's keys are those of its own tokens"
+    def _check_pageable(self, anchor: Anchor, rows: Rows) -> None:
+        if self.paged and rows.keys != rows.queries:
+            why = f"{rows.queries} queries attend to {rows.keys} keys; a paged model's keys are those of its own tokens"
             raise unreadable(anchor.softmax, why, "remove memory keys and caches from the model: the pages are the cache")
-        if self.paged and keys.is_Integer:
-            raise unreadable(
-                anchor.softmax, f"the sequence length is a constant, {keys}", "mark it dynamic, with at least 2 tokens"
-            )
-        return Rows(values, count, B if batch is not None else None, queries, keys)
+        if self.paged and rows.keys.is_Integer:
+            why = f"the sequence length is a constant, {rows.keys}"
+            raise unreadable(anchor.softmax, why, "mark it dynamic, with at least 2 tokens")
 
     def _meaning(
-        self, anchor: Anchor, score: sympy.Expr, rows: Rows, gate: sympy.Expr | None
+        self, anchor: Anchor, frame: Frame, score: sympy.Expr, rows: Rows, gate: sympy.Expr | None
     ) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
         """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
         if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
             raise unreadable(anchor.softmax, f"the score could not be read: {score}")
-        sinks = anchor.sinks_at(self.reader, self._axes(anchor))
+        sinks = anchor.sinks_at(self.reader, frame.index)
         if sinks is not None and gate is not None:
             raise unreadable(anchor.softmax, "the site has a column of sinks and a factor of sinks", "write them as one column")
         sinks = gate if sinks is None else sinks
@@ -239,7 +204,7 @@ class _SiteReader:
             raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
         loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
         captured = tuple(self.reader.captured[number] for number in loads)
-        self._check_captured(anchor, captured)
+        self._check_captured(captured)
         rename = {load: Load(loads.index(int(load.args[0])), *load.args[1:]) for part in tensors for load in part.atoms(Load)}
         parts = {k: v.xreplace(rename) if isinstance(v, sympy.Basic) else v for k, v in parts.items()}
         visible = visible.xreplace(rename)
@@ -252,11 +217,16 @@ class _SiteReader:
             raise unreadable(anchor.softmax, why, "only causal attention can be paged")
         return mask, parts, captured
 
-    def _check_captured(self, anchor: Anchor, captured: Iterable[fx.Node]) -> None:
+    def _check_captured(self, captured: Iterable[fx.Node]) -> None:
+        cure = "a paged score may read parameters, buffers and positions only"
         for node in captured:
-            if self.paged and node in self.data:
-                why = f"the score depends on {node.name} ({op_name(node) or node.op}), which is data of the call or is not read"
-                raise unreadable(node, why, "a paged score may read parameters, buffers and positions only")
+            if not self.paged or node not in self.data:
+                continue
+            if node.op == "placeholder":
+                raise unreadable(node, f"the score depends on the input {node.name}, which is data of the call", cure)
+            what = "which is computed from the tokens" if node in self.tokens else "an op that cannot be read"
+            why = f"the score depends on {node.name} ({op_name(node) or node.op}), {what}"
+            raise unreadable(node, why, cure)
 
     def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
         """The nodes that die with the site; Unreadable if something between q.k and the output is used elsewhere."""
@@ -278,3 +248,16 @@ class _SiteReader:
                     found.add(node)
                     todo.append(node)
         return found
+
+
+def _holds_product(node: fx.Node) -> bool:
+    """Whether a product of two tensors of data leads to this node."""
+    seen, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if is_contraction(source) and op_name(source) != "linear":
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False

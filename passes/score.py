@@ -18,6 +18,7 @@ from compile_attn.kernels.expr import I, J, Load, S
 # A fill of -1e4 or less is a mask in a row that sees a key: exp underflows to 0 in float32 below -104, so scores would have to
 # differ by more than 9,896 for a hidden key to weigh anything; a model that trained with such a fill relies on the same.
 _HIDDEN = -1e4
+_LEAST = -3.38e38  # no finite bfloat16 or float32 is below by more than rounding: their least are -3.3895e38 and -3.4028e38
 _BRANCHES = 64  # more combinations of branches than this are no mask that anyone writes
 
 
@@ -47,7 +48,7 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None, shift: bool = True
     """
     found: list[tuple[sympy.Expr, Boolean]] = []
     hidden = False
-    for count, (leaf, when) in enumerate(_branches(expr, sympy.true)):
+    for count, (leaf, when) in enumerate(_branches(_without_floor(expr), sympy.true)):
         if count >= _BRANCHES:
             raise ScoreError(f"the score has more than {_BRANCHES} combinations of cases", "write the mask as one where()")
         if _is_hidden(leaf):
@@ -68,6 +69,16 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None, shift: bool = True
     if visible.has(S):
         raise ScoreError(f"which keys are visible depends on their scores: {visible}", "mask by positions, not by scores")
     return _canonical(pieces, visible)
+
+
+def _without_floor(expr: sympy.Expr) -> sympy.Expr:
+    """max(x, finfo.min) is x for every finite x; minus infinity becomes a fill that hides as well."""
+
+    def drop(*parts: sympy.Expr) -> sympy.Expr:
+        kept = [part for part in parts if not (part.is_Float and part <= _LEAST)]
+        return sympy.Max(*kept) if kept else sympy.Max(*parts)
+
+    return expr.replace(sympy.Max, drop) if expr.has(sympy.Max) else expr
 
 
 def _branches(expr: sympy.Expr, when: Boolean) -> Iterator[tuple[sympy.Expr, Boolean]]:

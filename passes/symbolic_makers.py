@@ -10,23 +10,18 @@ from torch import fx
 
 from compile_attn.kernels.expr import Load
 from compile_attn.passes.graph import is_tensor, val
-from compile_attn.passes.indices import Index, argument, as_expr, broadcast, dim_of, op_name, shape_of
+from compile_attn.passes.indices import Index, argument, as_expr, broadcast, dim_of, shape_of
+from compile_attn.passes.terms import Dot
+from compile_attn.passes.values import boolean, cast, choose, constant, is_boolean, number
 
 
-def _symbolic() -> Any:
-    from compile_attn.passes import symbolic
-
-    return symbolic
-
-
-def _constant(value: Any) -> Any:
+def _all(value: Any) -> Any:
     return lambda reader, node, index: _typed(node, value)
 
 
 def _typed(node: fx.Node, value: Any) -> sympy.Basic:
-    s = _symbolic()
-    made = s._number(value) if not isinstance(value, sympy.Basic) else value
-    return s.boolean(made) if val(node).dtype == torch.bool else s.number(made)
+    made = constant(value) if not isinstance(value, sympy.Basic) else value
+    return boolean(made) if val(node).dtype == torch.bool else number(made)
 
 
 def _full(place: int) -> Any:
@@ -49,18 +44,16 @@ def _scalar(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
 
 def _triangle(lower: bool) -> Any:
     def rule(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
-        s = _symbolic()
         diagonal = as_expr(argument(node, 1, "diagonal", 0))
         difference = index[-1] - index[-2]
         inside = sympy.Le(difference, diagonal) if lower else sympy.Ge(difference, diagonal)
         value = reader.at(node.args[0], index)
-        return s._choose(inside, value, sympy.false if s.is_boolean(value) else sympy.Integer(0))
+        return choose(inside, value, sympy.false if is_boolean(value) else sympy.Integer(0))
 
     return rule
 
 
 def _cat(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
-    s = _symbolic()
     parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
     dim = dim_of(argument(node, 1, "dim", 0), len(index))
     start: sympy.Expr = sympy.Integer(0)
@@ -74,7 +67,7 @@ def _cat(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         start = end
     result = pieces[-1][0]
     for value, when in reversed(pieces[:-1]):
-        result = s._choose(when, value, result)
+        result = choose(when, value, result)
     return result
 
 
@@ -183,11 +176,10 @@ def _diff(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
 
 def _cumsum(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     """The running sum of something constant along the axis."""
-    s = _symbolic()
     dim = dim_of(argument(node, 1, "dim"), len(index))
     step = sympy.Dummy("step", integer=True, nonnegative=True)
-    value = s.number(reader.at(node.args[0], (*index[:dim], step, *index[dim + 1 :])))
-    if value.has(step) or value.has(s.Dot):
+    value = number(reader.at(node.args[0], (*index[:dim], step, *index[dim + 1 :])))
+    if value.has(step) or value.has(Dot):
         raise NotImplementedError
     return value * (index[dim] + 1)
 
@@ -206,7 +198,6 @@ def _reduction(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
 
 
 def _slice_scatter(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
-    s = _symbolic()
     base, source = node.args[0], node.args[1]
     dim = dim_of(argument(node, 2, "dim", 0), len(index))
     size = shape_of(base)[dim]  # type: ignore[arg-type]
@@ -219,18 +210,16 @@ def _slice_scatter(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     inside = sympy.And(sympy.Ge(index[dim], start), sympy.Lt(index[dim], start + length))
     if start == 0 and length == size:
         return reader.at(source, index)
-    return s._choose(inside, reader.at(source, place), reader.at(base, index))
+    return choose(inside, reader.at(source, place), reader.at(base, index))
 
 
 def _copy(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
-    s = _symbolic()
     source: fx.Node = node.args[1]  # type: ignore[assignment]
-    return s._cast(reader.at(source, broadcast(index, source)), val(source).dtype, val(node).dtype)
+    return cast(reader.at(source, broadcast(index, source)), val(source).dtype, val(node).dtype)
 
 
 def _pad(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     """Constant padding of the last dims: pairs (before, after), last dim first."""
-    s = _symbolic()
     source, widths = node.args[0], list(argument(node, 1, "pad"))
     fill = _typed(node, argument(node, 2, "value", 0) or 0)
     shape, place, inside = shape_of(source), list(index), sympy.true  # type: ignore[arg-type]
@@ -239,17 +228,12 @@ def _pad(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
         place[dim] = place[dim] - before
         inside = inside if before == 0 or before.is_negative else sympy.And(inside, sympy.Ge(index[dim], before))
         inside = inside if after == 0 or after.is_negative else sympy.And(inside, sympy.Lt(index[dim], before + shape[dim]))
-    return s._choose(inside, reader.at(source, tuple(place)), fill)
-
-
-def _getitem_reduction(node: fx.Node) -> bool:
-    whole = node.args[0]
-    return isinstance(whole, fx.Node) and op_name(whole) in ("max", "min")
+    return choose(inside, reader.at(source, tuple(place)), fill)
 
 
 RULES: dict[str, Any] = {
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant(0)),
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _all(0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _all(1)),
     "full": _full(1),
     "full_like": _full(1),
     "new_full": _full(2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -67,8 +68,9 @@ def _same_mask(found: Mask, wanted: Mask) -> bool:
 def _assert_spec(form: Form, found: AttentionSpec, batch: int) -> None:
     wanted = form.spec
     assert form.check(found), found.words()
-    merged = found.num_q_heads // wanted.num_q_heads  # a model that merges B and H has B * H heads when B is a constant
-    assert merged in (1, batch), found.words()
+    # A model that merges B and H on one axis has B * H heads, or B * H sequences; with packed queries B * Hkv sequences.
+    merged = Fraction(found.num_q_heads, wanted.num_q_heads)
+    assert merged in (1, batch, Fraction(1, wanted.num_kv_heads)), found.words()
     assert (found.num_q_heads, found.num_kv_heads) == (merged * wanted.num_q_heads, merged * wanted.num_kv_heads), found.words()
     assert (found.head_dim, found.head_dim_v) == (wanted.head_dim, wanted.head_dim_v), found.words()
     if found.score is None:

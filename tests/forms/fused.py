@@ -55,12 +55,28 @@ def safe_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The op that SDPA becomes on a CPU in graphs exported after dispatch."""
+    """What SDPA becomes on a CPU in graphs exported after dispatch."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+
+
+def flash_cpu_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with a mask and a scale."""
+    n = q.shape[2]
+    mask = torch.zeros(n, n).masked_fill(~(seen(n) & torch.ones(n, n, dtype=torch.bool).triu(-3)), -torch.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=0.25)[0]
+
+
+def math_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What SDPA becomes where no fused kernel serves, and under a forced math backend."""
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, None, 0.0, True, scale=0.7)[0]
 
 
 def flash_cpu_statistics(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+
+
+def math_op_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, None, 0.3, True)[0]
 
 
 def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -94,13 +110,16 @@ def flex_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 _BIDIRECTIONAL = "bidirectional|causal|future|left"
-_FLASH = (NearMiss(flash_cpu, "cannot be read"), NearMiss(flash_cpu_statistics, "cannot be read"))
+_STATISTICS = NearMiss(flash_cpu_statistics, "statistics")
 FORMS = (
-    Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"), *_FLASH)),
+    Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"),)),
     Form(sdpa_scaled, spec(scale=0.7), near=(NearMiss(sdpa_dropout, "dropout"),)),
     Form(sdpa_bool, spec(Window(3), kv=2)),
     Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, ".", paged=True),)),
     Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL),
     Form(safe_softmax, spec()),
+    Form(flash_cpu, spec(), near=(_STATISTICS,)),
+    Form(flash_cpu_masked, spec(Window(3), scale=0.25), near=(_STATISTICS,)),
+    Form(math_op, spec(scale=0.7), near=(NearMiss(math_op_dropout, "dropout"),)),
 )
 FLEX = (Form(flex_window, spec(Window(3), scale=0.5)), Form(flex_score, spec(Causal(), softcap=2.0)))

@@ -56,11 +56,57 @@ def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def packed_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """GPT-BigCode, FlashDecoding: the queries of a group stand as further rows of their key head."""
+    """FlashDecoding: the queries of a group stand as further rows of their key head."""
     b, _, n, d = q.shape
     scores = q.reshape(b, KV, GROUP * n, d) @ k.mT
     weights = _softmax(scores.view(b, KV, GROUP, n, n)).view(b, KV, GROUP * n, n)
     return (weights @ v).view(b, HEADS, n, d)
+
+
+def packed_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-query serving code: never unpacked before the end, the mask tiled over the rows."""
+    b, _, n, d = q.shape
+    scores = q.reshape(b * KV, GROUP * n, d) @ k.reshape(b * KV, n, d).mT * SCALE
+    weights = F.softmax(scores + additive(n)[0].repeat(1, GROUP, 1), dim=-1)
+    return torch.bmm(weights, v.reshape(b * KV, n, d)).view(b, HEADS, n, d)
+
+
+def packed_by_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-BigCode: the rows of a key head are its queries token by token, the heads of a token side by side."""
+    b, n, _, d = q.shape
+    scores = torch.baddbmm(
+        additive(n)[0].repeat_interleave(HEADS, dim=-2).expand(b, -1, -1), q.reshape(b, n * HEADS, d), k[:, :, 0].mT, alpha=SCALE
+    )
+    return torch.bmm(F.softmax(scores, dim=-1), v[:, :, 0]).view(b, n, HEADS * d)
+
+
+def packed_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, _, n, d = q.shape
+    scores = q.reshape(b, KV, GROUP * n, d) @ k.mT * SCALE + additive(n).repeat_interleave(GROUP, dim=-2)
+    return (F.softmax(scores, dim=-1) @ v).view(b, HEADS, n, d)
+
+
+def packed_unpacked_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, _, n, d = q.shape
+    scores = q.reshape(b, KV, GROUP * n, d) @ k.mT * SCALE + additive(n).repeat(1, 1, GROUP, 1)
+    return (F.softmax(scores, dim=-1) @ v).view(b, KV, n, GROUP, d)
+
+
+def multi_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Shazeer's multi-query attention, PaLM ports: one key head that has no axis of its own, token-major einsum."""
+    scores = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0])
+    return torch.einsum("bhqk,bkd->bqhd", _softmax(scores), v[:, :, 0])
+
+
+def multi_query_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0])
+    return torch.einsum("bhqk,bqd->bkhd", _softmax(scores), v[:, :, 0])
+
+
+def heads_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, _, n, d = q.shape
+    weights = _softmax(q.view(b, KV, GROUP, n, d) @ k.unsqueeze(2).mT)
+    return weights.transpose(1, 2) @ v.unsqueeze(1)
 
 
 def crossed_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,9 +139,13 @@ _CROSSED = NearMiss(crossed_groups, ".", readable=True)
 _TILED = NearMiss(tiled, "head", readable=True)
 FORMS = (
     Form(mla, spec(dim_v=6), near=(NearMiss(mla_absorbed, "product"),)),
-    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED, NearMiss(packed_queries, "mix heads and tokens"))),
+    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED)),
+    Form(packed_queries, spec(kv=KV), near=(NearMiss(packed_unpacked_crossed, ".", readable=True),)),
+    Form(packed_rows, spec(kv=KV), near=(NearMiss(packed_crossed, ".", readable=True),)),
+    Form(packed_by_token, spec(kv=1), token_major=True),
+    Form(multi_query, spec(kv=1), token_major=True, near=(NearMiss(multi_query_crossed, "another axis"),)),
     Form(enable_gqa, spec(kv=KV), near=(_TILED,)),
-    Form(five_dims, spec(kv=KV), near=(_TILED,)),
+    Form(five_dims, spec(kv=KV), near=(_TILED, NearMiss(heads_swapped, ".", readable=True))),
     Form(expanded, spec(kv=KV), near=(_CROSSED,)),
     Form(einsum_bhqd, spec()),
     Form(einsum_bqhd, spec(), token_major=True, near=(NearMiss(einsum_wrong, "."),)),

@@ -267,7 +267,7 @@ def _older() -> list[Family]:
         Family("falcon-alibi", "falcon", {**falcon, "alibi": True}),
         Family("falcon-new", "falcon", {**falcon, "new_decoder_architecture": True, "num_kv_heads": 2}),
         Family("biogpt", "biogpt", _plain()),
-        Family("xglm", "xglm", {**xglm, "max_position_embeddings": POSITIONS}, forms=_EAGER, refused="not one product"),
+        Family("xglm", "xglm", {**xglm, "max_position_embeddings": POSITIONS}, forms=_EAGER),
         Family("ctrl", "ctrl", {**ctrl, "n_positions": POSITIONS}, forms=_EAGER, refused="one graph"),
         Family("openai-gpt", "openai-gpt", _gpt2(), forms=_EAGER),
         Family("stablelm-parallel", "stablelm", _llama(use_parallel_residual=True, partial_rotary_factor=0.5)),
@@ -295,10 +295,10 @@ def _recent() -> list[Family]:
         Family("minicpm3", "minicpm3", _llama(**_MLA, scale_emb=1.0, dim_model_base=32)),
         Family("youtu", "youtu", _llama(**_MLA)),
         Family("granite_swa", "granite_swa", _llama(**_WINDOW, **_ALTERNATING), forms=_EAGER),
-        Family("afmoe", "afmoe", _llama(**_WINDOW, **_FOUR, count=4, num_dense_layers=1, **_QWEN_MOE)),
+        Family("afmoe", "afmoe", _llama(**_WINDOW, **_FOUR, count=4, num_dense_layers=1, **_QWEN_MOE), forms=_EAGER),
         Family("exaone_moe", "exaone_moe", _llama(**_WINDOW, **_FOUR, count=4, **_QWEN_MOE)),
         Family("mimo_v2_flash", "mimo_v2_flash", _llama(**_WINDOW), forms=_EAGER),
-        Family("doge", "doge", _llama(), refused="softplus"),
+        Family("doge", "doge", _llama(), refused="computed from the tokens"),
         Family("hyperclovax", "hyperclovax", _llama()),
     ]
 
