@@ -24,9 +24,12 @@ from compile_attn.kernels.backend import Paged, Request
 from compile_attn.kernels.expr import B, H, I, J, Load, Round, S
 from compile_attn.kernels.select import backend, choose
 from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.lm import PagedLM
+from compile_attn.sampling import Sampling
 from tests.oracle import CAPTURED, SLOPE, SPECS, attend_row
 from tests.paged import PagedBatch, paged_batch
 from tests.test_reference import EXPRESSIONS, FLOAT32, MIXED
+from tests.tiny import alone, prompts_of, tiny
 
 # Only where no Triton exists may its tests be missing: on Linux the extra `test` installs it.
 NO_TRITON = importlib.util.find_spec("triton") is None and sys.platform != "linux"
@@ -226,6 +229,19 @@ def test_a_captured_tensor_of_another_rank_is_refused() -> None:
     q, k, v = stateless(SPECS["sinks"], 3, 3)
     with pytest.raises(ValueError, match=r"captured tensor 2 has shape \[4, 1\]; the spec reads it with 1 indices"):
         backend("general").attention(q, k, v, [*CAPTURED[:2], CAPTURED[2][:, None]], SPECS["sinks"])
+
+
+@interpreted
+def test_a_model_generates_through_it() -> None:
+    check_generation("cpu")
+
+
+def check_generation(device: str) -> None:
+    prompts = prompts_of([5, 23, 1])
+    with PagedLM(tiny().to(device), kv_tokens=256, page_size=4, max_seqs=2, kernel="general", inner="eager", poison=True) as lm:
+        found = lm.generate(prompts, max_new_tokens=5)
+        assert {site.kernel for site in lm.report.sites} == {"general"}
+    assert found == [alone(tiny(), prompt, Sampling(max_new_tokens=5)) for prompt in prompts]
 
 
 # Any spec of the grammar, against the reference.
@@ -428,6 +444,11 @@ def test_fp8_pages_on_a_gpu(dtype: torch.dtype) -> None:
         scales = torch.tensor(0.02, device="cuda"), torch.tensor([0.03, 0.01], device="cuda")
         found, expected = (fp8(batch, dtype, *scales, kernel) for kernel in ("general", "reference"))
         torch.testing.assert_close(found, expected, atol=TOLERANCE[torch.bfloat16], rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_model_generates_through_it_on_a_gpu() -> None:
+    check_generation("cuda")
 
 
 @pytest.mark.gpu
