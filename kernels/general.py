@@ -49,7 +49,7 @@ class GeneralBackend(Backend):
         spec, cure = request.spec, "choose kernel='auto'"
         if importlib.util.find_spec("triton") is None:
             out.append(f"needs triton, which is not installed; pip install triton, or {cure}")
-        if request.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if request.device.type == "cpu" and not _interpreted():
             out.append(f"runs on a CPU only in Triton's interpreter; set TRITON_INTERPRET=1 for tests, or {cure}")
         most, dim = _MOST_DIM.get(request.dtype.itemsize, 0), max(spec.head_dim, spec.head_dim_v)
         if most and dim > most:
@@ -133,10 +133,7 @@ def _launch(
     functions = functions_of(spec, whole)
     wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
     read = sum(captured[number].element_size() for number in pairwise(spec))
-    dot = _dot_dtype(q.dtype, pools[0].at.dtype)
-    if q.device.type == "cpu" and dot == torch.bfloat16:
-        dot = torch.float32  # the interpreter multiplies no bfloat16
-    tiles = tiles_of(spec, dot, size.tokens_each(), shared, read)
+    tiles = tiles_of(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
     heads = spec.num_q_heads // tiles.group
     blocks = size.blocks(tiles.block_q)
     splits = _splits(spec, size, blocks * heads, tiles, multiprocessors)
@@ -277,7 +274,13 @@ def _is_bounds(mask: Mask) -> bool:
 
 def _dot_dtype(queries: torch.dtype, keys: torch.dtype) -> torch.dtype:
     """What both are multiplied in: fp8 pages in the queries' dtype, in which they are exact."""
-    return queries if keys.itemsize == 1 else torch.promote_types(queries, keys)
+    dtype = queries if keys.itemsize == 1 else torch.promote_types(queries, keys)
+    return torch.float32 if dtype == torch.bfloat16 and _interpreted() else dtype  # the interpreter multiplies no bfloat16
+
+
+def _interpreted() -> bool:
+    """Does Triton run kernels as Python, on any device? It reads this variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _padded(dim: int) -> int:
