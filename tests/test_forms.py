@@ -157,7 +157,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
     assert rewriting.report.sites == ()
     assert rewriting.report.rejected, "refused in silence"
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), rewriting.report.rejected
-    assert all(one.where.node and one.where.source for one in rewriting.report.rejected)
+    assert all(one.where.node and one.where.source and one.cure for one in rewriting.report.rejected)
     assert rewriting.report.before == rewriting.report.after
     return _assert_same(found, wanted)
 
@@ -166,6 +166,7 @@ def _assert_refused_when_paged(form: Form, near: NearMiss) -> None:
     specs, rejected = _read(form, form.module(near.run), batch=1, paged=True)
     assert specs == [] and rejected, specs
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rejected), rejected
+    assert all(one.where.node and one.where.source and one.cure for one in rejected)
 
 
 @pytest.mark.parametrize("form", fused.FLEX, ids=_names)

@@ -119,7 +119,7 @@ def _documents(batch: int, tokens: int) -> Tensor:
 
 _TRIL = {"tril": torch.ones(64, 64).tril().view(1, 1, 64, 64)}
 _FUTURE = "bidirectional|future|causal|left"
-_DATA = "captured|data|mask|padding|input"
+_DATA = "data of the call|computed from the tokens"
 FORMS = (
     Form(tril_buffer, spec(), tensors=_TRIL),
     Form(view_expand, spec()),
