@@ -53,7 +53,8 @@ class AttentionSite:
 def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:
     """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
     graph = normalized.module.graph
-    anchors = list(find_anchors(graph))  # first: it adds the spelled-out form of SDPA nodes
+    before = set(graph.nodes)
+    anchors = list(find_anchors(graph))  # it adds the spelled-out form of SDPA nodes
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
     data = downstream(inputs) | set(inputs)
     tokens = downstream(n for n in inputs if is_tensor(n) and n not in positions)
@@ -67,6 +68,10 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
             continue
         if site is not None:
             sites.append(site)
+    needed = {node for site in sites for node in (site.q.node, site.k.node, site.v.node, *site.captured)}
+    for node in reversed(list(graph.nodes)):
+        if node not in before and node not in needed and not node.users:
+            graph.erase_node(node)
     return sites, rejected
 
 

@@ -103,6 +103,12 @@ def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Rewriting,
     return found[0], output
 
 
+def test_every_form_says_who_writes_it_and_has_a_near_miss() -> None:
+    for form in FORMS:
+        assert form.run.__doc__, form.run.__name__
+        assert any(not near.readable for near in form.near), form.run.__name__
+
+
 @pytest.mark.parametrize("form", FORMS, ids=_names)
 def test_form_is_read_when_paged(form: Form) -> None:
     specs, rejected = _read(form, form.module(), batch=1, paged=True)
