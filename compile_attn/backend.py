@@ -7,8 +7,10 @@ works without an import. Without a cache the graph is rewritten statelessly; wit
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,15 +60,18 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         _emit(refused.report)
         cache.report = refused.report
         return _raise_when_called(refused)
-    _emit(rewriting.report)
+    begin = time.perf_counter()
+    compiled = _compile_paged(rewriting, options.inner)
+    seconds = {**rewriting.report.seconds, "inner": time.perf_counter() - begin}
+    report = replace(rewriting.report, seconds=seconds)
+    _emit(report)
     cache.bind(
         rewriting.layers,
         owner=_owner(gm, examples),
-        max_positions=rewriting.report.max_positions,
-        max_tokens=rewriting.max_tokens,
+        max_positions=report.max_positions,
+        max_tokens=rewriting.most_tokens(cache.max_seqs, len(examples)),
     )
-    cache.report = rewriting.report
-    compiled = _compile_paged(rewriting, options.inner)
+    cache.report = report
     pages = [pool for pair in zip(cache.k_pages, cache.v_pages, strict=True) for pool in pair]
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
@@ -88,11 +93,12 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
 
 def _compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
     """Compile for every T, B, R >= 2, apart from what Dynamo assumed about the first call."""
+    assert rewriting.inputs is not None
     if inner == "eager":
+        rewriting.verify()
         return rewriting.module
     from torch._guards import TracingContext, tracing
 
-    assert rewriting.inputs is not None
     # A tracing context of our own: the graph is compiled with fresh symbols, whose guards are not Dynamo's business.
     with torch.no_grad(), tracing(TracingContext(rewriting.inputs.mode)):
         return _compile_inner(rewriting.module, rewriting.inputs.values, inner)
@@ -112,7 +118,7 @@ def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCac
     """Which inputs are the current batch's own tensors: (place of input_ids, place of position_ids or None)."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if getattr(reason, "graph_break", False):
-        why = f"the model does not compile as one graph: {getattr(reason, 'reason', 'graph break')}"
+        why = f"the model does not compile as one graph: {str(getattr(reason, 'reason', 'graph break')).splitlines()[0]}"
         raise _refused(why, "remove the graph break (torch.compile(..., fullgraph=True) shows where it is)")
     batch = cache.current
     if batch is None:
@@ -136,7 +142,7 @@ def _refused(why: str, cure: str) -> RefusedError:
     from compile_attn.passes.graph import Location
     from compile_attn.passes.pipeline import refusal
 
-    return refusal(Report("paged"), [Rejected(why, Location("", "", ""), cure)])
+    return refusal(Report("paged"), [Rejected(why, Location(), cure)])
 
 
 def _raise_when_called(error: Exception) -> Compiled:

@@ -12,6 +12,10 @@ from torch import nn
 Call = Callable[[Callable[..., Any], torch.Tensor, torch.Tensor], Any]
 
 
+# How transformers' models are asked for plain logits: no cache of their own, no tuple.
+_PLAIN: Mapping[str, bool] = {"use_cache": False, "return_dict": True}
+
+
 def call_of(model: nn.Module) -> Call:
     """How to call the model, by the names in its signature.
 
@@ -19,7 +23,7 @@ def call_of(model: nn.Module) -> Call:
     (RoBERTa starts at its padding id + 1), and what is served is `model(input_ids)`.
     """
     accepted = _accepted(model)
-    extra = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in accepted}
+    extra = {name: value for name, value in _PLAIN.items() if name in accepted}
     demands_positions = accepted.get("position_ids", False)
 
     def call(compiled: Callable[..., Any], input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -32,11 +36,13 @@ def call_of(model: nn.Module) -> Call:
 
 def position_cure(model: nn.Module) -> str | None:
     """What to try where a model was refused that makes its positions itself, though they could be given to it."""
-    if _accepted(model).get("position_ids", True):
+    accepted = _accepted(model)
+    if accepted.get("position_ids", True):
         return None
+    more = "".join(f", {name}={value}" for name, value in _PLAIN.items() if name in accepted)
     return (
         "forward takes position_ids, and was called without: the model's own default was to be proven. If its positions are "
-        "0, 1, 2, ..., pass call=lambda model, ids, positions: model(ids, position_ids=positions)"
+        f"0, 1, 2, ..., pass call=lambda model, ids, positions: model(ids, position_ids=positions{more})"
     )
 
 

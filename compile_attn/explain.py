@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from compile_attn.calling import Call
 from compile_attn.passes.pipeline import rewrite_stateless
-from compile_attn.passes.report import Report
+from compile_attn.passes.report import RefusedError, Report
 
 
-def explain(model: nn.Module, *args: Any, kernel: str = "auto", **kwargs: Any) -> Report:
-    """The report of a stateless compilation for this call; the model runs once, unchanged, to be captured.
+def explain(
+    model: Callable[..., Any], *args: Any, kernel: str = "auto", paged: bool = False, call: Call | None = None, **kwargs: Any
+) -> Report:
+    """The report of a stateless compilation for the call model(*args, **kwargs), or with `paged` of the model's paged form.
 
-    A model with graph breaks gives the sites of all its graphs. For what paging would do, see `PagedLM(model).report`.
+    Stateless: the model runs once, unchanged, under no_grad; one with graph breaks gives the sites of all its graphs.
+    Paged: what `PagedLM(model, kernel=kernel, call=call)` would do, on a few tokens of its own; the inputs are not needed. A model
+    that cannot be paged is no error here: the report's `rejected` says why.
+    Compilations that exist already are left alone.
     """
+    model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
+    if paged:
+        return _explain_paged(model, kernel, call)
     reports: list[Report] = []
+    wrong: list[ValueError] = []
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
-        reports.append(rewrite_stateless(gm, examples, kernel=kernel).report)
+        try:
+            reports.append(rewrite_stateless(gm, examples, kernel=kernel).report)
+        except ValueError as error:  # a kernel that is not there, or cannot: raised from here, Dynamo would wrap it
+            wrong.append(error)
         return gm.forward
 
     with torch.no_grad():
-        torch._dynamo.reset()  # a model that is compiled already would not be captured again
-        torch.compile(model, backend=backend)(*args, **kwargs)
+        _compiled_apart(model, backend)(*args, **kwargs)
+    if wrong:
+        raise wrong[0]
+    if not reports:
+        raise RuntimeError(
+            "torch.compile captured no graph of this call, so there is nothing to explain; look for @torch.compiler.disable around "
+            "the model, for TORCH_COMPILE_DISABLE, and for Dynamo's recompile limit (torch._dynamo.reset() lifts it)"
+        )
     return _joined(reports)
+
+
+def _explain_paged(model: Any, kernel: str, call: Call | None) -> Report:
+    """The report of a PagedLM that is made for it, with few pages and no inner compiler, and closed again."""
+    from compile_attn.lm import PagedLM
+
+    try:
+        with PagedLM(model, kv_tokens=256, max_seqs=2, kernel=kernel, inner="eager", call=call) as lm:
+            assert lm.report is not None
+            return lm.report
+    except RefusedError as refused:
+        return refused.report
+
+
+def _compiled_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The model compiled so that no other compilation of it shares anything with this one, its recompile limit included."""
+    compiler: Any = torch.compile
+    if "isolate_recompiles" in inspect.signature(compiler).parameters:
+        return compiler(model, backend=backend, isolate_recompiles=True)  # type: ignore[no-any-return]
+    # Before torch 2.13 what is compiled belongs to a code object: so here is one that nobody else has.
+    alone = FunctionType(_call.__code__.replace(), globals())
+    return partial(compiler(alone, backend=backend), model)
+
+
+def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # `self`: by that name a capture knows the model
+    return self(*args, **kwargs)
 
 
 def _joined(reports: Sequence[Report]) -> Report:
     if len(reports) == 1:
         return reports[0]
+    names = dict.fromkeys(name for report in reports for name in report.seconds)
     return Report(
         "stateless",
         tuple(site for report in reports for site in report.sites),
         tuple(one for report in reports for one in report.rejected),
         (),
-        {name: sum(r.seconds.get(name, 0.0) for r in reports) for report in reports for name in report.seconds},
-        "\n".join(report.before for report in reports),
-        "\n".join(report.after for report in reports),
+        {name: sum(report.seconds.get(name, 0.0) for report in reports) for name in names},
+        "\n\n".join(report.before for report in reports),
+        "\n\n".join(report.after or report.before for report in reports),
     )

@@ -7,6 +7,7 @@ logits, sampling makes tokens.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ from compile_attn.calling import (
     vocabulary_of,
 )
 from compile_attn.options import Inner, Options
-from compile_attn.passes.graph import Location
+from compile_attn.passes.graph import Location, source_line
+from compile_attn.passes.pipeline import refusal
 from compile_attn.passes.report import RefusedError, Rejected, Report
 from compile_attn.sampling import NOT_FINITE, Sampling, sample
 from compile_attn.scheduler import Plan, Reason, Request, Scheduler
@@ -328,9 +330,13 @@ class _plain_errors(AbstractContextManager["None"]):
 
 
 def _not_one_graph(error: Exception) -> RefusedError:
-    why = f"the model does not compile as one graph: {error}"
-    rejected = Rejected(why, Location("", "", ""), "rewrite the code that is named there, or move it out of forward")
-    return RefusedError(f"paged_attn cannot page this model: {why}", Report("paged", rejected=(rejected,)))
+    """Dynamo's own refusal, in the words of ours; its hints stay in the chained error."""
+    what = str(error).strip().splitlines()[0]
+    stack = getattr(error, "real_stack", None)
+    where = source_line("".join(traceback.format_list(stack))) if stack else ""
+    cure = "rewrite the code that is named there, or move it out of forward"
+    rejected = Rejected(f"the model does not compile as one graph: {what}", Location(source=where), cure)
+    return refusal(Report("paged"), [rejected])
 
 
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:

@@ -17,22 +17,32 @@ from compile_attn.passes.graph import val
 _aten = torch.ops.aten
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
-    """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line."""
-    node = graph.call_function(target, args)
-    mode = detect_fake_mode([n.meta["val"] for n in node.all_input_nodes])
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **options: Any) -> fx.Node:
+    """A call_function node at the graph's insert point, with its fake value and, from `like`, the user's source line.
+
+    `options` are keyword arguments of the op that are no nodes.
+    """
+    node = graph.call_function(target, args, options)
+    revalue(node)
+    if like is not None:
+        node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
+    return node
+
+
+def revalue(node: fx.Node, like: fx.Node | None = None) -> None:
+    """Make the node's fake value anew from those of its inputs, in their fake mode or, where all are sizes, that of `like`."""
+    mode = detect_fake_mode([n.meta["val"] for n in (*node.all_input_nodes, *([like] if like is not None else []))])
 
     def value(source: fx.Node) -> Any:
         known = source.meta["val"]  # a lifted constant may hold its real tensor
         real = isinstance(known, torch.Tensor) and not isinstance(known, FakeTensor)
         return mode.from_tensor(known, static_shapes=True) if real and mode is not None else known
 
+    args, options = fx.map_arg((node.args, dict(node.kwargs)), value)
+    assert callable(node.target)
     # The mode: composite ops make tensors of their own. The Python dispatcher: on torch 2.11 their C++ kernels guard on sizes.
     with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
-        node.meta["val"] = target(*fx.map_arg(args, value))
-    if like is not None:
-        node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
-    return node
+        node.meta["val"] = node.target(*args, **options)
 
 
 def size(graph: fx.Graph, node: fx.Node, dim: int) -> int | fx.Node:

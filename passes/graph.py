@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,11 +13,14 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Location:
-    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "")."""
+    """Where a node came from: its name, the module path (`model.layers.0.self_attn`, or ""), and `file:line: code` (or "").
 
-    node: str
-    module: str
-    source: str
+    Files below the working directory are named from there.
+    """
+
+    node: str = ""
+    module: str = ""
+    source: str = ""
 
 
 def location(node: fx.Node) -> Location:
@@ -25,18 +29,18 @@ def location(node: fx.Node) -> Location:
     module = ""
     for path, _ in stack.values():
         module = _clean_path(path)
-    return Location(node.name, module, _source_line(node.meta.get("stack_trace")))
+    return Location(node.name, module, source_line(node.meta.get("stack_trace")))
 
 
 def _clean_path(path: str) -> str:
     """`L['self'].model.layers.0.self_attn` or `L['self']._modules['model']...` as a dotted path below the model."""
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("._modules", "")
+    path = re.sub(r"^L\['\w+'\]", "", path).replace("._modules", "")  # whatever forward calls its self
     path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
     return path.strip(".")
 
 
-def _source_line(trace: str | None) -> str:
-    """`file:line: code` of the innermost frame of a recorded stack."""
+def source_line(trace: str | None) -> str:
+    """`file:line: code` of the user's innermost frame in a stack as `traceback` writes it; empty without one."""
     if not trace:
         return ""
     lines = [line.strip() for line in trace.strip().splitlines()]
@@ -47,7 +51,8 @@ def _source_line(trace: str | None) -> str:
             parts = lines[at].split('"')
             number = lines[at].split("line ")[1].split(",")[0] if "line " in lines[at] else "?"
             code = lines[at + 1] if at + 1 < len(lines) else ""
-            return f"{parts[1] if len(parts) > 1 else '?'}:{number}: {code}"
+            file = parts[1].removeprefix(os.getcwd() + os.sep) if len(parts) > 1 else "?"
+            return f"{file}:{number}: {code}"
     return ""
 
 

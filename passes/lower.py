@@ -64,21 +64,16 @@ def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
         q, k, v = (_canonical(graph, operand, like) for operand in (site.q, site.k, site.v))
         k, v = (_with_heads(graph, node, site.spec.num_kv_heads, like) for node in (k, v))
         if kernel == "sdpa" and _plain_sdpa(site, q, k):
-            args = (q, k, v, None, 0.0, isinstance(site.spec.mask, Causal))
-            options = {"scale": site.spec.scale, "enable_gqa": site.spec.num_q_heads != site.spec.num_kv_heads}
-            fused = _call_with_options(graph, _aten.scaled_dot_product_attention.default, args, options, like)
+            causal, grouped = isinstance(site.spec.mask, Causal), site.spec.num_q_heads != site.spec.num_kv_heads
+            options = {"scale": site.spec.scale, "enable_gqa": grouped}
+            sdpa = _aten.scaled_dot_product_attention.default
+            fused = emit.call(graph, sdpa, q, k, v, None, 0.0, causal, like=like, **options)
         else:
             captured = list(site.captured)
             fused = emit.call(graph, _ops.attention.default, q, k, v, captured, site.spec.encode(), kernel, like=like)
         result = _as_output(graph, fused, site.output, like)
     like.replace_all_uses_with(result)
     return fused
-
-
-def _call_with_options(graph: fx.Graph, target: object, args: tuple, options: dict, like: fx.Node) -> fx.Node:  # type: ignore[type-arg]
-    node = emit.call(graph, lambda *a: target(*a, **options), *args, like=like)  # type: ignore[operator]
-    node.target, node.kwargs = target, options  # type: ignore[assignment]
-    return node
 
 
 def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:

@@ -77,6 +77,7 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
     """Under dynamic=True Dynamo passes Python floats as 0-dim tensors and takes `.item()`: make them constants again.
 
     A scale that is a symbol cannot be read. `float()` of the backed symbol adds the guard that makes the constant sound.
+    Floats that depend on a size stay symbols: as constants they would hold for one length only.
     """
     for node in list(gm.graph.nodes):
         value = node.meta.get("example_value")
@@ -85,9 +86,13 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:  # their products and quotients, which Dynamo has left as symbols of the graph too
         value = node.meta.get("example_value")
-        if node.op == "call_function" and isinstance(value, torch.SymFloat):
+        if node.op == "call_function" and isinstance(value, torch.SymFloat) and not _has_sizes(value):
             node.replace_all_uses_with(float(value))
     gm.recompile()
+
+
+def _has_sizes(number: torch.SymFloat) -> bool:
+    return any(symbol.is_integer for symbol in number.node.expr.free_symbols)
 
 
 def _restore_mutations(module: fx.GraphModule, signature: Any, inputs: list[fx.Node]) -> None:

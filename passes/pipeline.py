@@ -16,14 +16,15 @@ import torch
 from torch import fx
 
 from compile_attn.passes import lower
-from compile_attn.passes.cleanup import cleanup, readable
+from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
 from compile_attn.passes.normalize import Normalized, normalize
+from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
-from compile_attn.passes.verify import FreshInputs, verify
+from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
 
 __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
 
@@ -48,6 +49,24 @@ class Rewriting:
     max_tokens: int | None = None  # most packed tokens that one call may hold, where the model itself limits it
     constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
 
+    def verify(self) -> None:
+        """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
+        assert self.inputs is not None
+        verify(self.module, self.inputs)
+
+    def most_tokens(self, max_seqs: int, own_inputs: int) -> int | None:
+        """The most tokens of a step: the model's own limit, and what compiling it has assumed. Rows are tokens too.
+
+        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where too few sequences fit.
+        """
+        assert self.inputs is not None
+        bounds = assumed_bounds(self.inputs)
+        block_table = self.inputs.values[own_inputs]
+        sequences = bounds.pop(block_table.shape[0].node.expr, max_seqs)
+        if sequences < max_seqs:
+            raise ValueError(f"max_seqs={max_seqs}; the compiled graph takes at most {sequences} sequences a step: lower it")
+        return min((*bounds.values(), *([] if self.max_tokens is None else [self.max_tokens])), default=None)
+
 
 @dataclass
 class _Clock:
@@ -70,7 +89,9 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
             normalized = normalize(gm, examples)
     except Exception as error:  # whatever torch raises while tracing: the graph then stays as it is, and the report says so
         return Rewriting(gm, Report("stateless", (), (_untraceable(error),), (), clock.seconds))
-    before = readable(normalized.module)
+    relax_views(normalized.module.graph)
+    with clock.phase("report"):
+        before = _text(normalized)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=False, positions=frozenset())
     with clock.phase("lower"):
@@ -78,7 +99,9 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         if rewritten:
             cleanup(normalized.module.graph)
     normalized.module.recompile()
-    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, readable(normalized.module))
+    with clock.phase("report"):
+        after = _text(normalized)
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after)
     return Rewriting(normalized.module, report)
 
 
@@ -103,7 +126,9 @@ def rewrite_paged(
     except Exception as error:
         raise refusal(Report("paged", seconds=clock.seconds), [_untraceable(error)]) from error
     module, graph = normalized.module, normalized.module.graph
-    before = readable(module)
+    relax_views(graph)
+    with clock.phase("report"):
+        before = _text(normalized)
     inputs = placeholders(graph)
     tokens = [inputs[place] for place in (token_ids, positions) if place is not None]
     position_inputs = frozenset(tokens[1:])
@@ -121,12 +146,11 @@ def rewrite_paged(
     with clock.phase("lower"):
         layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
         cleanup(graph)
-    with clock.phase("verify"):
-        fresh = FreshInputs(graph)
-        verify(module, fresh)
     module.recompile()
-    report = replace(report, tokens=proof.rewrites, after=readable(module), max_positions=proof.max_positions)
-    return Rewriting(module, report, layers, fresh, proof.max_tokens)
+    with clock.phase("report"):
+        after = _text(normalized)
+    report = replace(report, tokens=proof.rewrites, after=after, max_positions=proof.max_positions)
+    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens)
 
 
 def _prove(
@@ -156,13 +180,14 @@ def _prove(
 def refusal(report: Report, rejected: Sequence[Rejected]) -> RefusedError:
     """The error that says why a model cannot be paged: every reason, with node, module and source line."""
     unique = tuple(dict.fromkeys(rejected))
-    lines = [f"{reason.reason} [{_where(reason.where)}]" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
+    lines = [f"{reason.reason}{_where(reason.where)}" + (f"; {reason.cure}" if reason.cure else "") for reason in unique]
     text = "paged_attn cannot page this model, and nothing was rewritten:\n" + "\n".join(f"  - {line}" for line in lines)
     return RefusedError(text, replace(report, sites=(), rejected=unique))
 
 
 def _where(where: Location) -> str:
-    return ", ".join(part for part in (f"node {where.node}", where.module, where.source) if part)
+    parts = (where.node and f"node {where.node}", where.module, where.source)
+    return f" [{', '.join(filter(None, parts))}]" if any(parts) else ""
 
 
 def _fuse_all(
@@ -184,9 +209,13 @@ def _fuse_all(
     return tuple(rewritten), refused
 
 
+def _text(normalized: Normalized) -> str:
+    return readable(normalized.module.graph, normalized.sources)
+
+
 def _untraceable(error: Exception) -> Rejected:
     why = f"the captured graph cannot be traced to ATen: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-    return Rejected(why, Location("", "", ""), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
+    return Rejected(why, Location(), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
 
 
 def _unify_lengths(gm: fx.GraphModule, places: Sequence[int]) -> None:

@@ -6,11 +6,12 @@ A Report is a value: sites rewritten, sites rejected, what was done about tokens
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.kernels.text import print_expr
 from compile_attn.passes.graph import Location
 
 if TYPE_CHECKING:
@@ -78,19 +79,22 @@ class Report:
 
     def summary(self) -> str:
         """One line."""
-        done = f"{len(self.sites)} attention site(s) rewritten ({self.mode}), {len(self.rejected)} rejected"
-        return done + (f", {len(self.tokens)} token rewrite(s)" if self.mode == "paged" else "")
+        if self.mode == "paged" and self.rejected:
+            return f"this model cannot be paged, for {counted(len(self.rejected), 'reason')}; nothing was rewritten"
+        done = f"{counted(len(self.sites), 'attention site')} rewritten ({self.mode}), {len(self.rejected)} rejected"
+        return done + (f", {counted(len(self.tokens), 'token rewrite')}" if self.mode == "paged" else "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.summary()
         if self.sites:
-            yield _table("rewritten", ("where", "what it computes", "kernel", "others"), [_site_row(site) for site in self.sites])
+            rows = [(_where(at), _meaning(site), _kernel(site)) for site, at in grouped(self.sites)]
+            yield _table("rewritten", ("where", "what it computes", "kernel"), rows)
         if self.rejected:
-            rows = [(one.where.module or one.where.node, one.reason, one.cure, one.where.source) for one in self.rejected]
-            yield _table("rejected", ("where", "reason", "cure", "source"), rows)
+            reasons = [(_where(at), one.reason, one.cure) for one, at in grouped(self.rejected)]
+            yield _table("rejected", ("where", "reason", "cure"), reasons)
         if self.tokens:
-            changes = [(one.kind, one.where.module or one.where.node, one.detail) for one in self.tokens]
-            yield _table("tokens", ("kind", "where", "rewrite"), changes)
+            changes = [(_where(at), one.kind, one.detail) for one, at in grouped(self.tokens)]
+            yield _table("tokens", ("where", "kind", "rewrite"), changes)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -98,27 +102,53 @@ class Report:
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
             console.print(self)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _site_row(site: Rewritten) -> tuple[str, ...]:
-    others = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in site.passed_over.items())
-    return site.where.module or site.where.node, site.spec.words(), site.kernel, others
+_Located = TypeVar("_Located", Rewritten, Rejected, TokenRewrite)
+
+
+def grouped(entries: Iterable[_Located]) -> list[tuple[_Located, list[Location]]]:
+    """Entries that differ in module and node alone, such as those of equal layers, once, with all their places."""
+    groups: dict[str, tuple[_Located, list[Location]]] = {}
+    for entry in entries:
+        key = repr(replace(entry, where=Location(source=entry.where.source)))
+        groups.setdefault(key, (entry, []))[1].append(entry.where)
+    return list(groups.values())
+
+
+def _where(places: Sequence[Location]) -> str:
+    """First and last place of a group, and their source line."""
+    first, last = (at.module or at.node for at in (places[0], places[-1]))
+    span = first if len(places) == 1 else f"{first} ... {last} ({len(places)})"
+    return "\n".join(part for part in (span, places[0].source) if part)
+
+
+def _meaning(site: Rewritten) -> str:
+    predicate = print_expr(site.spec.mask.predicate())
+    return f"{site.spec.words()}\n" + ("every key is visible" if predicate == "True" else f"visible where {predicate}")
+
+
+def _kernel(site: Rewritten) -> str:
+    others = [f"not {name}: {'; '.join(reasons)}" for name, reasons in site.passed_over.items()]
+    nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"
+    return "\n".join((site.kernel, *others, nodes))
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 node", "2 nodes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """A table in which equal neighbours that differ in place alone share a row."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
-    groups: dict[tuple[str, ...], list[str]] = {}
-    place = 1 if title == "tokens" else 0
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in columns:
+        table.add_column(name, overflow="fold")  # a path that is too long goes on in the next line, and is not cut
     for row in rows:
-        groups.setdefault((*row[:place], "", *row[place + 1 :]), []).append(row[place])
-    for row, places in groups.items():
-        where = places[0] if len(places) == 1 else f"{places[0]} ... {places[-1]} ({len(places)})"
-        table.add_row(*(Text(where if n == place else cell) for n, cell in enumerate(row)))
+        table.add_row(*map(Text, row))
     return table
 
 

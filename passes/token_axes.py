@@ -5,6 +5,7 @@ Reductions, running sums, sorts, norms and convolutions keep tokens apart as lon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import fx
 from compile_attn.passes.graph import val
 from compile_attn.passes.token_context import BY_ITSELF, Context, for_each_result, names, op_key, rule, tensors
 from compile_attn.passes.token_rules import pointwise
-from compile_attn.passes.token_values import Free, Mixed, Value
+from compile_attn.passes.token_values import Free, Mixed, Tok, Value
 
 Arguments = dict[str, Any]
 
@@ -37,16 +38,12 @@ def _dims(args: Arguments, rank: int) -> list[int]:
 
 @rule(*_REDUCTIONS)
 def reduction(c: Context, node: fx.Node, args: Arguments) -> Value:
-    x = node.args[0]
     if len(tensors(args.values())) > 1:  # max.other and its like
         return pointwise(c, node, args)
-    rank = val(x).dim()  # type: ignore[arg-type]
-    dims = _dims(args, rank)
-    value = c.payload(node, x)  # type: ignore[arg-type]
+    dims = _dims(args, _rank(node))
+    value = _beside(c, node, dims, "reduces over")
     if isinstance(value, Mixed):
         return value
-    if value.dim in dims:
-        return c.mixed(node, f"reduces over the token axis; {BY_ITSELF}")
     keep = bool(args.get("keepdim", False))
     moved = replace(value, dim=value.dim - (0 if keep else sum(dim < value.dim for dim in dims)), fill=None)
     return for_each_result(node, moved)
@@ -54,8 +51,7 @@ def reduction(c: Context, node: fx.Node, args: Arguments) -> Value:
 
 @rule(*_ALONG)
 def along(c: Context, node: fx.Node, args: Arguments) -> Value:
-    x = node.args[0]
-    rank = val(x).dim()  # type: ignore[arg-type]
+    rank = _rank(node)
     name = op_key(node).removeprefix("aten::")
     if (
         (args.get("dim", 0) is None and not name.startswith("fft_"))
@@ -65,12 +61,20 @@ def along(c: Context, node: fx.Node, args: Arguments) -> Value:
         dims = list(range(rank))
     else:
         dims = _dims(args, rank)
-    value = c.payload(node, x)  # type: ignore[arg-type]
-    if isinstance(value, Mixed):
-        return value
-    if value.dim in dims:
-        return c.mixed(node, f"works along the token axis; {BY_ITSELF}")
-    return for_each_result(node, replace(value, fill=None))
+    value = _beside(c, node, dims, "works along")
+    return value if isinstance(value, Mixed) else for_each_result(node, replace(value, fill=None))
+
+
+def _rank(node: fx.Node) -> int:
+    return val(node.args[0]).dim()  # type: ignore[arg-type]
+
+
+def _beside(c: Context, node: fx.Node, dims: Sequence[int], verb: str) -> Tok | Mixed:
+    """The first argument's value, whose token axis is none of these; else Mixed."""
+    value = c.payload(node, node.args[0])  # type: ignore[arg-type]
+    if not isinstance(value, Mixed) and value.dim in dims:
+        return c.mixed(node, f"{verb} the token axis; {BY_ITSELF}")
+    return value
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")

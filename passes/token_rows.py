@@ -43,8 +43,9 @@ class Mover:
             if source in moved:
                 selection.replace_all_uses_with(source)
                 self.graph.erase_node(selection)
-        for node in moved:
-            node.meta.pop("val", None)  # it says T; whoever needs it runs the graph on fake tensors anew
+        for node in self.graph.nodes:
+            if node in moved:
+                emit.revalue(node, self.rows)  # it said T
         return len(moved)
 
     def _movable(self) -> set[fx.Node]:
@@ -100,7 +101,7 @@ class Mover:
             return size
         if self._is_count(arg):
             made = self.graph.node_copy(arg, lambda size: self._on_rows(user, size, set()))
-            made.meta.pop("val", None)
+            emit.revalue(made, self.rows)
             return made
         assert isinstance(value, Tok)
         return emit.call(self.graph, _aten.index_select.default, arg, value.dim, self.rows, like=user)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from compile_attn.passes import emit, token_axes, token_moe, token_rules, token_views
+from compile_attn.passes.bounds import NotABound, upper_bound
 from compile_attn.passes.graph import Location, location, output_node, val
 from compile_attn.passes.report import Rejected, TokenRewrite
 from compile_attn.passes.token_context import Context, is_row
@@ -178,15 +179,14 @@ def _longest(length: torch.SymInt, where: fx.Node) -> int | None:
     for condition, source in conditions:
         if condition.free_symbols != {symbol} or (isinstance(condition, sympy.Ne) and symbol in condition.args):
             continue  # T != n only says that a broadcast against n rows did not happen
-        holds = [bool(condition.subs(symbol, probe)) for probe in _PROBES]
-        if all(holds):
-            continue
-        first = holds.index(False)
-        if first == 0 or any(holds[first:]):
+        try:
+            bound = upper_bound(condition, symbol)
+        except NotABound:
             why = f"the captured program holds only where T, the number of tokens, satisfies {condition}"
             cure = "let no branch and no number depend on the length of the input"
-            raise TokensRefused([Rejected(why, Location(where.name, "", source), cure)])
-        found.append(_last_that_holds(condition, symbol, _PROBES[first - 1], _PROBES[first]))
+            raise TokensRefused([Rejected(why, Location(where.name, "", source), cure)]) from None
+        if bound is not None:
+            found.append(bound)
     return min(found, default=None)
 
 
@@ -195,18 +195,6 @@ def _without_full_length(length: torch.SymInt, longest: int | None) -> int | Non
     symbol, guards = length.node.expr, length.node.shape_env.guards
     apart = any(isinstance(guard.expr, sympy.Ne) and set(guard.expr.args) == {symbol, sympy.sympify(longest)} for guard in guards)
     return longest - 1 if longest is not None and apart else longest
-
-
-# Every length to 130, then doubling: lengths at which models branch are small multiples of a window, or powers of two.
-_PROBES = [*range(2, 131), *(2**power + extra for power in range(8, 31) for extra in (-1, 0, 1))]
-
-
-def _last_that_holds(condition: sympy.Basic, symbol: sympy.Symbol, low: int, high: int) -> int:
-    """The last length for which an upper bound holds, between one that does and one that does not."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bool(condition.subs(symbol, middle)) else (low, middle)
-    return low
 
 
 __all__ = ["TokenProof", "TokensRefused", "prove_tokens"]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from compile_attn.passes.bounds import NotABound, upper_bound
 from compile_attn.passes.graph import placeholders
 
 # First-call sizes that the inner compiler sees as hints: primes, so that no two symbols are unified by having equal hints.
@@ -36,8 +38,7 @@ class FreshInputs:
         shape = [self._size(n) for n in value.shape]
         stride = value.stride() if all(isinstance(n, int) for n in value.stride()) else _contiguous(shape)
         with self.mode:
-            fresh = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return torch.nn.Parameter(fresh, requires_grad=False) if isinstance(value, torch.nn.Parameter) else fresh
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
 
     def _size(self, length: int | torch.SymInt) -> int | torch.SymInt:
         if isinstance(length, int):
@@ -68,10 +69,31 @@ def _contiguous(shape: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
 
 
 def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
-    """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises."""
+    """Lint the graph and run it on fake tensors; every node's `val` is made anew. Raises what the run raises.
+
+    A compiler that traces the graph on these inputs, as Inductor does, makes this run itself.
+    """
     module.graph.lint()
     with inputs.mode, enable_python_dispatcher():  # as AOTAutograd traces: C++ composite kernels want constant sizes
         _Propagate(module, inputs.mode).run(*inputs.values)
+
+
+def assumed_bounds(inputs: FreshInputs) -> dict[sympy.Symbol, int]:
+    """How large the sizes may be, by what the run or a compiler has assumed: an index of 32 bits, say.
+
+    Raises NotABound where something else was assumed, so that the program would be wrong for other sizes.
+    """
+    env = inputs.mode.shape_env
+    assert env is not None
+    if env.replacements:
+        raise NotABound(", ".join(f"{symbol} = {value}" for symbol, value in env.replacements.items()))
+    bounds: dict[sympy.Symbol, int] = {}
+    for guard in env.guards:
+        symbol = next(iter(guard.expr.free_symbols), sympy.Symbol("constant"))
+        bound = upper_bound(guard.expr, symbol)
+        if bound is not None:
+            bounds[symbol] = min(bound, bounds.get(symbol, bound))
+    return bounds
 
 
 class _Propagate(fx.Interpreter):

@@ -89,11 +89,11 @@ def test_refused(name: str) -> None:
     assert any(one.reason in str(refused) for one in refused.report.rejected)
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("gru", "length_scaled")])
+@pytest.mark.parametrize("name", REFUSED)
 def test_refusal_names_node_and_source(name: str) -> None:
     model = REFUSED[name][0]().eval().requires_grad_(False)
     rejected = _refusal(model).report.rejected
-    assert all(one.where.node for one in rejected), rejected
+    assert all(one.where.node or one.where.source for one in rejected), rejected  # a source alone where Dynamo refused
     assert any("tests/models/" in one.where.source for one in rejected), rejected
     assert any(one.cure for one in rejected), rejected
 

@@ -295,7 +295,7 @@ def _recent() -> list[Family]:
         Family("minicpm3", "minicpm3", _llama(**_MLA, scale_emb=1.0, dim_model_base=32)),
         Family("youtu", "youtu", _llama(**_MLA)),
         Family("granite_swa", "granite_swa", _llama(**_WINDOW, **_ALTERNATING), forms=_EAGER),
-        Family("afmoe", "afmoe", _llama(**_WINDOW, **_FOUR, count=4, num_dense_layers=1, **_QWEN_MOE)),
+        Family("afmoe", "afmoe", _llama(**_WINDOW, **_FOUR, count=4, num_dense_layers=1, **_QWEN_MOE), forms=_EAGER),
         Family("exaone_moe", "exaone_moe", _llama(**_WINDOW, **_FOUR, count=4, **_QWEN_MOE)),
         Family("mimo_v2_flash", "mimo_v2_flash", _llama(**_WINDOW), forms=_EAGER),
         Family("doge", "doge", _llama(), refused="computed from the tokens"),

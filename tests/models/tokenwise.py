@@ -441,7 +441,7 @@ def divided_by_length(m: Model, x: torch.Tensor) -> torch.Tensor:
     return x / x.shape[1]
 
 
-@mixing("holds only where T|depends on the length")
+@mixing("length of the sequence")
 def divided_by_a_power_of_length(m: Model, x: torch.Tensor) -> torch.Tensor:
     return x / x.shape[1] ** 0.5
 

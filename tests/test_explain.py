@@ -1,0 +1,112 @@
+"""Does explain say what a compilation would do, and leave everything else alone?"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import compile_attn as ca
+from compile_attn.kernels.mask import Causal
+from tests.tiny import TinyAttention, tiny
+
+IDS = torch.arange(9)[None]
+
+
+def test_stateless() -> None:
+    report = ca.explain(tiny(), IDS)
+    assert [(site.where.module, site.spec.mask, site.kernel) for site in report.sites] == [
+        ("attention.0", Causal(), "sdpa"),
+        ("attention.1", Causal(), "sdpa"),
+    ]
+    assert report.mode == "stateless" and report.rejected == () and "+scaled_dot_product_attention" in report.diff()
+    assert all(site.passed_over and site.nodes_removed > site.nodes_added > 0 for site in report.sites)
+
+
+def test_a_kernel_for_every_site() -> None:
+    assert {site.kernel for site in ca.explain(tiny(), IDS, kernel="reference").sites} == {"reference"}
+
+
+def test_what_cannot_be_read() -> None:
+    class Leaking(TinyAttention):
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            seen = (q @ k.mT).softmax(-1)
+            return seen @ v, seen
+
+    report = ca.explain(Leaking(), torch.randn(1, 5, 16))
+    assert report.sites == () and report.diff() == ""
+    [rejected] = report.rejected
+    assert "also used" in rejected.reason and "seen = (q @ k.mT).softmax(-1)" in rejected.where.source
+
+
+def test_paged_needs_no_inputs() -> None:
+    report = ca.explain(tiny(), paged=True)
+    assert report.mode == "paged" and len(report.sites) == 2 and report.tokens
+    assert "+attend_default" in report.diff()
+
+
+def test_what_cannot_be_paged_is_no_error() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.inner(ids)
+            return logits - logits.mean(1, keepdim=True)
+
+    report = ca.explain(Mean(), paged=True)
+    assert report.sites == () and "mean" in report.rejected[0].reason
+    assert "logits.mean(1, keepdim=True)" in report.rejected[0].where.source
+
+
+def test_a_model_with_a_graph_break() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = TinyAttention(), TinyAttention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            result: Tensor = self.second(x)
+            return result
+
+    report = ca.explain(Broken(), torch.randn(1, 5, 16))
+    assert [site.where.module for site in report.sites] == ["first", "second"]
+    assert report.diff().count("+scaled_dot_product_attention") == 2
+
+
+def test_nothing_to_explain() -> None:
+    with pytest.raises(RuntimeError, match=r"captured no graph of this call.*look for @torch.compiler.disable"):
+        ca.explain(torch.compiler.disable(lambda x: x), IDS)
+
+
+@pytest.mark.parametrize("isolating", [True, False], ids=["isolate_recompiles", "older torch"])
+def test_other_compilations_are_left_alone(isolating: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled stays compiled, and more explanations than the recompile limit take nothing from it."""
+    if isolating and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch has no isolate_recompiles")
+    if not isolating:
+        old = SimpleNamespace(signature=lambda _: inspect.Signature())
+        monkeypatch.setattr(sys.modules["compile_attn.explain"], "inspect", old)
+    model = tiny()
+    fast = torch.compile(model, backend="eager")
+    fast(IDS)
+    compiled = counters["stats"]["unique_graphs"]
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert len(ca.explain(model, IDS).sites) == 2
+    explained = counters["stats"]["unique_graphs"]
+    assert explained > compiled
+    fast(IDS)
+    assert counters["stats"]["unique_graphs"] == explained, "compiled anew"
+    fast(torch.arange(11)[None])
+    assert counters["stats"]["unique_graphs"] > explained, "the limit was used up"
+    assert len(ca.explain(fast, IDS).sites) == 2, "a model that is compiled already is explained like any other"
