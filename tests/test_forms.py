@@ -103,6 +103,12 @@ def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Rewriting,
     return found[0], output
 
 
+def test_every_form_says_who_writes_it_and_has_a_near_miss() -> None:
+    for form in FORMS:
+        assert form.run.__doc__, form.run.__name__
+        assert any(not near.readable for near in form.near), form.run.__name__
+
+
 @pytest.mark.parametrize("form", FORMS, ids=_names)
 def test_form_is_read_when_paged(form: Form) -> None:
     specs, rejected = _read(form, form.module(), batch=1, paged=True)
@@ -157,7 +163,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
     assert rewriting.report.sites == ()
     assert rewriting.report.rejected, "refused in silence"
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), rewriting.report.rejected
-    assert all(one.where.node and one.where.source for one in rewriting.report.rejected)
+    assert all(one.where.node and one.where.source and one.cure for one in rewriting.report.rejected)
     assert rewriting.report.before == rewriting.report.after
     return _assert_same(found, wanted)
 
@@ -166,6 +172,7 @@ def _assert_refused_when_paged(form: Form, near: NearMiss) -> None:
     specs, rejected = _read(form, form.module(near.run), batch=1, paged=True)
     assert specs == [] and rejected, specs
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rejected), rejected
+    assert all(one.where.node and one.where.source and one.cure for one in rejected)
 
 
 @pytest.mark.parametrize("form", fused.FLEX, ids=_names)

@@ -316,6 +316,24 @@ def test_a_branch_on_the_length_bounds_the_positions() -> None:
     assert case.lm.generate(prompts, max_new_tokens=2) == [recomputed(case.model, prompt, 2) for prompt in prompts]
 
 
+class Linspaced(Decoder):
+    """Positions from 0 to 1 in as many steps as there are tokens."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tok(input_ids) + torch.linspace(0, 1, input_ids.shape[1])[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def test_a_length_made_constant_is_refused_with_its_line() -> None:
+    with pytest.raises(ca.RefusedError) as caught:
+        paged(_ready(Linspaced(CausalBlock)), VOCAB)
+    [rejected] = caught.value.report.rejected
+    assert rejected.reason.startswith("the number of tokens is made a constant (3)")
+    assert "torch.linspace(0, 1, input_ids.shape[1])" in rejected.where.source
+
+
 class TupleOutput(Decoder):
     """Returns (logits, keys) and a dictionary of odds and ends, as models with use_cache on do."""
 

@@ -33,6 +33,11 @@ def sdpa_bool(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), attn_mask=mask, scale=SCALE)
 
 
+def sdpa_strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
+    return F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), attn_mask=mask, scale=SCALE)
+
+
 def sdpa_additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Older transformers: an additive mask."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=additive(q.shape[2]))
@@ -52,6 +57,10 @@ def safe_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ATen's decomposition of SDPA: rows without keys give 0."""
     scores = (q * SCALE) @ k.mT + torch.where(seen(q.shape[2]), 0.0, -torch.inf)
     return torch.ops.aten._safe_softmax(scores, -1) @ v
+
+
+def safe_softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._safe_softmax((q * SCALE) @ k.mT, -2) @ v
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,10 +123,10 @@ _STATISTICS = NearMiss(flash_cpu_statistics, "statistics")
 FORMS = (
     Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"),)),
     Form(sdpa_scaled, spec(scale=0.7), near=(NearMiss(sdpa_dropout, "dropout"),)),
-    Form(sdpa_bool, spec(Window(3), kv=2)),
-    Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, ".", paged=True),)),
-    Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL),
-    Form(safe_softmax, spec()),
+    Form(sdpa_bool, spec(Window(3), kv=2), near=(NearMiss(sdpa_strict, "may see no key at all"),)),
+    Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, "computed from the tokens", paged=True),)),
+    Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL, near=(NearMiss(sdpa_dropout, "dropout"),)),
+    Form(safe_softmax, spec(), near=(NearMiss(safe_softmax_over_queries, "another axis|not the key axis"),)),
     Form(flash_cpu, spec(), near=(_STATISTICS,)),
     Form(flash_cpu_masked, spec(Window(3), scale=0.25), near=(_STATISTICS,)),
     Form(math_op, spec(scale=0.7), near=(NearMiss(math_op_dropout, "dropout"),)),
