@@ -113,8 +113,10 @@ def _encoder_layer(
 
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
-    **{op: _composite(op) for op in (_aten.einsum.default, _aten.inner.default, _aten.tensordot.default)},
-    **{op: _composite(op) for op in (_aten.linalg_vecdot.default, _aten.linalg_multi_dot.default, _aten.chain_matmul.default)},
+    **{
+        op: _composite(op)
+        for op in (_aten.einsum.default, _aten.inner.default, _aten.tensordot.default, _aten.linalg_vecdot.default)
+    },
     _aten._native_multi_head_attention.default: _native_mha,
     _aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }

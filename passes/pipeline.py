@@ -23,6 +23,7 @@ from compile_attn.passes.normalize import Normalized, normalize
 from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
+from compile_attn.passes.terms import Unreadable
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
 from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
 
@@ -99,6 +100,8 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         if rewritten:
             cleanup(normalized.module.graph)
     normalized.module.recompile()
+    if normalized.flex and (rejected or refused or len(rewritten) < normalized.flex):
+        return Rewriting(gm, Report("stateless", (), (*rejected, *refused), (), clock.seconds, before, before))
     with clock.phase("report"):
         after = _text(normalized)
     report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after)
@@ -214,6 +217,8 @@ def _text(normalized: Normalized) -> str:
 
 
 def _untraceable(error: Exception) -> Rejected:
+    if isinstance(error, Unreadable):
+        return error.rejected
     why = f"the captured graph cannot be traced to ATen: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
     return Rejected(why, Location(), "write attention with matmul and softmax, or F.scaled_dot_product_attention")
 

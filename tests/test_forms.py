@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -26,9 +25,10 @@ from tests.forms.form import TOKENS, Form, NearMiss
 
 TOLERANCE = 1e-5  # float32, values of order 1: softmax and product in another order of summation
 ROOMS = (plain, scales, biases, masks, sinks, layouts, fused, outputs)
-STATELESS = [form for room in ROOMS for form in room.FORMS]
-DATA = masks.DATA_FORMS  # their masks are data of the call: classified as captured tensors, in one way or another
+STATELESS = [*(form for room in ROOMS for form in room.FORMS), *fused.FLEX]
+DATA = (*masks.DATA_FORMS, *fused.FLEX_DATA)  # their masks are data of the call: captured tensors, in one way or another
 FORMS = [*STATELESS, *DATA]
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 NEAR = {near.run.__name__: (form, near) for form in FORMS for near in form.near}
 
 
@@ -173,16 +173,3 @@ def _assert_refused_when_paged(form: Form, near: NearMiss) -> None:
     assert specs == [] and rejected, specs
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rejected), rejected
     assert all(one.where.node and one.where.source and one.cure for one in rejected)
-
-
-@pytest.mark.parametrize("form", fused.FLEX, ids=_names)
-def test_flex_attention_is_refused_aloud(form: Form) -> None:
-    """vmap and the higher-order op are not read: the graph stays as it was, with the reason."""
-    module, inputs = form.module(), form.arguments()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted = module(*inputs)
-        rewriting, found = _compiled(module, inputs)
-    assert rewriting.report.sites == ()
-    assert any("vmap or flex_attention" in one.reason for one in rewriting.report.rejected)
-    _assert_same(found, wanted)

@@ -127,6 +127,7 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
         F.softmax((q.view(B, 2, 2, T, 1, D) * k[:, :2, None, None]).sum(-1) * SCALE + additive(T), -1) @ v[:, :2, None]
     ).view(B, H, T, D),
     "linear": lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0]) * SCALE + additive(T)[0, 0], -1) @ v[0, 0],
+    "vecdot": lambda q, k, v: F.softmax(torch.linalg.vecdot(q[:, :, :, None], k[:, :, None]) * SCALE + additive(T), -1) @ v,
     "addmm": lambda q, k, v: F.softmax(torch.addmm(additive(T)[0, 0], q[0, 0], k[0, 0].T, alpha=SCALE), -1) @ v[0, 0],
     "inner": lambda q, k, v: F.softmax(torch.inner(q[0, 0], k[0, 0]) * SCALE + additive(T)[0, 0], -1) @ v[0, 0],
     "tensordot": lambda q, k, v: (
