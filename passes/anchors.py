@@ -98,7 +98,7 @@ def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
             spelled = spell_out(graph, node)
             if isinstance(spelled, Spelled):
                 weights = spelled.probabilities
-                yield Anchor(weights, spelled.scores, val(weights).dim() - 1, weights, finish=spelled.finish)
+                yield Anchor(node, spelled.scores, val(weights).dim() - 1, weights, finish=spelled.finish)
             else:
                 yield Anchor(node, node, -1, node, refused=spelled)
 

@@ -6,7 +6,7 @@ parameter asks for a gradient or gradients are off: taken apart, they are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def _einsum(equation: str, operands: Sequence[Tensor], path: object = None) -> Tensor:
-    """Torch's own decomposition of einsum into permute, view and bmm, reached through its composite kernel."""
-    return torch.ops.aten.einsum.default.decompose(equation, operands)  # type: ignore[no-any-return]
+def _composite(op: Any) -> Callable[..., Any]:
+    """Torch's own decomposition, into permute, view and bmm for one, reached through the composite kernel."""
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        return op.decompose(*args, **kwargs)
+
+    return decomposed
 
 
 def _hidden(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
@@ -109,7 +113,10 @@ def _encoder_layer(
 
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
-    _aten.einsum.default: _einsum,
+    **{
+        op: _composite(op)
+        for op in (_aten.einsum.default, _aten.inner.default, _aten.tensordot.default, _aten.linalg_vecdot.default)
+    },
     _aten._native_multi_head_attention.default: _native_mha,
     _aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }

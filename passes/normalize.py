@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from compile_attn.passes.decompositions import DECOMPOSITIONS
+from compile_attn.passes.flex import spell_out_flex
 from compile_attn.passes.graph import output_node, placeholders
 
 _aten = torch.ops.aten
@@ -26,6 +27,7 @@ class Normalized:
     module: fx.GraphModule
     constants: dict[fx.Node, torch.Tensor]  # parameters and buffers: placeholders or get_attr nodes whose values may be read
     sources: dict[fx.Node, str]  # placeholder -> name in the user's terms: "input_ids", "model.norm.weight"
+    flex: int = 0  # how many flex_attention ops were spelled out: worth it only if they become fused ops again
 
 
 def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
@@ -37,6 +39,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
     from torch._functorch.aot_autograd import aot_export_module
 
+    gm, flex = spell_out_flex(gm)
     _refuse_transforms(gm)
     _specialize_floats(gm)
     captured = placeholders(gm.graph)
@@ -62,11 +65,11 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
             if isinstance(value, torch.Tensor):
                 constants[node] = value
     module.recompile()
-    return Normalized(module, constants, sources)
+    return Normalized(module, constants, sources, flex)
 
 
 def _refuse_transforms(gm: fx.GraphModule) -> None:
-    """vmap and higher-order ops; tracing into them fails and leaves functorch's own state behind."""
+    """vmap; tracing into it fails and leaves functorch's own state behind."""
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("_vmap_increment_nesting", "flex_attention", "flex_attention_hop", "_add_batch_dim"):

@@ -24,6 +24,8 @@ from compile_attn.passes.indices import Index, index_map, path, shape_of
 from compile_attn.passes.symbolic import Reader
 from compile_attn.passes.terms import Unreadable, unreadable
 
+_LAYOUT = "let the values and the output have the heads and tokens of the scores, in their order"
+
 
 @dataclass(frozen=True)
 class Output:
@@ -98,7 +100,8 @@ class OutputReader:
         steps = path(weights.node, weights.index, self.reader.bounds)
         place = next((at for step, at in steps if step is anchor.probabilities), None)
         if place is None:
-            raise unreadable(node, "the probabilities do not reach their product with the values by layout ops alone")
+            why = "the probabilities do not reach their product with the values by layout ops alone"
+            raise unreadable(node, why, "multiply the softmax by the values directly")
         if place[anchor.dim] != inner + anchor.offset:
             why = "the softmax runs over another axis than the one that is contracted with the values"
             raise unreadable(node, why, "out = softmax(scores, -1) @ v")
@@ -109,11 +112,12 @@ class OutputReader:
         value_index = tuple(sympy.expand(p.xreplace({**back, inner: J})) for p in value.index)
         column, size = value.own, self.reader.bounds.size(value.own)
         if column not in outs and column != 0:
-            raise unreadable(node, f"the channels of the output are {column}, not one axis")
+            raise unreadable(node, f"the channels of the output are {column}, not one axis", _LAYOUT)
         roles = Roles(J, column, rows.batch, rows.keys, size, rows.heads)
         found = find_operand(value.node, value_index, roles, self.reader.bounds, scaled=False)
         if found is None:
-            raise unreadable(node, f"the values of this product are not laid out as heads, tokens and channels: {value_index}")
+            why = f"the values of this product are not laid out as heads, tokens and channels: {value_index}"
+            raise unreadable(node, why, _LAYOUT)
         letters = tuple("".join(self._letter(axis.symbol, back, column) for axis in parts) for parts in axes)
         heads = tuple(math.prod(int(a.size) for a in parts if self._letter(a.symbol, back, column) == "h") for parts in axes)
         return Output(Operand(output, letters, heads), found, size, back, out_index)
@@ -133,13 +137,13 @@ class OutputReader:
                 back[symbol] = I
             elif symbol in used and back.get(symbol, H).free_symbols <= {H}:
                 if not size.is_Integer:
-                    raise unreadable(node, f"an axis of {size} elements of the output mixes heads and tokens")
+                    raise unreadable(node, f"an axis of {size} elements of the output mixes heads and tokens", _LAYOUT)
                 heads[symbol] = int(size)
         back.update(head_symbol_values(heads))  # slowest first: the order in which the fused op gives them
         for got, axis in merged:
             have, want = got.xreplace(back), axis.xreplace(rows.values)
             if not same_for_heads(want, have, rows.heads):
-                raise unreadable(node, f"an axis of the output holds {axis} of the scores in another order")
+                raise unreadable(node, f"an axis of the output holds {axis} of the scores in another order", _LAYOUT)
         return back
 
     def _letter(self, symbol: sympy.Expr, back: dict[sympy.Expr, sympy.Expr], column: sympy.Expr) -> str:

@@ -13,16 +13,17 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from compile_attn.kernels.expr import Trunc
+from compile_attn.kernels.expr import Load, Trunc
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.indices import Index, argument, op_name
-from compile_attn.passes.terms import Dot
+from compile_attn.passes.terms import Dot, Opaque
 from compile_attn.passes.values import MANTISSA, boolean, cast, choose, condition, constant, is_boolean, number, rounded
 
 if TYPE_CHECKING:
     from compile_attn.passes.symbolic import Reader
 
 Rule = Callable[["Reader", fx.Node, Index], sympy.Basic]
+_INFINITE = (sympy.oo, -sympy.oo)
 _SELU = (sympy.Float(1.6732632423543772), sympy.Float(1.0507009873554805))  # alpha and scale, the constants of the paper
 
 
@@ -136,12 +137,14 @@ def _of_two(function: Callable[..., sympy.Expr]) -> Rule:
 
 
 def _is_infinite(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:
+    """Of a mask made of numbers: whether an element of a tensor is infinite, or a score that may overflow, cannot be said."""
     value = number(reader.operand(node.args[0], index))
-    if value.has(Dot):  # a score that overflows is not told from one that does not
+    cases = [part for part, _ in value.args] if isinstance(value, sympy.Piecewise) else [value]
+    if not all(part.is_number and not part.has(sympy.core.function.AppliedUndef, Load, Dot, Opaque) for part in cases):
         raise NotImplementedError
-    infinite = (sympy.oo, -sympy.oo)
-    whole = value if isinstance(value, sympy.Piecewise) else sympy.Piecewise((value, True), evaluate=False)
-    return condition(whole, lambda part: sympy.true if part in infinite else sympy.false)
+    if not isinstance(value, sympy.Piecewise):
+        return sympy.true if value in _INFINITE else sympy.false
+    return condition(value, lambda part: sympy.true if part in _INFINITE else sympy.false)
 
 
 def _mul(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:

@@ -33,6 +33,8 @@ from compile_attn.passes.values import number
 
 __all__ = ["AttentionSite", "Operand", "recognise"]
 
+_LAYOUT = "keep each of heads, tokens and channels on an axis: view(B, T, H, D).transpose(1, 2)"
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -51,7 +53,8 @@ class AttentionSite:
 def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:
     """All attention of a graph, in order. `positions`: inputs whose element t is t by contract (paged)."""
     graph = normalized.module.graph
-    anchors = list(find_anchors(graph))  # first: it adds the spelled-out form of SDPA nodes
+    before = set(graph.nodes)
+    anchors = list(find_anchors(graph))  # it adds the spelled-out form of SDPA nodes
     inputs = [n for n in placeholders(graph) if n not in normalized.constants]
     data = downstream(inputs) | set(inputs)
     tokens = downstream(n for n in inputs if is_tensor(n) and n not in positions)
@@ -65,6 +68,10 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
             continue
         if site is not None:
             sites.append(site)
+    needed = {node for site in sites for node in (site.q.node, site.k.node, site.v.node, *site.captured)}
+    for node in reversed(list(graph.nodes)):
+        if node not in before and node not in needed and not node.users:
+            graph.erase_node(node)
     return sites, rejected
 
 
@@ -100,7 +107,8 @@ class _SiteReader:
             self._no_product(anchor, frame, value)
             return None
         if len(products) > 1:
-            raise unreadable(anchor.softmax, f"the score holds {len(products)} products of queries and keys; one is supported")
+            why = f"the score holds {len(products)} products of queries and keys; one is supported"
+            raise unreadable(anchor.softmax, why, "join their channels: cat((q1, q2), -1) @ cat((k1, k2), -1).transpose(-1, -2)")
         (product,) = products
         rows, q, k = self._queries_and_keys(anchor, frame, product, batched)
         score = number(value).xreplace({product: S}).xreplace(rows.values)
@@ -114,7 +122,7 @@ class _SiteReader:
         heads_kv = max(k.heads, v.heads)
         if heads_kv % min(k.heads, v.heads):
             why = f"keys and values have different numbers of heads ({k.heads} and {v.heads})"
-            raise unreadable(anchor.softmax, why)
+            raise unreadable(anchor.softmax, why, "let one of them divide the other, or repeat the heads in the model")
         if not (dims.is_Integer and dim_v.is_Integer):
             raise unreadable(anchor.softmax, f"head sizes are not constants: {dims} and {dim_v}", "mark only lengths dynamic")
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
@@ -162,10 +170,12 @@ class _SiteReader:
             if got is None or (name == "queries" and got.heads != rows.heads):
                 got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
             if got is None:
-                raise unreadable(node, f"the {name} of this product are not laid out as heads, tokens and channels: index {place}")
+                why = f"the {name} of this product are not laid out as heads, tokens and channels: index {place}"
+                raise unreadable(node, why, _LAYOUT)
             found.append(got)
         if found[0].heads != rows.heads:
-            raise unreadable(node, f"{found[0].heads} query heads are shared by {rows.heads} heads of scores")
+            why = f"{found[0].heads} query heads are shared by {rows.heads} heads of scores"
+            raise unreadable(node, why, "repeat the queries, one for every head of the scores")
         return rows, found[0], found[1]
 
     def _check_pageable(self, anchor: Anchor, rows: Rows) -> None:
@@ -181,7 +191,9 @@ class _SiteReader:
     ) -> tuple[Mask, dict, tuple[fx.Node, ...]]:  # type: ignore[type-arg]
         """Mask, the other parts of the spec, and the captured tensors, renumbered from 0."""
         if score.has(Dot) or any(name.name.startswith("a") and "_" in name.name for name in score.free_symbols):
-            raise unreadable(anchor.softmax, f"the score could not be read: {score}")
+            raise unreadable(
+                anchor.softmax, f"the score could not be read: {score}", "keep to elementwise terms of q @ k.transpose(-1, -2)"
+            )
         sinks = anchor.sinks_at(self.reader, frame.index)
         if sinks is not None and gate is not None:
             raise unreadable(anchor.softmax, "the site has a column of sinks and a factor of sinks", "write them as one column")
@@ -201,7 +213,8 @@ class _SiteReader:
                 raise unreadable(anchor.softmax, why, "let sinks depend on the head alone")
         tensors = [part for part in (*parts.values(), visible) if isinstance(part, sympy.Basic)]
         if any(part.has(Opaque) or part.has(Dot) for part in tensors):
-            raise unreadable(anchor.softmax, "the score depends on a reduction over tokens that is not a shift of the row")
+            why = "the score depends on a reduction over tokens that is not a shift of the row"
+            raise unreadable(anchor.softmax, why, "leave out the reduction, or subtract it from all scores of a row alike")
         loads = sorted({int(load.args[0]) for part in tensors for load in part.atoms(Load)})
         captured = tuple(self.reader.captured[number] for number in loads)
         self._check_captured(captured)

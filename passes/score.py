@@ -25,7 +25,7 @@ _BRANCHES = 64  # more combinations of branches than this are no mask that anyon
 class ScoreError(ValueError):
     """A score expression that cannot be read soundly."""
 
-    def __init__(self, reason: str, cure: str = "") -> None:
+    def __init__(self, reason: str, cure: str) -> None:
         super().__init__(reason)
         self.reason, self.cure = reason, cure
 
@@ -56,7 +56,7 @@ def read_score(expr: sympy.Expr, length: sympy.Symbol | None, shift: bool = True
         else:
             found.append((leaf, when))
     if not found:
-        raise ScoreError("every key is masked")
+        raise ScoreError("every key is masked", "let every query see at least itself")
     seen: dict[sympy.Expr, list[Boolean]] = {}
     leaves = [leaf for leaf, _ in found]
     for leaf, (_, when) in zip(_without_row_terms(leaves) if shift else leaves, found, strict=True):
@@ -97,7 +97,7 @@ def _branches(expr: sympy.Expr, when: Boolean) -> Iterator[tuple[sympy.Expr, Boo
 
 def _is_hidden(leaf: sympy.Expr) -> bool:
     if leaf is sympy.nan:
-        raise ScoreError("the score is not a number in some branch (inf - inf)")
+        raise ScoreError("the score is not a number in some branch (inf - inf)", "use masked_fill or where for the mask")
     if leaf in (-sympy.oo,):
         return True
     constant, rest = leaf.as_coeff_Add()

@@ -29,6 +29,6 @@ class Unreadable(Exception):
         self.rejected = rejected
 
 
-def unreadable(node: fx.Node, why: str, cure: str = "") -> Unreadable:
-    """The exception that rejects a node."""
+def unreadable(node: fx.Node, why: str, cure: str) -> Unreadable:
+    """The exception that rejects a node: what stopped the reader, and what can be written instead."""
     return Unreadable(Rejected(why, location(node), cure))

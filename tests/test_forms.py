@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -26,9 +25,10 @@ from tests.forms.form import TOKENS, Form, NearMiss
 
 TOLERANCE = 1e-5  # float32, values of order 1: softmax and product in another order of summation
 ROOMS = (plain, scales, biases, masks, sinks, layouts, fused, outputs)
-STATELESS = [form for room in ROOMS for form in room.FORMS]
-DATA = masks.DATA_FORMS  # their masks are data of the call: classified as captured tensors, in one way or another
+STATELESS = [*(form for room in ROOMS for form in room.FORMS), *fused.FLEX]
+DATA = (*masks.DATA_FORMS, *fused.FLEX_DATA)  # their masks are data of the call: captured tensors, in one way or another
 FORMS = [*STATELESS, *DATA]
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 NEAR = {near.run.__name__: (form, near) for form in FORMS for near in form.near}
 
 
@@ -103,6 +103,12 @@ def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Rewriting,
     return found[0], output
 
 
+def test_every_form_says_who_writes_it_and_has_a_near_miss() -> None:
+    for form in FORMS:
+        assert form.run.__doc__, form.run.__name__
+        assert any(not near.readable for near in form.near), form.run.__name__
+
+
 @pytest.mark.parametrize("form", FORMS, ids=_names)
 def test_form_is_read_when_paged(form: Form) -> None:
     specs, rejected = _read(form, form.module(), batch=1, paged=True)
@@ -157,7 +163,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
     assert rewriting.report.sites == ()
     assert rewriting.report.rejected, "refused in silence"
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rewriting.report.rejected), rewriting.report.rejected
-    assert all(one.where.node and one.where.source for one in rewriting.report.rejected)
+    assert all(one.where.node and one.where.source and one.cure for one in rewriting.report.rejected)
     assert rewriting.report.before == rewriting.report.after
     return _assert_same(found, wanted)
 
@@ -166,16 +172,4 @@ def _assert_refused_when_paged(form: Form, near: NearMiss) -> None:
     specs, rejected = _read(form, form.module(near.run), batch=1, paged=True)
     assert specs == [] and rejected, specs
     assert any(re.search(near.reason, one.reason, re.IGNORECASE) for one in rejected), rejected
-
-
-@pytest.mark.parametrize("form", fused.FLEX, ids=_names)
-def test_flex_attention_is_refused_aloud(form: Form) -> None:
-    """vmap and the higher-order op are not read: the graph stays as it was, with the reason."""
-    module, inputs = form.module(), form.arguments()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted = module(*inputs)
-        rewriting, found = _compiled(module, inputs)
-    assert rewriting.report.sites == ()
-    assert any("vmap or flex_attention" in one.reason for one in rewriting.report.rejected)
-    _assert_same(found, wanted)
+    assert all(one.where.node and one.where.source and one.cure for one in rejected)

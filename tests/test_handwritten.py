@@ -25,10 +25,11 @@ def _model(name: str) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:enable_nested_tensor")
 @pytest.mark.parametrize("name", [*NAMES, *STYLE_NAMES])
 def test_handwritten(name: str) -> None:
     model = _model(name)
-    assert_context_matters(model, VOCAB, sees_all=name != "window_softcap_qknorm")
+    assert_context_matters(model, VOCAB, sees_all=name not in ("window_softcap_qknorm", "flex"))
     case = paged(model, VOCAB)
     assert case.lm.report is not None and case.lm.report.sites and not case.lm.report.rejected
     answers = assert_same_tokens(case)

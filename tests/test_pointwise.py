@@ -111,6 +111,11 @@ def test_what_is_not_in_the_language_is_a_leaf() -> None:
         _value(torch.atan, X)
 
 
+def test_whether_a_tensor_is_infinite_is_not_guessed() -> None:
+    with pytest.raises(AssertionError, match="is not read"):
+        _value(lambda x: torch.isinf(x).float(), X)
+
+
 def test_overflow_stays_away() -> None:
     for op in (F.softplus, F.logsigmoid, F.silu):
         assert math.isfinite(float(_value(op, torch.full_like(X, 500.0))[0]))

@@ -30,6 +30,11 @@ def slice_and_add(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
     return F.softmax(scores.masked_fill(~seen(n), torch.finfo(q.dtype).min), dim=-1) @ v
 
 
+def slice_after_softmax(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
+    n = q.shape[2]
+    return (F.softmax(q @ k.mT * SCALE + additive(n), dim=-1) + alibi[:, :, alibi.shape[2] - n :]) @ v
+
+
 def distances(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     """ALiBi's paper code: slopes * -|i - j|."""
     place = torch.arange(q.shape[2])
@@ -48,6 +53,12 @@ def position_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     bucket = (place[:, None] - place[None, :]).clamp(0, table.shape[0] - 1)
     bias = F.embedding(bucket, table).permute(2, 0, 1).unsqueeze(0) + additive(q.shape[2])
     return F.softmax(q @ k.transpose(3, 2) + bias, dim=-1) @ v
+
+
+def position_bias_over_queries(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    place = torch.arange(q.shape[2])
+    bias = F.embedding((place[:, None] - place[None, :]).clamp(0, table.shape[0] - 1), table).permute(2, 0, 1).unsqueeze(0)
+    return F.softmax(q @ k.transpose(3, 2) + bias + additive(q.shape[2]), dim=-2) @ v
 
 
 def bias_square(q: Tensor, k: Tensor, v: Tensor, square: Tensor) -> Tensor:
@@ -80,6 +91,12 @@ def softcap_with_bias(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor
     return F.softmax((1.5 * torch.tanh(scores / 1.5)).masked_fill(~seen(q.shape[2]), -torch.inf), dim=-1) @ v
 
 
+def softcap_of_weights(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    place = torch.arange(q.shape[2])
+    scores = q @ k.mT * SCALE + (place[None] - place[:, None]) * slopes.view(-1, 1, 1)
+    return torch.tanh(F.softmax(scores.masked_fill(~seen(q.shape[2]), -torch.inf), dim=-1)) @ v
+
+
 def _alibi(found: AttentionSpec) -> bool:
     return found.features() == {Feature.ALIBI}
 
@@ -88,17 +105,18 @@ def _row() -> Tensor:
     return SLOPES.view(1, HEADS, 1)[0, :, :, None] * torch.arange(1 - 64, 1).view(1, 1, 64)
 
 
-_VALUES = NearMiss(bias_of_values, ".", paged=True)
+_VALUES = NearMiss(bias_of_values, "reduction over tokens|computed from the tokens", paged=True)
 _TABLES = {"square": torch.linspace(-2, 2, HEADS * 64 * 64).view(HEADS, 64, 64).sin()}
 FORMS = (
     Form(bloom, spec(), _alibi, {"slopes": SLOPES}, near=(_VALUES,)),
-    Form(slice_and_add, spec(), _alibi, {"alibi": _row()}),
+    Form(slice_and_add, spec(), _alibi, {"alibi": _row()}, near=(NearMiss(slice_after_softmax, "go to add"),)),
     Form(distances, spec(), _alibi, {"slopes": SLOPES}, near=(_VALUES,)),
     Form(
         position_bias,
         spec(scale=1.0),
         lambda s: s.bias.has(Load),
         {"table": torch.linspace(-1, 1, 8 * HEADS).view(8, HEADS)},
+        near=(NearMiss(position_bias_over_queries, "another axis|not the key axis"),),
     ),
     Form(bias_square, spec(), lambda s: s.bias.has(Load), _TABLES, near=(NearMiss(two_products, "product"),)),
     Form(
@@ -106,5 +124,11 @@ FORMS = (
         spec(softcap=1.5),
         near=(NearMiss(softcap_after_mask, "bidirectional|future|causal|order|left", paged=True),),
     ),
-    Form(softcap_with_bias, spec(), lambda s: s.score is not None, {"slopes": SLOPES}),
+    Form(
+        softcap_with_bias,
+        spec(),
+        lambda s: s.score is not None,
+        {"slopes": SLOPES},
+        near=(NearMiss(softcap_of_weights, "go to tanh"),),
+    ),
 )

@@ -33,6 +33,11 @@ def sdpa_bool(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), attn_mask=mask, scale=SCALE)
 
 
+def sdpa_strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
+    return F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), attn_mask=mask, scale=SCALE)
+
+
 def sdpa_additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Older transformers: an additive mask."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=additive(q.shape[2]))
@@ -52,6 +57,10 @@ def safe_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ATen's decomposition of SDPA: rows without keys give 0."""
     scores = (q * SCALE) @ k.mT + torch.where(seen(q.shape[2]), 0.0, -torch.inf)
     return torch.ops.aten._safe_softmax(scores, -1) @ v
+
+
+def safe_softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._safe_softmax((q * SCALE) @ k.mT, -2) @ v
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,6 +86,10 @@ def flash_cpu_statistics(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
 
 def math_op_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, None, 0.3, True)[0]
+
+
+def _documents(batch: int, tokens: int) -> Tensor:
+    return (torch.arange(tokens) // 5).repeat(batch, 1)
 
 
 def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -109,17 +122,93 @@ def flex_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flex_attention(q, k, v, score_mod=score)  # type: ignore[return-value]
 
 
+def flex_groups(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """torchtune, transformers' flex form: shared heads, a captured tensor, mask and score apart."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return s + slopes[h] * (j - i)
+
+    blocks = create_block_mask(_causal, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device="cpu")
+    return flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)  # type: ignore[return-value]
+
+
+def flex_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    """attention-gym's document masking."""
+
+    def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (document[b, i] == document[b, j])
+
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    blocks = create_block_mask(same, q.shape[0], None, q.shape[2], k.shape[2], device="cpu")
+    return flex_attention(q, k, v, block_mask=blocks)  # type: ignore[return-value]
+
+
+def flex_other_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def other(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where((i >= j) & (document[b, i] != document[b, j]), s, -torch.inf)
+
+    return flex_attention(q, k, v, score_mod=other).nan_to_num()  # type: ignore[return-value, union-attr]
+
+
+def flex_other_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    made = create_block_mask(_near, None, None, q.shape[2], k.shape[2], device="cpu")
+    tables = (made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices)
+    blocks = BlockMask.from_kv_blocks(*tables, mask_mod=_causal, seq_lengths=(q.shape[2], k.shape[2]))
+    return flex_attention(q, k, v, block_mask=blocks)  # type: ignore[return-value]
+
+
+def flex_statistics(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True))
+    return out, aux.lse
+
+
+def flex_of_rows(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return s + slopes.sum() * (j - i)
+
+    return flex_attention(q, k, v, score_mod=score, enable_gqa=True)  # type: ignore[return-value]
+
+
 _BIDIRECTIONAL = "bidirectional|causal|future|left"
 _STATISTICS = NearMiss(flash_cpu_statistics, "statistics")
 FORMS = (
     Form(sdpa_causal, spec(), near=(NearMiss(sdpa_dropout, "dropout"),)),
     Form(sdpa_scaled, spec(scale=0.7), near=(NearMiss(sdpa_dropout, "dropout"),)),
-    Form(sdpa_bool, spec(Window(3), kv=2)),
-    Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, ".", paged=True),)),
-    Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL),
-    Form(safe_softmax, spec()),
+    Form(sdpa_bool, spec(Window(3), kv=2), near=(NearMiss(sdpa_strict, "may see no key at all"),)),
+    Form(sdpa_additive, spec(), near=(NearMiss(sdpa_by_values, "computed from the tokens", paged=True),)),
+    Form(sdpa_all, spec(Bidirectional()), paged=_BIDIRECTIONAL, near=(NearMiss(sdpa_dropout, "dropout"),)),
+    Form(safe_softmax, spec(), near=(NearMiss(safe_softmax_over_queries, "another axis|not the key axis"),)),
     Form(flash_cpu, spec(), near=(_STATISTICS,)),
     Form(flash_cpu_masked, spec(Window(3), scale=0.25), near=(_STATISTICS,)),
     Form(math_op, spec(scale=0.7), near=(NearMiss(math_op_dropout, "dropout"),)),
 )
-FLEX = (Form(flex_window, spec(Window(3), scale=0.5)), Form(flex_score, spec(Causal(), softcap=2.0)))
+FLEX = (
+    Form(flex_window, spec(Window(3), scale=0.5), near=(NearMiss(flex_other_blocks, "blocks were made from"),)),
+    Form(flex_score, spec(Causal(), softcap=2.0), near=(NearMiss(flex_statistics, "logsumexp"),)),
+    Form(
+        flex_groups,
+        spec(kv=2),
+        lambda s: s.bias is not None,
+        {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+        near=(NearMiss(flex_of_rows, "sum in score_mod_0"),),
+    ),
+)
+FLEX_DATA = (
+    Form(
+        flex_documents,
+        spec(Causal()),
+        inputs={"document": _documents},
+        paged="data of the call",
+        near=(NearMiss(flex_other_documents, "may see no key at all"),),
+    ),
+)

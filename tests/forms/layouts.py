@@ -36,6 +36,11 @@ def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _softmax(q @ k.mT) @ v
 
 
+def over_repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(GROUP, dim=1), v.repeat_interleave(GROUP, dim=1)
+    return F.softmax(q @ k.mT * SCALE + additive(q.shape[2]), dim=1) @ v
+
+
 def enable_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own grouped SDPA."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -80,6 +85,12 @@ def packed_by_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(F.softmax(scores, dim=-1), v[:, :, 0]).view(b, n, HEADS * d)
 
 
+def packed_over_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, _, n, d = q.shape
+    weights = F.softmax(q.reshape(b, KV, GROUP * n, d) @ k.mT * SCALE + additive(n).repeat(1, 1, GROUP, 1), dim=-2)
+    return (weights @ v).view(b, HEADS, n, d)
+
+
 def packed_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     b, _, n, d = q.shape
     scores = q.reshape(b, KV, GROUP * n, d) @ k.mT * SCALE + additive(n).repeat_interleave(GROUP, dim=-2)
@@ -119,6 +130,10 @@ def einsum_bhqd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bhkd->bhqd", _softmax(torch.einsum("bhqd,bhkd->bhqk", q, k)), v)
 
 
+def einsum_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhqk,bhqd->bhkd", _softmax(torch.einsum("bhqd,bhkd->bhqk", q, k)), v)
+
+
 def einsum_bqhd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Flax ports, the FlashAttention tests' reference: einsum over token-major tensors."""
     return torch.einsum("bhqk,bkhd->bqhd", _softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)), v)
@@ -131,23 +146,36 @@ def einsum_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bgrts,bsgd->btgrd", _softmax(scores), v).reshape(b, n, HEADS * DIM)
 
 
+def einsum_groups_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, n, _, d = q.shape
+    scores = torch.einsum("btgrd,bsgd->bgrts", q.view(b, n, KV, GROUP, d), k)
+    return torch.einsum("bgrts,btgd->bsgrd", _softmax(scores), v).reshape(b, n, HEADS * DIM)
+
+
+def gqa_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True, enable_gqa=True)
+
+
 def einsum_wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bqhd->bqhd", _softmax(torch.einsum("bqhd,bkhd->bhqk", q, k)), v)
 
 
 _CROSSED = NearMiss(crossed_groups, ".", readable=True)
 _TILED = NearMiss(tiled, "head", readable=True)
+_REPEATED = NearMiss(over_repeated_heads, "over axis 1, which is not the key axis")
+_ROWS = NearMiss(packed_over_rows, "another axis|not the key axis")
+_QUERY = NearMiss(multi_query_crossed, "another axis")
 FORMS = (
     Form(mla, spec(dim_v=6), near=(NearMiss(mla_absorbed, "product"),)),
-    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED)),
-    Form(packed_queries, spec(kv=KV), near=(NearMiss(packed_unpacked_crossed, ".", readable=True),)),
-    Form(packed_rows, spec(kv=KV), near=(NearMiss(packed_crossed, ".", readable=True),)),
-    Form(packed_by_token, spec(kv=1), token_major=True),
-    Form(multi_query, spec(kv=1), token_major=True, near=(NearMiss(multi_query_crossed, "another axis"),)),
-    Form(enable_gqa, spec(kv=KV), near=(_TILED,)),
-    Form(five_dims, spec(kv=KV), near=(_TILED, NearMiss(heads_swapped, ".", readable=True))),
-    Form(expanded, spec(kv=KV), near=(_CROSSED,)),
-    Form(einsum_bhqd, spec()),
-    Form(einsum_bqhd, spec(), token_major=True, near=(NearMiss(einsum_wrong, "."),)),
-    Form(einsum_groups, spec(kv=KV), token_major=True),
+    Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED, _REPEATED)),
+    Form(packed_queries, spec(kv=KV), near=(NearMiss(packed_unpacked_crossed, ".", readable=True), _ROWS)),
+    Form(packed_rows, spec(kv=KV), near=(NearMiss(packed_crossed, ".", readable=True), _ROWS)),
+    Form(packed_by_token, spec(kv=1), token_major=True, near=(_QUERY,)),
+    Form(multi_query, spec(kv=1), token_major=True, near=(_QUERY,)),
+    Form(enable_gqa, spec(kv=KV), near=(_TILED, NearMiss(gqa_dropout, "dropout"))),
+    Form(five_dims, spec(kv=KV), near=(_TILED, NearMiss(heads_swapped, "in another order"))),
+    Form(expanded, spec(kv=KV), near=(_CROSSED, _REPEATED)),
+    Form(einsum_bhqd, spec(), near=(NearMiss(einsum_swapped, "another axis"),)),
+    Form(einsum_bqhd, spec(), token_major=True, near=(NearMiss(einsum_wrong, "not to a product with values"),)),
+    Form(einsum_groups, spec(kv=KV), token_major=True, near=(NearMiss(einsum_groups_crossed, "another axis"),)),
 )

@@ -16,6 +16,11 @@ def tril_buffer(q: Tensor, k: Tensor, v: Tensor, tril: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).masked_fill(tril[:, :, :n, :n] == 0, float("-inf")).softmax(-1) @ v
 
 
+def tril_of_weights(q: Tensor, k: Tensor, v: Tensor, tril: Tensor) -> Tensor:
+    n = q.shape[2]
+    return (q @ k.mT * SCALE).softmax(-1).masked_fill(tril[:, :, :n, :n] == 0, 0.0) @ v
+
+
 def view_expand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """DistilBERT: (mask == 0).view(..).expand_as(scores) into masked_fill."""
     _, _, n, _ = q.shape
@@ -78,6 +83,42 @@ def strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax((q @ k.mT * SCALE).masked_fill(hidden, -1e9), dim=-1) @ v
 
 
+def hidden_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return F.softmax(scores.masked_fill((scores < -1.0) | ~seen(q.shape[2]), torch.finfo(scores.dtype).min), dim=-1) @ v
+
+
+def window_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = q.shape[2]
+    weights = F.softmax(torch.where(seen(n), q @ k.transpose(-1, -2) * SCALE, torch.finfo(q.dtype).min), dim=-1)
+    return torch.where(torch.ones(n, n, dtype=torch.bool).triu(-3), weights, 0.0) @ v
+
+
+def window_without_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None, :]
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~((j < i) & (j > i - 4)), -1e4), dim=-1) @ v
+
+
+def chunk_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None, :]
+    return F.softmax(q @ k.mT * SCALE + torch.where(i // 4 == j // 4 + 1, 0.0, -1e9), dim=-1) @ v
+
+
+def padded_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.where(seen(q.shape[2]) & (mask[:, None, :, None] > 0), q @ k.mT * SCALE, torch.finfo(q.dtype).min)
+    return F.softmax(scores, dim=-1) @ v
+
+
+def other_positions(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    allowed = position[:, None, :, None] > position[:, None, None, :]
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~allowed, -1e9), dim=-1) @ v
+
+
+def other_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    allowed = seen(q.shape[2]) & (document[:, None, :, None] != document[:, None, None, :])
+    return F.softmax((q @ k.mT * SCALE).masked_fill(~allowed, -1e9), dim=-1) @ v
+
+
 def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """BERT turned decoder, GPT-J: causal and a padding mask [B, T] of ones and zeros, as (1 - m) * finfo.min."""
     extra = (1.0 - mask[:, None, None, :]) * torch.finfo(q.dtype).min
@@ -119,20 +160,28 @@ def _documents(batch: int, tokens: int) -> Tensor:
 
 _TRIL = {"tril": torch.ones(64, 64).tril().view(1, 1, 64, 64)}
 _FUTURE = "bidirectional|future|causal|left"
-_DATA = "captured|data|mask|padding|input"
+_DATA = "data of the call|computed from the tokens"
+_NO_KEY = "may see no key at all"
+_SCORES = NearMiss(hidden_by_scores, "depends on their scores")
 FORMS = (
-    Form(tril_buffer, spec(), tensors=_TRIL),
-    Form(view_expand, spec()),
-    Form(where_min, spec()),
-    Form(where_twice, spec(Window(3))),
-    Form(triu_float, spec(), near=(NearMiss(strict, "no key|sees|row|itself|visible"),)),
-    Form(arange_window, spec(Window(3))),
-    Form(arange_chunks, spec(Chunked(4))),
-    Form(bool_product, spec(), near=(NearMiss(multiplied, "."), NearMiss(soft_mask, _FUTURE, paged=True))),
+    Form(tril_buffer, spec(), tensors=_TRIL, near=(NearMiss(tril_of_weights, "go to masked_fill"),)),
+    Form(view_expand, spec(), near=(_SCORES,)),
+    Form(where_min, spec(), near=(_SCORES,)),
+    Form(where_twice, spec(Window(3)), near=(NearMiss(window_of_weights, "go to where"),)),
+    Form(triu_float, spec(), near=(NearMiss(strict, _NO_KEY),)),
+    Form(arange_window, spec(Window(3)), near=(NearMiss(window_without_itself, _NO_KEY),)),
+    Form(arange_chunks, spec(Chunked(4)), near=(NearMiss(chunk_before, _NO_KEY),)),
+    Form(bool_product, spec(), near=(NearMiss(multiplied, "go to mul"), NearMiss(soft_mask, _FUTURE, paged=True))),
 )
 DATA_FORMS = (
-    Form(padded, spec(), inputs={"mask": _padding}, paged=_DATA),
-    Form(position_ids, spec(Bidirectional()), inputs={"position": _positions}, paged=_DATA),
-    Form(packed, spec(Causal()), inputs={"position": _positions}, paged=_DATA),
-    Form(documents, spec(Causal()), inputs={"document": _documents}, paged=_DATA),
+    Form(padded, spec(), inputs={"mask": _padding}, paged=_DATA, near=(NearMiss(padded_rows, _NO_KEY),)),
+    Form(
+        position_ids,
+        spec(Bidirectional()),
+        inputs={"position": _positions},
+        paged=_DATA,
+        near=(NearMiss(other_positions, _NO_KEY),),
+    ),
+    Form(packed, spec(Causal()), inputs={"position": _positions}, paged=_DATA, near=(NearMiss(other_positions, _NO_KEY),)),
+    Form(documents, spec(Causal()), inputs={"document": _documents}, paged=_DATA, near=(NearMiss(other_documents, _NO_KEY),)),
 )

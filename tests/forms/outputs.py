@@ -74,23 +74,31 @@ def slice_copy(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
     return _over_room(q, keys, values)
 
 
+def room_cut(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
+    n, past = q.shape[2], past[: q.shape[0]]
+    keys, values = past.clone(), torch.zeros_like(past)
+    keys[:, :, :n], values[:, :, :n] = k, v
+    return F.softmax(q @ keys.mT * SCALE, dim=-1)[..., :n] @ values[:, :, :n]
+
+
 _PAST = {"past": torch.linspace(-1, 1, BATCH * HEADS * PAST * DIM).view(BATCH, HEADS, PAST, DIM)}
 _ROOM = {"past": torch.zeros(BATCH, HEADS, ROOM, DIM)}
 _LENGTH = "key|length|past"
+_CUT = NearMiss(room_cut, "of them meet a value")
 FORMS = (
     Form(
         keys_too,
         spec(),
-        near=(NearMiss(weights_too, "used|return|output|weights"), NearMiss(scores_too, ".", readable=True)),
+        near=(NearMiss(weights_too, "probabilities are also used"), NearMiss(scores_too, "scores are also used")),
     ),
     Form(
         cat_past,
         spec(General(sympy.Le(J, I + PAST))),
         tensors=_PAST,
         paged=_LENGTH,
-        near=(NearMiss(cat_past_wrong, "."),),
+        near=(NearMiss(cat_past_wrong, "of them meet a value"),),
     ),
-    Form(index_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH),
-    Form(index_put, spec(Causal()), tensors=_ROOM, paged=_LENGTH),
-    Form(slice_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH),
+    Form(index_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH, near=(_CUT,)),
+    Form(index_put, spec(Causal()), tensors=_ROOM, paged=_LENGTH, near=(_CUT,)),
+    Form(slice_copy, spec(Causal()), tensors=_ROOM, paged=_LENGTH, near=(_CUT,)),
 )

@@ -91,7 +91,7 @@ def squared_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(F.softmax(weights + additive(q.shape[2]), dim=-1).square(), v)
 
 
-_USED = "used|return|output|weights|probabilit"
+_USED = "probabilities are also used"
 FORMS = (
     Form(repeated, spec(kv=2), near=(NearMiss(probabilities_too, _USED), NearMiss(dropped, "dropout"))),
     Form(
@@ -99,17 +99,17 @@ FORMS = (
         spec(),
         near=(
             NearMiss(not_transposed, ".", readable=True),
-            NearMiss(over_queries, "softmax"),
-            NearMiss(over_heads, "softmax|axis"),
+            NearMiss(over_queries, "another axis|not the key axis"),
+            NearMiss(over_heads, "over axis 1, which is not the key axis"),
         ),
     ),
     Form(
         unmasked,
         spec(Bidirectional()),
         paged="bidirectional|causal|future|left",
-        near=(NearMiss(weights_transposed, "."),),
+        near=(NearMiss(weights_transposed, "another axis"),),
     ),
     Form(divided, spec(), near=(NearMiss(mean_over_heads, "mean"),)),
-    Form(cast_after, spec(), near=(NearMiss(rounded_weights, "."),)),
-    Form(floats, spec(), near=(NearMiss(squared_weights, "."),)),
+    Form(cast_after, spec(), near=(NearMiss(rounded_weights, "not to a product with values"),)),
+    Form(floats, spec(), near=(NearMiss(squared_weights, "go to square"),)),
 )

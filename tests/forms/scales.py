@@ -24,6 +24,22 @@ def scale_on_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax((q * DIM**-0.25) @ (k * DIM**-0.25).transpose(2, 3) + additive(q.shape[2]), dim=-1) @ v
 
 
+def scale_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (F.softmax(q @ k.transpose(2, 3) + additive(q.shape[2]), dim=-1) * SCALE) @ v
+
+
+def scale_of_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.transpose(2, 3) / q.shape[2] + additive(q.shape[2]), dim=-1) @ v
+
+
+def scale_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax((q @ k.transpose(2, 3)) * (q @ v.transpose(2, 3)) + additive(q.shape[2]), dim=-1) @ v
+
+
+def scale_over_heads(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    return F.softmax((q @ k.transpose(2, 3)) * scale + additive(q.shape[2]), dim=-3) @ v
+
+
 def scale_of_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = 1.0 / v.norm()
     return F.softmax((q @ k.transpose(2, 3)) * scale + additive(q.shape[2]), dim=-1) @ v
@@ -47,6 +63,15 @@ def scale_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def permuted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """MPT-like: keys turned by permute(0, 1, 3, 2)."""
     return F.softmax(q @ k.permute(0, 1, 3, 2) * SCALE + additive(q.shape[2]), dim=-1) @ v
+
+
+def weights_permuted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.permute(0, 1, 3, 2) * SCALE + additive(q.shape[2]), dim=-1).permute(0, 1, 3, 2) @ v
+
+
+def cross_covariance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
+    return (F.softmax(q.mT @ k * SCALE, dim=-1) @ v.mT).mT
 
 
 def key_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,6 +104,13 @@ def bmm_crossed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(weights, v.transpose(0, 1).reshape(b * h, n, d)).view(b, h, n, d)
 
 
+def bmm_weights_too(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    b, h, n, d = q.shape
+    q, k, v = (x.reshape(b * h, n, d) for x in (q, k, v))
+    weights = F.softmax(torch.bmm(q, k.transpose(1, 2)) + additive(n)[0], dim=-1)
+    return torch.bmm(weights, v).view(b, h, n, d), weights.view(b, h, n, n)
+
+
 def baddbmm_upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """GPT-2 with reorder_and_upcast_attn: baddbmm into an empty tensor with beta 0."""
     b, h, n, d = q.shape
@@ -97,13 +129,23 @@ def baddbmm_dirty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 _DATA = NearMiss(scale_of_data, ".", readable=True)
 FORMS = (
-    Form(scale_on_q, spec(), near=(_DATA,)),
-    Form(scale_on_k, spec(), near=(_DATA,)),
-    Form(scale_on_both, spec(), near=(_DATA,)),
-    Form(scale_tensor, spec(scale=0.5), tensors={"scale": torch.tensor(0.5)}),
-    Form(no_scale, spec(scale=1.0), near=(NearMiss(scale_after_softmax, "."),)),
-    Form(permuted, spec()),
-    Form(key_turned, spec(), token_major=True, near=(NearMiss(key_mixed, ".", readable=True),)),
-    Form(bmm, spec(), near=(NearMiss(bmm_crossed, ".", readable=True),)),
+    Form(scale_on_q, spec(), near=(_DATA, NearMiss(scale_of_weights, "go to mul"))),
+    Form(scale_on_k, spec(), near=(_DATA, NearMiss(scale_of_length, "sequence length"))),
+    Form(scale_on_both, spec(), near=(_DATA, NearMiss(scale_of_scores, "2 products"))),
+    Form(
+        scale_tensor,
+        spec(scale=0.5),
+        tensors={"scale": torch.tensor(0.5)},
+        near=(NearMiss(scale_over_heads, "over axis 1, which is not the key axis"),),
+    ),
+    Form(no_scale, spec(scale=1.0), near=(NearMiss(scale_after_softmax, "not to a product with values"),)),
+    Form(permuted, spec(), near=(NearMiss(weights_permuted, "another axis"),)),
+    Form(
+        key_turned,
+        spec(),
+        token_major=True,
+        near=(NearMiss(key_mixed, ".", readable=True), NearMiss(cross_covariance, "head sizes are not constants")),
+    ),
+    Form(bmm, spec(), near=(NearMiss(bmm_crossed, ".", readable=True), NearMiss(bmm_weights_too, "also used by"))),
     Form(baddbmm_upcast, spec(), near=(NearMiss(baddbmm_dirty, "product"),)),
 )

@@ -91,6 +91,12 @@ def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / (1.0 + weights.sum(-1, keepdim=True))) @ v
 
 
+def off_by_one_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), -torch.inf)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / (1.0 + weights.sum(-1, keepdim=True))) @ v
+
+
 def exp_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """CLIP-like code, tutorials, x-transformers' older masks: exp(x - max) / sum."""
     scores = q @ k.mT * SCALE + additive(q.shape[2])
@@ -105,9 +111,18 @@ def exp_sum_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v) / weights.sum(-1, keepdim=True)
 
 
+def exp_sum_of_others(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), -torch.inf)
+    return (scores.exp() @ v) / (q @ k.mT * SCALE).exp().sum(-1, keepdim=True)
+
+
 def log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The exponential of log_softmax."""
     return F.log_softmax(q @ k.mT * SCALE + additive(q.shape[2]), dim=-1).exp() @ v
+
+
+def log_softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(q @ k.mT * SCALE + additive(q.shape[2]), dim=-2).exp() @ v
 
 
 def exp_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,15 +145,15 @@ _GATES = (
     NearMiss(gate_of_token, "number per head|no sink"),
     NearMiss(gate_of_other_scores, "other scores"),
 )
-_COLUMNS = (NearMiss(sink_wrong_column, "."), NearMiss(sink_valued, "."))
+_COLUMNS = (NearMiss(sink_wrong_column, "another axis"), NearMiss(sink_valued, "of them meet a value"))
 FORMS = (
     Form(sink_column, spec(), _sunk, _S, near=_COLUMNS),
     Form(sink_plain, spec(), _sunk, _S, near=_COLUMNS),
-    Form(sink_first, spec(), _sunk, _S),
+    Form(sink_first, spec(), _sunk, _S, near=_COLUMNS),
     Form(sink_gate, spec(), _sunk, _S, near=_GATES),
-    Form(sink_gate_sum, spec(), _sunk, _S),
-    Form(off_by_one, spec(), _sunk),
-    Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "."), NearMiss(exp_unnormalised, "."))),
-    Form(exp_sum_late, spec()),
-    Form(log_softmax, spec()),
+    Form(sink_gate_sum, spec(), _sunk, _S, near=_GATES),
+    Form(off_by_one, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1 after the maximum"),)),
+    Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "another axis"), NearMiss(exp_unnormalised, "never divided"))),
+    Form(exp_sum_late, spec(), near=(NearMiss(exp_sum_of_others, "never divided"),)),
+    Form(log_softmax, spec(), near=(NearMiss(log_softmax_over_queries, "another axis|not the key axis"),)),
 )

@@ -269,6 +269,6 @@ NAMES = (
 )
 STYLE_NAMES = (
     *("time_major", "torch_encoder", "squeezed_batch", "shared_keys", "named_answer", "stacked_heads", "point_conv"),
-    *("streaming_mask", "filled_mask", "float_buffer", "temperature", "learned_slope", "gated", "complex_rope"),
+    *("streaming_mask", "filled_mask", "flex", "float_buffer", "temperature", "learned_slope", "gated", "complex_rope"),
 )
 __all__ = ["LONGEST", "NAMES", "STYLE_NAMES", "VOCAB", "decoder"]

@@ -109,6 +109,28 @@ class FilledMaskBlock(Block):
         return F.softmax(torch.addcmul(mask, q @ k.mT, torch.tensor(0.4)), -1) @ v
 
 
+class FlexBlock(Block):
+    """flex_attention: a window as a mask_mod, ALiBi as a score_mod with learned slopes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.linspace(0.1, 0.6, HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        slopes = self.slopes
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (i - j < 6)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + slopes[h] * (j - i)
+
+        blocks = create_block_mask(mask, None, None, q.shape[2], k.shape[2], device="cpu")
+        return flex_attention(q, k, v, score_mod=score, block_mask=blocks)
+
+
 class FloatBufferBlock(Block):
     """Meta's llama 1: a [1, 1, L, L] buffer of -inf above the diagonal, cut and added."""
 
@@ -225,6 +247,7 @@ STYLE_BLOCKS: dict[str, type[nn.Module]] = {
     "point_conv": PointConv,
     "streaming_mask": StreamingBlock,
     "filled_mask": FilledMaskBlock,
+    "flex": FlexBlock,
     "float_buffer": FloatBufferBlock,
     "temperature": TemperatureBlock,
     "learned_slope": LearnedSlopeBlock,

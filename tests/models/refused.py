@@ -305,6 +305,16 @@ class MergeBug(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
 
+class PackedBug(Block):
+    """Queries packed into the rows of their key head, but the mask repeated row by row: rows see keys of other tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, n, d = q.shape
+        scores = (q.reshape(b, h // 2, 2 * n, d) @ k[:, ::2].mT).view(b, h // 2, 2 * n, n)
+        hidden = ~causal(n).repeat_interleave(2, dim=0)
+        return (scores.masked_fill(hidden, -1e9).softmax(-1) @ v[:, ::2]).view(b, h, n, d)
+
+
 class _PlainBlock(Block):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -334,6 +344,7 @@ _BLOCKS: dict[str, tuple[type[nn.Module], str]] = {
     "content_gate": (ContentGateBlock, "cumsum|data|bias"),
     "gru": (GruBlock, "gru|token"),
     "head_major_bug": (HeadMajorBug, "token|axis|axes|layout|view|reshape"),
+    "packed_bug": (PackedBug, "token|axis"),
     "merge_bug": (MergeBug, "token|axis|axes|layout|view|reshape"),
 }
 _WHOLE: dict[str, tuple[type[nn.Module], str]] = {
