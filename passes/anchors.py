@@ -7,7 +7,7 @@ or after the product with the values), log_softmax then exp, SDPA, and sinks as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -35,9 +35,10 @@ class Anchor:
     sink: fx.Node | None = None  # an extra column of the normaliser, shape of the scores with size 1 along dim
     finish: fx.Node | None = None  # the node that ends the site, where that is not the product with the values
     refused: tuple[str, str] | None = None
-    unit_sink: bool = False  # the normaliser is 1 + sum: a sink of logit 0
+    added: float = 0.0  # the normaliser is this + sum: a sink, whose logit is its logarithm
     offset: int = 0  # probabilities of key j stand in column j + offset
     hidden: fx.Node | None = None  # True where exp(score) was replaced by 0 before it was summed
+    zeroed: tuple[fx.Node, ...] = ()  # masks: True where a probability was replaced by 0 after all
 
     @property
     def shape(self) -> Index:
@@ -53,8 +54,8 @@ class Anchor:
 
     def sinks_at(self, reader: Reader, axes: Index) -> sympy.Basic | None:
         """The logit of the sink in a row."""
-        if self.unit_sink:
-            return sympy.Integer(0)
+        if self.added:
+            return sympy.log(sympy.Float(self.added)) if self.added != 1 else sympy.Integer(0)
         if self.sink is None:
             return None
         row = tuple(sympy.Integer(0) if n == self.dim else axis for n, axis in enumerate(axes))
@@ -88,6 +89,32 @@ def _is_layout(node: fx.Node, bounds: Bounds) -> bool:
 
 def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
     """Every normalisation of a graph, in order."""
+    for anchor in _normalisations(graph):
+        yield anchor if anchor.refused else _with_zeros(anchor)
+
+
+def _with_zeros(anchor: Anchor) -> Anchor:
+    """masked_fill(probabilities, mask, 0) and nan_to_num(probabilities): they change nothing if what they hide is hidden before.
+
+    No probability is nan in a row that sees a key, and every row must be proven to see one.
+    """
+    node, masks = anchor.probabilities, list[fx.Node]()
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = op_name(user)
+        if name == "masked_fill" and user.args[0] is node and user.args[2] == 0:
+            masks.append(user.args[1])  # type: ignore[arg-type]
+        elif name not in ("nan_to_num", "_to_copy", "clone", "dropout") or not val(user).is_floating_point() or _drops(user):
+            break
+        node = user
+    return replace(anchor, probabilities=node, zeroed=tuple(masks))
+
+
+def _drops(node: fx.Node) -> bool:
+    return op_name(node) == "dropout" and bool(argument(node, 1, "p") > 0 and argument(node, 2, "train"))
+
+
+def _normalisations(graph: fx.Graph) -> Iterator[Anchor]:
     for node in list(graph.nodes):
         name = op_name(node)
         if name in _SOFTMAX:
@@ -171,25 +198,27 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         return Anchor(node, source, -1, node, refused=(f"exp is summed over axes {dims}", "normalise over one axis"))
     dim = dim_of(dims[0], val(node).dim())
     scores = _without_shift(source, dim)
-    unit, divisor = _unit_sink(total)
-    if unit and scores is not source:
-        why = "the normaliser adds 1 after the maximum was subtracted, so the score of the sink depends on the row"
-        return Anchor(node, scores, dim, node, refused=(why, "add exp(-max) instead of 1"))
+    added, divisor = _added(total)
+    if added and scores is not source:
+        why = f"the normaliser adds {added} after the maximum was subtracted, so the score of the sink depends on the row"
+        return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1), or add the number times exp(-max)"))
     quotient = _quotient(node, divisor)
     if quotient is not None:
-        return Anchor(exponential, scores, dim, quotient, unit_sink=unit, hidden=hidden)
+        return Anchor(exponential, scores, dim, quotient, added=added, hidden=hidden)
     finish = _quotient_after_product(divisor)
     if finish is None:
         why = "exp and its sum over an axis are not joined by a division that can be read"
         return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1) @ v"))
-    return Anchor(exponential, scores, dim, node, finish=finish, unit_sink=unit, hidden=hidden)
+    return Anchor(exponential, scores, dim, node, finish=finish, added=added, hidden=hidden)
 
 
-def _unit_sink(total: fx.Node) -> tuple[bool, fx.Node]:
+def _added(total: fx.Node) -> tuple[float, fx.Node]:
+    """The number that is added to the sum, and the node of the result."""
     for user in total.users:
-        if op_name(user) == "add" and 1 in user.args:
-            return True, user
-    return False, total
+        numbers = [arg for arg in user.args if isinstance(arg, (int, float))]
+        if op_name(user) == "add" and len(user.args) == 2 and not user.kwargs and len(numbers) == 1 and numbers[0] > 0:
+            return float(numbers[0]), user
+    return 0.0, total
 
 
 def _quotient(exp: fx.Node, divisor: fx.Node) -> fx.Node | None:

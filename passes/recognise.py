@@ -25,11 +25,12 @@ from compile_attn.passes.indices import op_name
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.outputs import OutputReader
+from compile_attn.passes.proof import implies
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
 from compile_attn.passes.symbolic import Reader
 from compile_attn.passes.terms import Dot, Opaque, Unreadable, unreadable
-from compile_attn.passes.values import number
+from compile_attn.passes.values import boolean, number
 
 __all__ = ["AttentionSite", "Operand", "recognise"]
 
@@ -203,6 +204,7 @@ class _SiteReader:
         except ScoreError as error:
             raise unreadable(anchor.softmax, error.reason, error.cure) from None
         visible: Boolean = read.visible
+        self._check_zeroed(anchor, frame, rows, visible)
         parts: dict[str, object] = {"scale": read.scale, "softcap": read.softcap, "bias": read.bias}
         if read.score is not None:
             parts = {"score": read.score}
@@ -229,6 +231,14 @@ class _SiteReader:
             why = f"a query sees keys after it ({mask.words()}); pages hold only what came before"
             raise unreadable(anchor.softmax, why, "only causal attention can be paged")
         return mask, parts, captured
+
+    def _check_zeroed(self, anchor: Anchor, frame: Frame, rows: Rows, visible: Boolean) -> None:
+        """What is hidden after the softmax must have been hidden before it: else the row no longer adds up to 1."""
+        for mask in anchor.zeroed:
+            after = boolean(self.reader.operand(mask, frame.index)).xreplace(rows.values)
+            if not implies(after, sympy.Not(visible), rows.heads):
+                why = f"probabilities are set to 0 where {mask.name}, and not all of them were masked before the softmax"
+                raise unreadable(anchor.softmax, why, "mask the scores by the same mask, before the softmax")
 
     def _check_captured(self, captured: Iterable[fx.Node]) -> None:
         cure = "a paged score may read parameters, buffers and positions only"

@@ -433,7 +433,7 @@ def test_scores_and_masks_on_a_gpu(more: dict[str, object], page_size: int, phas
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dims", [(512, 512), (576, 512), (40, 24)], ids=str)
+@pytest.mark.parametrize("dims", [(512, 512), (576, 512), (40, 24), (33, 17), (72, 20), (56, 72)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_unusual_head_sizes_on_a_gpu(dims: tuple[int, int], dtype: torch.dtype) -> None:
     for sequences in PHASES.values():

@@ -88,6 +88,30 @@ def hidden_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores.masked_fill((scores < -1.0) | ~seen(q.shape[2]), torch.finfo(scores.dtype).min), dim=-1) @ v
 
 
+def masked_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ESPnet, WeNet: the same mask before the softmax and, as zeros, after it."""
+    hidden = ~seen(q.shape[2])[None, None]
+    scores = (q @ k.mT * SCALE).masked_fill(hidden, torch.finfo(q.dtype).min)
+    return F.dropout(F.softmax(scores, dim=-1).masked_fill(hidden, 0.0), 0.1, training=False) @ v
+
+
+def masked_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """AlphaFold-like code, torchtune's older models: nan_to_num for rows that see nothing, here none."""
+    scores = (q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), -torch.inf)
+    return torch.nan_to_num(F.softmax(scores, dim=-1), 0.0) @ v
+
+
+def masked_more_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = q.shape[2]
+    weights = F.softmax((q @ k.mT * SCALE).masked_fill(~seen(n), -1e9), dim=-1)
+    return weights.masked_fill(~seen(n) | ~torch.ones(n, n, dtype=torch.bool).triu(-3), 0.0) @ v
+
+
+def masked_nan_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE).masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(0), -torch.inf)
+    return torch.nan_to_num(F.softmax(scores, dim=-1), 0.0) @ v
+
+
 def window_of_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n = q.shape[2]
     weights = F.softmax(torch.where(seen(n), q @ k.transpose(-1, -2) * SCALE, torch.finfo(q.dtype).min), dim=-1)
@@ -164,13 +188,15 @@ _DATA = "data of the call|computed from the tokens"
 _NO_KEY = "may see no key at all"
 _SCORES = NearMiss(hidden_by_scores, "depends on their scores")
 FORMS = (
-    Form(tril_buffer, spec(), tensors=_TRIL, near=(NearMiss(tril_of_weights, "go to masked_fill"),)),
+    Form(tril_buffer, spec(), tensors=_TRIL, near=(NearMiss(tril_of_weights, "not all of them were masked before"),)),
     Form(view_expand, spec(), near=(_SCORES,)),
     Form(where_min, spec(), near=(_SCORES,)),
     Form(where_twice, spec(Window(3)), near=(NearMiss(window_of_weights, "go to where"),)),
     Form(triu_float, spec(), near=(NearMiss(strict, _NO_KEY),)),
     Form(arange_window, spec(Window(3)), near=(NearMiss(window_without_itself, _NO_KEY),)),
     Form(arange_chunks, spec(Chunked(4)), near=(NearMiss(chunk_before, _NO_KEY),)),
+    Form(masked_twice, spec(), near=(NearMiss(masked_more_after, "not all of them were masked before"),)),
+    Form(masked_nan, spec(), near=(NearMiss(masked_nan_rows, _NO_KEY),)),
     Form(bool_product, spec(), near=(NearMiss(multiplied, "go to mul"), NearMiss(soft_mask, _FUTURE, paged=True))),
 )
 DATA_FORMS = (

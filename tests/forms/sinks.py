@@ -91,6 +91,12 @@ def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / (1.0 + weights.sum(-1, keepdim=True))) @ v
 
 
+def small_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Hand-written code that fears a division by zero: exp / (sum exp + eps)."""
+    weights = torch.exp(q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), 0.0)
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
 def off_by_one_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT * SCALE).masked_fill(~seen(q.shape[2]), -torch.inf)
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -152,7 +158,8 @@ FORMS = (
     Form(sink_first, spec(), _sunk, _S, near=_COLUMNS),
     Form(sink_gate, spec(), _sunk, _S, near=_GATES),
     Form(sink_gate_sum, spec(), _sunk, _S, near=_GATES),
-    Form(off_by_one, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1 after the maximum"),)),
+    Form(off_by_one, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1.0 after the maximum"),)),
+    Form(small_number, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1.0 after the maximum"),)),
     Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "another axis"), NearMiss(exp_unnormalised, "never divided"))),
     Form(exp_sum_late, spec(), near=(NearMiss(exp_sum_of_others, "never divided"),)),
     Form(log_softmax, spec(), near=(NearMiss(log_softmax_over_queries, "another axis|not the key axis"),)),
