@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
-    from compile_attn.explain import explain
+    from compile_attn.explaining import explain
     from compile_attn.lm import Output, PagedLM
     from compile_attn.options import Options
     from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
-    "explain": ("explain",),
+    "explaining": ("explain",),
     "lm": ("Output", "PagedLM"),
     "options": ("Options",),
     "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
@@ -45,6 +45,6 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"compile_attn.{module}"), name)
-            globals()[name] = value  # over the submodule of the same name, which the import has just set
+            globals()[name] = value
             return value
     raise AttributeError(f"module 'compile_attn' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -43,7 +43,7 @@ def _explain(options: argparse.Namespace) -> int:
     """Exit status 0: all attention was read; 1: some was not, or the model cannot be paged; 2: bad input."""
     from rich.console import Console
 
-    from compile_attn.explain import explain
+    from compile_attn.explaining import explain
 
     try:
         model, args, kwargs = _made(options.target)

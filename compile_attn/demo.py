@@ -59,7 +59,7 @@ def _text() -> tuple[str, str]:
     """Text that Python itself ships, and the characters in it."""
     from pydoc_data import topics
 
-    text = "\n".join(str(topic) for topic in topics.topics.values())
+    text = " ".join(" ".join(map(str, topics.topics.values())).split())  # indentation would be what is learned first
     return text, "".join(sorted(set(text) | set("".join(PROMPTS))))
 
 
@@ -71,8 +71,9 @@ def _encode(text: str, alphabet: str) -> torch.Tensor:
 def _train(model: GPT, data: torch.Tensor, seconds: float, console: Console) -> float:
     """Train for that long; the model is left in eval mode. Returns the last loss."""
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    span, rows, loss = 96, 16, float("nan")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 30, total_iters=30)
+    span, rows, loss = 96, 8, float("nan")
     begin = time.perf_counter()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("training", total=seconds)
@@ -83,6 +84,7 @@ def _train(model: GPT, data: torch.Tensor, seconds: float, console: Console) -> 
             optimizer.zero_grad()
             error.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            warm_up.step()
             loss = error.item()
             progress.update(task, completed=spent, description=f"training, loss {loss:.2f}")
     model.eval()

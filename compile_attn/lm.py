@@ -6,32 +6,20 @@ logits, sampling makes tokens.
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 
 from compile_attn.cache import Chunk, PagedKVCache
-from compile_attn.calling import (
-    Call,
-    call_of,
-    check_no_dropout,
-    device_of,
-    dtype_of,
-    logits_of,
-    position_cure,
-    vocabulary_of,
-)
+from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, logits_of, position_cure, vocabulary_of
+from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
-from compile_attn.passes.graph import Location, source_line
-from compile_attn.passes.pipeline import refusal
-from compile_attn.passes.report import RefusedError, Rejected, Report
+from compile_attn.passes.report import RefusedError, Report
 from compile_attn.sampling import NOT_FINITE, Sampling, sample
 from compile_attn.scheduler import Plan, Reason, Request, Scheduler
 from compile_attn.step import token_array
@@ -93,8 +81,7 @@ class PagedLM:
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None
-        self._call = call_of(self._model) if call is None else _Through.call
-        self._compiled = _compile(self._model if call is None else _Through(self._model, call), options)
+        self._run = OneGraph(self._model, options, call)
         self._scheduler = Scheduler(cache, max_batch_tokens)
         self._closed = False
         self._vocabulary = self._warm_up()
@@ -228,9 +215,7 @@ class PagedLM:
         """Run the model over new tokens; the logits rows they asked for."""
         batch = self.cache.batch(chunks)
         before = self.cache.steps_run
-        with torch.no_grad(), _plain_errors():
-            output = self._call(self._compiled, batch.input_ids, batch.position_ids)
-        logits = logits_of(output)
+        logits = logits_of(self._run(batch.input_ids, batch.position_ids))
         if self.cache.steps_run == before:
             raise RuntimeError(
                 "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
@@ -288,55 +273,6 @@ class PagedLM:
         self._scheduler.check_length(len(ids))
         plain: list[int] = ids.tolist()
         return plain
-
-
-class _Through(nn.Module):
-    """A model behind the user's own call, compiled as one: the call sees packed tokens as the model does."""
-
-    def __init__(self, model: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.model, self._through = model, call
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self._through(self.model, input_ids, position_ids)
-
-    @staticmethod
-    def call(compiled: Callable[..., Any], input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return compiled(input_ids, position_ids)
-
-
-def _compile(model: nn.Module, options: Options) -> Callable[..., Any]:
-    """torch.compile against the cache, as one graph: code outside it would see packed tokens and answer wrongly."""
-    from compile_attn.backend import paged_attn
-
-    given: dict[str, Any] = {"kernel": options.kernel, "cache": options.cache, "inner": options.inner}
-    keywords: dict[str, Any] = {"fullgraph": True, "backend": paged_attn, "options": given}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # later than torch 2.11
-        keywords["isolate_recompiles"] = True  # other PagedLMs of this class in the process do not use up its limit
-    compiled: Callable[..., Any] = torch.compile(model, **keywords)
-    return compiled
-
-
-class _plain_errors(AbstractContextManager["None"]):
-    """Raise what the backend said, where Dynamo wraps it."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
-
-        if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, ValueError):
-            raise error.inner_exception from None
-        if isinstance(error, (Unsupported, UserError)):
-            raise _not_one_graph(error) from error
-
-
-def _not_one_graph(error: Exception) -> RefusedError:
-    """Dynamo's own refusal, in the words of ours; its hints stay in the chained error."""
-    what = str(error).strip().splitlines()[0]
-    stack = getattr(error, "real_stack", None)
-    where = source_line("".join(traceback.format_list(stack))) if stack else ""
-    cure = "rewrite the code that is named there, or move it out of forward"
-    rejected = Rejected(f"the model does not compile as one graph: {what}", Location(source=where), cure)
-    return refusal(Report("paged"), [rejected])
 
 
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:

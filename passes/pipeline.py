@@ -237,6 +237,11 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
     for node in tokens:
         shape = node.meta["val"].shape
         name = normalized.sources.get(node, node.name)
+        fixed_at = _fixed_at(node) if len(shape) == 2 and shape[0] == 1 and isinstance(shape[1], int) else None
+        if fixed_at is not None:
+            why = f"the number of tokens is made a constant ({shape[1]}) by an op that takes no symbol for it"
+            where = replace(location(node), source=fixed_at)
+            raise refusal(report, [Rejected(why, where, "compute it from torch.arange or from a tensor's own rows")])
         if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
             why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
             raise refusal(report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")])
@@ -244,6 +249,16 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
             why = f"input {name!r} has {shape[1]} tokens where the token ids have {length}"
             raise refusal(report, [Rejected(why, location(node), "pass batch.position_ids unchanged")])
         length = shape[1]
+
+
+def _fixed_at(node: fx.Node) -> str | None:
+    """The line at which a symbolic number of tokens became a constant; None where it was none to begin with."""
+    value = node.meta["val"]
+    env = value.fake_mode.shape_env
+    # Private, fenced here: replacements_slocs is where ShapeEnv keeps the user's line of each specialization.
+    lines = getattr(env, "replacements_slocs", {})
+    fixed = (lines.get(symbol) for symbol, size in env.replacements.items() if size == value.shape[1])
+    return next((str(line.maybe_user_loc or "") for line in fixed if line is not None), None)
 
 
 def _step_examples(tokens: fx.Node, geometry: PagedGeometry) -> list[torch.Tensor]:

@@ -90,7 +90,12 @@ def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("compile_attn.demo.demo", lambda *given: calls.append(given) or False)
+    calls: list[tuple[object, ...]] = []
+
+    def failing(*given: object) -> bool:
+        calls.append(given)
+        return False
+
+    monkeypatch.setattr("compile_attn.demo.demo", failing)
     assert main(["demo", "--seconds", "2", "--tokens", "5", "--inner", "eager", "--html", "x.html"]) == 1
     assert calls == [(2.0, "eager", "x.html", "cpu", 5)]

@@ -14,7 +14,7 @@ import torch
 
 from compile_attn.passes.report import RefusedError
 from tests.models.families import FAMILIES, POSITIONS, VOCAB, Family, build
-from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged, recomputed
+from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
 
 PAGED = [family for family in FAMILIES if family.refused is None]
 REFUSED = [family for family in FAMILIES if family.refused is not None]
@@ -74,19 +74,6 @@ def test_positions_that_count_other_ids_than_padding(form: str) -> None:
     case = paged(model, VOCAB, call=lambda model, ids, positions: model(ids, position_ids=positions + first, use_cache=False))
     assert_same_logits(case, assert_same_tokens(case))
     assert case.lm.cache.max_positions == POSITIONS - first
-
-
-def test_a_branch_on_the_length_bounds_the_positions() -> None:
-    """afmoe through SDPA leaves the mask out while the input is shorter than the window: what was captured holds up to there."""
-    family = next(one for one in FAMILIES if one.name == "afmoe")
-    case = paged(build(family, "sdpa"), VOCAB)
-    model: Any = case.model
-    window = model.config.sliding_window
-    assert case.lm.cache.max_positions == window - 1
-    with pytest.raises(ValueError, match=f"{window - 1}"):
-        case.lm.generate([[3] * window], max_new_tokens=1)
-    prompt = case.prompts[0]
-    assert case.lm.generate([prompt], max_new_tokens=2) == [recomputed(case.model, prompt, 2)]
 
 
 def test_there_are_enough_families() -> None:

@@ -58,8 +58,8 @@ def _place(gm: fx.GraphModule, name: str) -> int | None:
 def _paged(gm: fx.GraphModule, examples: Sequence[Any], kernel: str = "auto") -> Rewriting:
     ids = _place(gm, "input_ids")
     assert ids is not None
-    places = {"token_ids": ids, "positions": _place(gm, "position_ids")}
-    return rewrite_paged(gm, examples, kernel=kernel, geometry=GEOMETRY, **places)
+    positions = _place(gm, "position_ids")
+    return rewrite_paged(gm, examples, kernel=kernel, geometry=GEOMETRY, token_ids=ids, positions=positions)
 
 
 def _ids(length: int = 7, rows: int = 1) -> Tensor:
@@ -84,7 +84,8 @@ def test_stateless() -> None:
 
 def test_what_cannot_be_traced_stays_as_it_was() -> None:
     def mapped(x: Tensor) -> Tensor:
-        return torch.vmap(lambda row: (row @ row.mT).softmax(-1) @ row)(x)
+        mapped_rows: Tensor = torch.vmap(lambda row: (row @ row.mT).softmax(-1) @ row)(x)
+        return mapped_rows
 
     captured, rewriting = _rewritten(mapped, _stateless, torch.randn(2, 3, 4), dynamic=False)
     assert rewriting.module is captured and rewriting.report.sites == ()
@@ -114,7 +115,8 @@ class Given(TinyDecoder):
         x = self.tok(input_ids) + self.pos(position_ids)
         for attention in self.attention:
             x = x + attention(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 class Rolled(TinyDecoder):

@@ -1,5 +1,7 @@
 """Is the kernel that serves a site one that can, and are the reasons against the others sentences with a cure?"""
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,6 +37,20 @@ def test_preferences_on_a_cpu() -> None:
     assert choose(PLAIN, CPU, torch.float32, None).kernel == "sdpa"
     assert choose(PLAIN, CPU, torch.float32, 16).kernel == "reference"
     assert choose(SPECS["softcap"], CPU, torch.float32, None).kernel == "reference"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
+def test_preferences_on_a_gpu() -> None:
+    assert choose(PLAIN, CUDA, torch.bfloat16, None).kernel == "sdpa"
+    assert choose(SPECS["window"], CUDA, torch.bfloat16, None).kernel == "general"  # SDPA would read a mask from memory
+    assert choose(SPECS["sinks"], CUDA, torch.bfloat16, None).kernel == "general"
+    for spec in SPECS.values():
+        choice = choose(spec, CUDA, torch.bfloat16, 16)
+        assert choice.kernel == "general"
+        assert choice.passed_over["reference"] == ("could; 'general' is preferred on cuda",)
+    choice = choose(PLAIN, CUDA, torch.float64, 16)
+    assert choice.kernel == "reference"
+    assert "not in float64; cast the model" in choice.passed_over["general"][0]
 
 
 def test_a_forced_kernel() -> None:

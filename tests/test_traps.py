@@ -22,7 +22,7 @@ from compile_attn.passes.report import Report
 from tests.models.families import FAMILIES, VOCAB, build, enliven
 from tests.models.handwritten import HEADS, WIDTH, Decoder, heads
 from tests.models.handwritten_more import Block, MoeBlock, SortedMoeBlock, decoder
-from tests.models.harness import assert_same_logits, assert_same_tokens, full_logits, paged
+from tests.models.harness import assert_same_logits, assert_same_tokens, full_logits, paged, recomputed
 from tests.models.refused import MemoryKeysBlock
 
 TOLERANCE = 1e-5
@@ -293,6 +293,45 @@ def test_top_1_mixtral() -> None:
 
 
 # Caches, tuples, half-made tensors
+
+
+class ShortcutBlock(Block):
+    """transformers' SDPA layers with a window: no mask of a window while the input is shorter than it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        if length < 8:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        gap = torch.arange(length)[:, None] - torch.arange(length)
+        return F.scaled_dot_product_attention(q, k, v, (gap >= 0) & (gap < 8))
+
+
+def test_a_branch_on_the_length_bounds_the_positions() -> None:
+    """What was captured for three tokens holds up to seven, in a sequence and in a step; beyond, nothing is computed."""
+    case = paged(_ready(Decoder(ShortcutBlock)), VOCAB)
+    assert case.lm.cache.max_positions == case.lm.cache.max_tokens == 7
+    with pytest.raises(ValueError, match=r"a prompt of 8 tokens; .* holds at most 7"):
+        case.lm.generate([[3] * 8], max_new_tokens=1)
+    prompts = [[3, 4, 5, 6, 7], [8, 9]]
+    assert case.lm.generate(prompts, max_new_tokens=2) == [recomputed(case.model, prompt, 2) for prompt in prompts]
+
+
+class Linspaced(Decoder):
+    """Positions from 0 to 1 in as many steps as there are tokens."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tok(input_ids) + torch.linspace(0, 1, input_ids.shape[1])[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def test_a_length_made_constant_is_refused_with_its_line() -> None:
+    with pytest.raises(ca.RefusedError) as caught:
+        paged(_ready(Linspaced(CausalBlock)), VOCAB)
+    [rejected] = caught.value.report.rejected
+    assert rejected.reason.startswith("the number of tokens is made a constant (3)")
+    assert "torch.linspace(0, 1, input_ids.shape[1])" in rejected.where.source
 
 
 class TupleOutput(Decoder):

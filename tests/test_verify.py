@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compile_attn.passes.bounds import NotABound
-from compile_attn.passes.graph import placeholders
+from compile_attn.passes.graph import is_tensor, placeholders
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
 from tests.capture import captured
@@ -23,7 +24,7 @@ class Table(nn.Module):
         self.table = nn.Embedding(9, 4)
 
     def forward(self, ids: Tensor, places: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        torch._check(ids.shape[1] == places.shape[1])
+        torch._check(ids.shape[1] == places.shape[1])  # type: ignore[no-untyped-call]
         return self.table(ids) + self.table(places), other.cos()
 
 
@@ -49,8 +50,8 @@ def test_a_sound_graph() -> None:
     module = _table().module
     inputs = FreshInputs(module.graph)
     verify(module, inputs)
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "call_function"]
-    assert all(value.fake_mode is inputs.mode for value in values if isinstance(value, Tensor))
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "call_function" and is_tensor(node)]
+    assert len(values) == 4 and all(isinstance(value, FakeTensor) and value.fake_mode is inputs.mode for value in values)
 
 
 def _const_size(graph: fx.Graph, x: fx.Node) -> fx.Node:

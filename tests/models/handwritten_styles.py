@@ -35,7 +35,8 @@ class TorchEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.1, batch_first=True, norm_first=True)
-        self.tok, self.body, self.head = nn.Embedding(VOCAB, WIDTH), nn.TransformerEncoder(layer, 2), nn.Linear(WIDTH, VOCAB)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)  # True would warn: it cannot, with norm_first
+        self.tok, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
         place = torch.arange(LONGEST).unsqueeze(1) * torch.exp(torch.arange(0, WIDTH, 2) * (-math.log(1e4) / WIDTH))
         self.register_buffer("pe", torch.stack([place.sin(), place.cos()], -1).reshape(1, LONGEST, WIDTH))
 

@@ -86,7 +86,7 @@ def test_a_model_with_a_graph_break() -> None:
 
 def test_nothing_to_explain() -> None:
     with pytest.raises(RuntimeError, match=r"captured no graph of this call.*look for @torch.compiler.disable"):
-        ca.explain(torch.compiler.disable(lambda x: x), IDS)
+        ca.explain(torch.compiler.disable(lambda x: x), IDS)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("isolating", [True, False], ids=["isolate_recompiles", "older torch"])
@@ -96,7 +96,7 @@ def test_other_compilations_are_left_alone(isolating: bool, monkeypatch: pytest.
         pytest.skip("this torch has no isolate_recompiles")
     if not isolating:
         old = SimpleNamespace(signature=lambda _: inspect.Signature())
-        monkeypatch.setattr(sys.modules["compile_attn.explain"], "inspect", old)
+        monkeypatch.setattr(sys.modules["compile_attn.explaining"], "inspect", old)
     model = tiny()
     fast = torch.compile(model, backend="eager")
     fast(IDS)

@@ -1,0 +1,282 @@
+"""How does one Triton program attend? Flash attention whose score is a function printed from the spec.
+
+A program owns the query heads of one KV head for `block_q` consecutive tokens of one sequence, as rows of one tile, and
+goes over the keys that some row may see, or over its share of them where the keys are split. Key blocks that the bounds
+prove visible as a whole are taken without a mask. In paged mode keys are found through the block table and sequences
+through the starts of their tokens; nothing is read on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a kernel is compiled."""
+
+    page_size: int  # 0: stateless, every sequence has its keys in one page of its own
+    group: int  # query heads in a tile
+    groups: int  # tiles that share a KV head
+    dim: int
+    dim_v: int
+    causal: bool  # no key to the right of its query is visible
+    window: int  # greatest i - j of a visible key; -1: unbounded
+    bounded: bool  # the mask is what causal and window say, nothing more
+    binary: bool  # scores are in units of log2, so that weights are powers of 2
+    k_scaled: bool  # pages hold the values by a scale
+    v_scaled: bool
+    whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
+    dot: tl.dtype  # of the operands of both products
+    block_q: int  # tokens of a tile; its rows: block_q * group, padded to
+    block_m: int
+    block_n: int  # keys of a tile
+    block_d: int  # head sizes, padded to a power of two
+    block_dv: int
+    split: bool  # several programs share the keys of a tile of queries
+
+
+# Tuples that hold no tuples: Triton 3.6 loses a stride of 1 in a nested one.
+class Pool(NamedTuple):
+    """Keys or values, and their strides. Stateless: a sequence is a page, a token is a slot."""
+
+    at: Any
+    page: int
+    slot: int
+    head: int
+    channel: int
+    scale: Any
+    scale_head: int  # 0: one for all heads
+
+
+class Batch(NamedTuple):
+    """Where the tokens of a paged batch are; in stateless mode unused."""
+
+    table: Any
+    width: int
+    lengths: Any
+    starts: Any
+    positions: Any
+    token_seq: Any
+
+
+class Parts(NamedTuple):
+    """Per row and split: values before normalisation, highest score, sum of weights."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode.
+
+    Every sequence begins a block of its own: it has blocks from starts[b] // block_q + b on, enough and at most one too
+    many. Pad tokens are a sequence without keys, behind the last.
+    """
+    if PLAN.block_q == 1:
+        first = block
+        real = first < tl.load(batch.starts + num_sequences)
+        b = tl.load(batch.token_seq + first, mask=real, other=num_sequences)
+    else:
+        b = 0
+        beyond = num_sequences
+        while b < beyond:  # the last sequence whose blocks begin at or before this one
+            middle = (b + beyond + 1) // 2
+            begun = tl.load(batch.starts + middle) // PLAN.block_q + middle <= block
+            b = tl.where(begun, middle, b)
+            beyond = tl.where(begun, beyond, middle - 1)
+        begin = tl.load(batch.starts + b)
+        first = begin + (block - begin // PLAN.block_q - b) * PLAN.block_q
+    real = b < num_sequences
+    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
+    length = tl.load(batch.lengths + b, mask=real, other=0)
+    return tl.minimum(b, num_sequences - 1), first, end, length
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _key_blocks(i, inside, length, split, splits, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks [begin, end) to visit, and of them [clear, clear_end) in which every row sees every key."""
+    last = tl.max(tl.where(inside, i, 0))
+    first = tl.min(tl.where(inside, i, last))
+    low = 0
+    clear_low = 0
+    if PLAN.window >= 0:
+        low = tl.maximum(first - PLAN.window, 0)
+        clear_low = tl.maximum(last - PLAN.window, 0)
+    high = length
+    clear_high = length
+    if PLAN.causal:
+        high = tl.minimum(length, last + 1)
+        clear_high = tl.minimum(length, first + 1)
+    begin = low // PLAN.block_n
+    end = tl.maximum((high + PLAN.block_n - 1) // PLAN.block_n, begin)
+    if PLAN.split:
+        share = (end - begin + splits - 1) // splits
+        begin = tl.minimum(begin + split * share, end)
+        end = tl.minimum(begin + share, end)
+    clear = begin
+    clear_end = begin
+    if PLAN.bounded:
+        clear = tl.minimum(tl.maximum((clear_low + PLAN.block_n - 1) // PLAN.block_n, begin), end)
+        clear_end = tl.minimum(tl.maximum(clear_high // PLAN.block_n, clear), end)
+    return begin, end, clear, clear_end
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exp(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.exp2(x) if PLAN.binary else tl.exp(x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(at, owned, channel, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys or values. One that the sequence does not own is never read (Law 8)."""
+    if MASKED:
+        tile = tl.load(at, mask=owned & (channel < DIM), other=0.0)
+    elif DIM == BLOCK:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=channel < DIM, other=0.0)
+    return tile
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _visit(  # type: ignore[no-untyped-def]
+    state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured,
+    SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """One block of keys joins the running softmax."""
+    acc, top, total = state
+    j = start + tl.arange(0, PLAN.block_n)
+    owned = j < length
+    if PLAN.page_size > 0:
+        at = batch.table + b.to(tl.int64) * batch.width + j // PLAN.page_size
+        page = (tl.load(at, mask=owned, other=0) if MASKED else tl.load(at)).to(tl.int64)
+        slot = j % PLAN.page_size
+    else:
+        page = b.to(tl.int64)
+        slot = j.to(tl.int64)
+    channel = tl.arange(0, PLAN.block_d)[:, None]
+    place = page * keys.page + slot * keys.slot + kv_head * keys.head
+    k = _tile(keys.at + place[None, :] + channel * keys.channel, owned[None, :], channel, MASKED, PLAN.dim, PLAN.block_d)
+    # tf32x3: three products of halves, float32 to the last bits; "ieee" would do without tensor cores.
+    s = tl.dot(queries, k.to(PLAN.dot), input_precision="tf32x3")
+    if PLAN.k_scaled:
+        s = s * scale
+    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
+    if MASKED:
+        value = tl.where(owned[None, :], value, float("-inf"))
+    higher = tl.maximum(top, tl.max(value, 1))
+    against = tl.where(higher == float("-inf"), 0.0, higher)  # nothing visible yet: no -inf minus -inf
+    weights = _exp(value - against[:, None], PLAN)
+    fade = _exp(top - against, PLAN)
+    channel = tl.arange(0, PLAN.block_dv)[None, :]
+    place = page * values.page + slot * values.slot + kv_head * values.head
+    v = _tile(values.at + place[:, None] + channel * values.channel, owned[:, None], channel, MASKED, PLAN.dim_v, PLAN.block_dv)
+    acc = tl.dot(weights.to(PLAN.dot), v.to(PLAN.dot), acc * fade[:, None], input_precision="tf32x3")
+    return acc, higher, total * fade + tl.sum(weights, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The softmax of no keys; a sink is a key without a value, seen first."""
+    top = tl.full((PLAN.block_m,), float("-inf"), tl.float32)
+    total = tl.full((PLAN.block_m,), 0.0, tl.float32)
+    if SINK is not None:
+        sink = tl.full((PLAN.block_m,), 0.0, tl.float32) + SINK(b, head, i, captured)
+        top = tl.where(split == 0, sink, top)
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _end(state, place, inside, split, splits, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    acc, top, total = state
+    if PLAN.v_scaled:
+        acc = acc * scale
+    channel = tl.arange(0, PLAN.block_dv)[None, :]
+    stored = inside[:, None] & (channel < PLAN.dim_v)
+    if PLAN.split:
+        part = place * splits + split
+        tl.store(parts.acc + part[:, None] * PLAN.dim_v + channel, acc, mask=stored)
+        tl.store(parts.top + part, top, mask=inside)
+        tl.store(parts.total + part, total, mask=inside)
+    else:
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key: 0
+        tl.store(out + place[:, None] * PLAN.dim_v + channel, acc.to(out.dtype.element_ty), mask=stored)
+
+
+# Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.
+@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits"])  # type: ignore[untyped-decorator]
+def attend(  # type: ignore[no-untyped-def]
+    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
+
+    q_strides: sequence (paged: 0), token, head, channel. The output is contiguous rows of dim_v, a row a token and head;
+    stateless: a head and token of a sequence.
+    """
+    # Late tokens see the most keys under a causal mask: they begin first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = (tl.program_id(1) // PLAN.groups).to(tl.int64)
+    split = tl.program_id(2)
+    if PLAN.page_size > 0:
+        b, first, end, length = _sequence(block, batch, num_tokens, num_sequences, PLAN)
+    else:
+        blocks = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
+        b = block // blocks
+        first = block % blocks * PLAN.block_q
+        end = num_tokens
+        length = num_keys
+    if first >= end:
+        return
+    r = tl.arange(0, PLAN.block_m)
+    token = first + r // PLAN.group
+    inside = (token < end) & (r < PLAN.block_q * PLAN.group)
+    head = tl.program_id(1) * PLAN.group + r % PLAN.group
+    num_heads = tl.num_programs(1) * PLAN.group
+    i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32) if PLAN.page_size > 0 else token
+    begin, finish, clear, clear_end = _key_blocks(i, inside, length, split, splits, PLAN)
+    wide = token.to(tl.int64)
+    place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
+    channel = tl.arange(0, PLAN.block_d)[None, :]
+    at = q + b.to(tl.int64) * q_strides[0] + wide * q_strides[1] + head.to(tl.int64) * q_strides[2]
+    queries = tl.load(at[:, None] + channel * q_strides[3], mask=inside[:, None] & (channel < PLAN.dim), other=0.0).to(PLAN.dot)
+    b_whole = b.to(PLAN.whole)
+    i = i.to(PLAN.whole)
+    head = head.to(PLAN.whole)
+    row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
+    scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
+    state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
+    for n in range(clear, clear_end):
+        start = n * PLAN.block_n
+        state = _visit(state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured, SCORE, False, PLAN)
+    for edge in range(begin, finish - (clear_end - clear)):
+        start = tl.where(edge < clear, edge, edge + clear_end - clear) * PLAN.block_n
+        state = _visit(state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured, SCORE, True, PLAN)
+    scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
+    _end(state, place, inside, split, splits, scale, out, parts, PLAN)
+
+
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
+def combine(parts, out, splits, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The parts of one row, one a split of its keys, to their common softmax; for one block of channels."""
+    row = tl.program_id(0).to(tl.int64)
+    split = row * splits + tl.arange(0, BLOCK_SPLITS)
+    real = tl.arange(0, BLOCK_SPLITS) < splits
+    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    top = tl.load(parts.top + split, mask=real, other=float("-inf"))
+    total = tl.load(parts.total + split, mask=real, other=0.0)
+    highest = tl.max(top, 0)
+    weight = _exp(top - tl.where(highest == float("-inf"), 0.0, highest), PLAN)
+    seen = (top > float("-inf"))[:, None] & (channel < PLAN.dim_v)
+    acc = tl.load(parts.acc + split[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
+    total = tl.sum(total * weight, 0)
+    value = tl.sum(acc * weight[:, None], 0, keep_dims=True) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=channel < PLAN.dim_v)

@@ -1,0 +1,100 @@
+"""Does a Triton kernel compile for an H200, on a machine without one, and does it fit?
+
+The interpreter runs Python, so it accepts what the compiler refuses. Triton's wheel holds all that compiling takes but a
+device; the driver here only says which one is meant. Run as a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from compile_attn.kernels import general
+from compile_attn.kernels import mask as m
+from compile_attn.kernels.backend import Paged
+from compile_attn.kernels.expr import B, H, I, J, Load
+from compile_attn.kernels.spec import AttentionSpec
+from tests.oracle import CAPTURED, SLOPE, SPECS
+
+SHARED = 227 << 10  # bytes that a block may ask for on compute capability 9.0
+EVERYTHING = AttentionSpec(
+    8, 2, 192, 128, m.All(m.Window(99), m.SameDocument(0)), 0.07, 30.0, SLOPE * (J - I) + Load(1, H, J % 9), sinks=Load(2, H % 4)
+)
+PADDED = m.General(SPECS["padding"].mask.predicate() | (Load(3, B, I) < 1))
+CASES = {  # spec, dtype, tokens, sequences, dtype of pages
+    "decode": (AttentionSpec(32, 8, 64, 64), torch.bfloat16, 8, 8, None),
+    "prefill": (AttentionSpec(32, 8, 128, 128), torch.bfloat16, 4096, 2, None),
+    "fp8 pages": (AttentionSpec(8, 8, 80, 80, m.Window(500)), torch.float16, 512, 4, torch.float8_e4m3fn),
+    "float32": (AttentionSpec(4, 4, 64, 64, m.Chunked(70), softcap=3.0), torch.float32, 512, 4, None),
+    "everything": (EVERYTHING, torch.bfloat16, 512, 4, None),
+    "large heads": (AttentionSpec(16, 1, 576, 512, PADDED), torch.bfloat16, 8, 4, None),
+}
+
+
+class H200:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiled:
+    """In place of a kernel: a launch compiles it, and runs nothing."""
+
+    def __init__(self, kernel: Any, found: list[Any]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: Sequence[int]) -> Any:
+        return lambda *args, **options: self.found.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int, stored: torch.dtype | None) -> None:
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    q = torch.empty(tokens, spec.num_q_heads, spec.head_dim, dtype=dtype)
+    k, v = (torch.empty(9, 16, spec.num_kv_heads, dim, dtype=stored or dtype) for dim in (spec.head_dim, spec.head_dim_v))
+    scales = (None, None) if stored is None else (torch.ones(()), torch.ones(spec.num_kv_heads))
+    kv = Paged(k, v, whole(rows, 256), whole(rows), whole(rows + 1), torch.zeros(tokens, dtype=torch.int64), whole(tokens), *scales)
+    backend = general.GeneralBackend()
+    backend.attend(q, kv, CAPTURED, spec)
+    if stored is None:
+        row = torch.empty(2, spec.num_q_heads, tokens, spec.head_dim, dtype=dtype)
+        keys, values = (torch.empty(2, tokens, each.shape[2], each.shape[3], dtype=dtype).transpose(1, 2) for each in (k, v))
+        backend.attention(row, keys, values, CAPTURED, spec)
+
+
+def main() -> None:
+    from triton.runtime import driver
+
+    from compile_attn.kernels import general_triton
+
+    driver.set_active(H200())
+    found: list[Any] = []
+    general_triton.attend = Compiled(general_triton.attend, found)
+    general_triton.combine = Compiled(general_triton.combine, found)
+    for name in sys.argv[1:] or CASES:
+        compile_call(*CASES[name])
+        shared = max(each.metadata.shared for each in found)
+        if shared > SHARED:
+            sys.exit(f"{name}: {shared} bytes of shared memory; a block has {SHARED}")
+        print(f"{name}: {len(found)} kernels, {shared} bytes of shared memory")
+        found.clear()
+
+
+if __name__ == "__main__":
+    main()
