@@ -5,31 +5,19 @@ Each family once by default, eager and SDPA in turn; `-m every_form` runs the ot
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from compile_attn.passes.report import RefusedError
 from tests.models.families import FAMILIES, POSITIONS, VOCAB, Family, build
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged, sees_the_future
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what stock models, and Dynamo of them, warn of is not ours
 PAGED = [family for family in FAMILIES if family.refused is None]
 REFUSED = [family for family in FAMILIES if family.refused is not None]
 DEFAULT = [(family, family.forms[place % len(family.forms)]) for place, family in enumerate(PAGED)]
 OTHERS = [(family, form) for family in PAGED for form in family.forms if (family, form) not in DEFAULT]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Every test compiles anew, and transformers' own deprecations are not ours."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 def _name(case: tuple[Family, str]) -> str:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.models.families import enliven
 from tests.models.handwritten_more import NAMES, STYLE_NAMES, VOCAB, decoder
 from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _model(name: str) -> torch.nn.Module:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,15 +44,6 @@ STATEFUL: dict[str, dict[str, Any]] = {
 }
 
 SUBTLE = subtle()
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 def _refusal(model: torch.nn.Module) -> ca.RefusedError:
@@ -107,6 +96,7 @@ def test_subtle_trespasses_are_refused(name: str) -> None:
     assert caught.value.report.sites == () and all(one.reason for one in caught.value.report.rejected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # transformers' own
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_stateful_families_are_refused(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -7,8 +7,6 @@ gives for that token of that sequence alone.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +24,6 @@ pytest.importorskip("transformers.integrations.moe")  # registers grouped_mm_fal
 
 CHUNKS = ((0, 3), (4, 9), (7, 8), (0, 1))  # of four sequences: tokens [a, b)
 TOLERANCE = 2e-5  # float32, sums of 16 products in another order; the greatest seen is 2e-6
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Captured:

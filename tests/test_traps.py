@@ -6,8 +6,6 @@ keys that are not the sequence's own, neighbours in a batch, symbolic floats, si
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,15 +24,6 @@ from tests.models.harness import assert_same_logits, assert_same_tokens, full_lo
 from tests.models.refused import MemoryKeysBlock
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="transformers")
-        yield
-    torch._dynamo.reset()
 
 
 def _ready(model: nn.Module) -> nn.Module:
