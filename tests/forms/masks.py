@@ -88,6 +88,21 @@ def hidden_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores.masked_fill((scores < -1.0) | ~seen(q.shape[2]), torch.finfo(scores.dtype).min), dim=-1) @ v
 
 
+def assigned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """NumPy habits: scores[..., mask] = -inf, the mask by meshgrid."""
+    i, j = torch.meshgrid(torch.arange(q.shape[2]), torch.arange(q.shape[2]), indexing="ij")
+    scores = q @ k.mT * SCALE
+    scores[:, :, j > i] = float("-inf")
+    return F.softmax(scores, dim=-1) @ v
+
+
+def assigned_strictly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    j, i = torch.meshgrid(torch.arange(q.shape[2]), torch.arange(q.shape[2]), indexing="xy")
+    scores = q @ k.mT * SCALE
+    scores[:, :, j >= i] = -1e9
+    return F.softmax(scores, dim=-1) @ v
+
+
 def log_of_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Tutorials: scores + log(mask), minus infinity where the mask is 0."""
     return F.softmax(q @ k.mT * SCALE + seen(q.shape[2]).float().log(), dim=-1) @ v
@@ -204,6 +219,7 @@ FORMS = (
     Form(triu_float, spec(), near=(NearMiss(strict, _NO_KEY),)),
     Form(arange_window, spec(Window(3)), near=(NearMiss(window_without_itself, _NO_KEY),)),
     Form(arange_chunks, spec(Chunked(4)), near=(NearMiss(chunk_before, _NO_KEY),)),
+    Form(assigned, spec(), near=(NearMiss(assigned_strictly, _NO_KEY),)),
     Form(log_of_mask, spec(), near=(NearMiss(log_of_soft_mask, _FUTURE, paged=True),)),
     Form(masked_twice, spec(), near=(NearMiss(masked_more_after, "not all of them were masked before"),)),
     Form(masked_nan, spec(), near=(NearMiss(masked_nan_rows, _NO_KEY),)),
