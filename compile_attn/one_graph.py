@@ -38,7 +38,7 @@ class OneGraph:
         from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 
         try:
-            with torch.no_grad(), _without_opaque_encoders():
+            with torch.no_grad(), _as_plain_ops():
                 return self._call(self._compiled, input_ids, position_ids)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, ValueError):
@@ -64,14 +64,19 @@ def _directly(compiled: Callable[..., Any], input_ids: torch.Tensor, position_id
 
 
 @contextmanager
-def _without_opaque_encoders() -> Iterator[None]:
-    """nn.TransformerEncoder as the ops that it is made of: its fast path is one op, which torch 2.11 cannot capture."""
-    before = torch.backends.mha.get_fastpath_enabled()
+def _as_plain_ops() -> Iterator[None]:
+    """Two switches of torch: what they turn on does not become a graph of any length.
+
+    nn.TransformerEncoder's fast path is one op, which torch 2.11 cannot capture. opt_einsum, where it is installed, orders
+    the products of an einsum by their sizes, and makes a constant of the number of tokens.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.backends.opt_einsum.flags(enabled=False):
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _not_one_graph(error: Exception) -> RefusedError:

@@ -6,6 +6,7 @@ or after the product with the values), log_softmax then exp, SDPA, and sinks as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import fx
 
 from compile_attn.passes.contractions import adds, is_contraction, meeting, operands
 from compile_attn.passes.graph import is_tensor, val
-from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, shape_of
+from compile_attn.passes.indices import Bounds, Index, argument, dim_of, index_map, op_name, sequence, shape_of
 from compile_attn.passes.spelled import Spelled, is_whole_attention, spell_out
 from compile_attn.passes.symbolic import Reader
 from compile_attn.passes.terms import unreadable
@@ -38,6 +39,7 @@ class Anchor:
     added: float = 0.0  # the normaliser is this + sum: a sink, whose logit is its logarithm
     offset: int = 0  # probabilities of key j stand in column j + offset
     hidden: fx.Node | None = None  # True where exp(score) was replaced by 0 before it was summed
+    unit: float = 1.0  # what a score is multiplied by in the exponent: log(2) for powers of 2
     zeroed: tuple[fx.Node, ...] = ()  # masks: True where a probability was replaced by 0 after all
 
     @property
@@ -48,6 +50,7 @@ class Anchor:
     def score_at(self, reader: Reader, axes: Index) -> sympy.Basic:
         """The score at an index of the axes."""
         score = number(reader.at(self.scores, axes))
+        score = score if self.unit == 1 else score * sympy.Float(self.unit)
         if self.hidden is None:
             return score
         return sympy.Piecewise((-sympy.oo, boolean(reader.operand(self.hidden, axes))), (score, True))
@@ -119,7 +122,7 @@ def _normalisations(graph: fx.Graph) -> Iterator[Anchor]:
         name = op_name(node)
         if name in _SOFTMAX:
             yield _from_softmax(node)
-        elif name == "exp" and (anchor := _from_exp(node)) is not None:
+        elif name in ("exp", "exp2") and (anchor := _from_exp(node)) is not None:
             yield anchor
         elif is_whole_attention(node):
             spelled = spell_out(graph, node)
@@ -184,6 +187,9 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         inner: fx.Node = source.args[0]  # type: ignore[assignment]
         dim = dim_of(argument(source, 1, "dim"), val(inner).dim())
         return Anchor(node, _without_shift(inner, dim), dim, node)
+    if (whole := _log_sum(source)) is not None:
+        return Anchor(node, source.args[0], whole, node)  # type: ignore[arg-type]
+    unit = math.log(2) if op_name(node) == "exp2" else 1.0
     exponential: fx.Node = node
     hidden: Any = None
     for user in node.users:  # exp(scores).masked_fill(mask, 0)
@@ -204,12 +210,29 @@ def _from_exp(node: fx.Node) -> Anchor | None:
         return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1), or add the number times exp(-max)"))
     quotient = _quotient(node, divisor)
     if quotient is not None:
-        return Anchor(exponential, scores, dim, quotient, added=added, hidden=hidden)
+        return Anchor(exponential, scores, dim, quotient, added=added, hidden=hidden, unit=unit)
     finish = _quotient_after_product(divisor)
     if finish is None:
         why = "exp and its sum over an axis are not joined by a division that can be read"
         return Anchor(node, scores, dim, node, refused=(why, "write torch.softmax(scores, -1) @ v"))
-    return Anchor(exponential, scores, dim, node, finish=finish, added=added, hidden=hidden)
+    return Anchor(exponential, scores, dim, node, finish=finish, added=added, hidden=hidden, unit=unit)
+
+
+def _log_sum(node: fx.Node) -> int | None:
+    """The axis of x - logsumexp(x), the logarithm of a softmax."""
+    if op_name(node) != "sub" or len(node.args) != 2 or node.kwargs or not is_tensor(node.args[1]):
+        return None
+    scores, total = node.args
+    if op_name(total) == "unsqueeze":  # type: ignore[arg-type]
+        total, kept = total.args[0], dim_of(total.args[1], val(node).dim())  # type: ignore[union-attr, arg-type]
+    else:
+        kept = None
+    if op_name(total) != "logsumexp" or total.args[0] is not scores:  # type: ignore[arg-type, union-attr]
+        return None
+    dims = sequence(argument(total, 1, "dim"))  # type: ignore[arg-type]
+    dim = dim_of(dims[0], val(node).dim())
+    keeps = bool(argument(total, 2, "keepdim", False))  # type: ignore[arg-type]
+    return dim if len(dims) == 1 and keeps == (kept is None) and kept in (None, dim) else None
 
 
 def _added(total: fx.Node) -> tuple[float, fx.Node]:

@@ -22,6 +22,11 @@ from compile_attn.passes.terms import unreadable
 _OPERATORS = ("truediv", "floordiv", "mod", "invert", "and", "or", "xor", "not", "pos", "to", "float", "int", "long", "bool")
 _ELEMENTWISE = {*RULES, *_OPERATORS, "less", "less_equal", "greater", "greater_equal", "not_equal"} - {"max", "min"}
 _MAKERS = ("new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like")
+_SYNONYMS = {  # operators on one side are methods on the other
+    **{"floordiv": "floor_divide", "truediv": "div", "true_divide": "div", "mod": "remainder", "invert": "bitwise_not"},
+    **{"bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"},
+}
+_REVERSED = ("rsub", "radd", "rmul")  # 1 - x as a method of x
 _CONTROL = ("lazy_load_decompositions", "vmap_increment_nesting", "vmap_decrement_nesting")
 _WHOLE = 1 << 30  # the block size of a flex_attention without a block mask: one block holds every token
 _CURE = "make the mask by create_block_mask(mask_mod, ...) in the model, of elementwise ops; or write it with matmul and softmax"
@@ -68,7 +73,7 @@ def _replace(gm: fx.GraphModule, node: Any) -> list[fx.Node]:
     with gm.graph.inserting_before(node):
         args = (query, key, value, score_mod, mask_mod, scale, score_buffers, mask_buffers)
         spelled = gm.graph.call_function(_attend, args)
-        spelled.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack")}
+        spelled.meta = dict(used[0].meta if used else node.meta)
     for user in list(node.users):
         user.replace_all_uses_with(spelled)
         gm.graph.erase_node(user)
@@ -225,8 +230,13 @@ def _tree(value: Any, leaves: dict[fx.Node, Any]) -> Any:
             source, places = value.args
             places = places if isinstance(places, (tuple, list)) else (places,)
             return ("getitem", _tree(source, leaves), *(_tree(place, leaves) for place in places))
+        if _name(value) in _MAKERS:  # from the tensor itself they take its kind alone
+            return (_name(value), *(_tree(part, leaves) for part in value.args[1:]), *sorted(value.kwargs.items(), key=str))
         options = tuple(sorted((name, _tree(part, leaves)) for name, part in value.kwargs.items()))
-        return (_name(value), *(_tree(part, leaves) for part in value.args), *options)
+        parts = [_tree(part, leaves) for part in value.args]
+        if _name(value) in _REVERSED and len(parts) == 2 and not options:
+            return (_name(value)[1:], *reversed(parts))
+        return (_SYNONYMS.get(_name(value), _name(value)), *parts, *options)
     if isinstance(value, (tuple, list)):
         return tuple(_tree(part, leaves) for part in value)
     return value

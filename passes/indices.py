@@ -216,9 +216,13 @@ def index_map(node: fx.Node, index: Index, bounds: Bounds) -> tuple[fx.Node, Ind
 
 
 def _part(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
-    """getitem of split, chunk or unbind."""
+    """getitem of split, chunk, unbind or meshgrid."""
     whole, number = node.args
     name = op_name(whole)  # type: ignore[arg-type]
+    if name == "meshgrid":
+        axis = index[number if argument(whole, 1, "indexing", "ij") == "ij" or number > 1 else 1 - number]  # type: ignore
+        part: fx.Node = whole.args[0][number]  # type: ignore[union-attr, index, assignment]
+        return part, (axis,) if val(part).dim() else ()
     if not isinstance(whole, fx.Node) or name not in ("split", "split_with_sizes", "chunk", "unbind"):
         return None
     source: fx.Node = whole.args[0]  # type: ignore[assignment]

@@ -53,7 +53,7 @@ class StepNodes:
 
 def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None) -> Choice:
     """The kernel for one site; `page_size` is None for a stateless call."""
-    query = val(site.q.node)
+    query = val(site.q[0].node)
     return choose(site.spec, query.device, query.dtype, page_size, kernel)
 
 
@@ -61,7 +61,7 @@ def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
     """Replace the site by one fused node; what it replaced is left dead in the graph. Returns the fused node."""
     like = site.output.node
     with graph.inserting_before(like):
-        q, k, v = (_canonical(graph, operand, like) for operand in (site.q, site.k, site.v))
+        q, k, v = (_joined(graph, operands, like) for operands in (site.q, site.k, (site.v,)))
         k, v = (_with_heads(graph, node, site.spec.num_kv_heads, like) for node in (k, v))
         if kernel == "sdpa" and _plain_sdpa(site, q, k):
             causal, grouped = isinstance(site.spec.mask, Causal), site.spec.num_q_heads != site.spec.num_kv_heads
@@ -83,6 +83,14 @@ def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:
         return False
     square = same_size(val(q).shape[2], val(k).shape[2])
     return isinstance(spec.mask, Bidirectional) or (isinstance(spec.mask, Causal) and square)
+
+
+def _joined(graph: fx.Graph, operands: Sequence[Operand], like: fx.Node) -> fx.Node:
+    """The operands as [B, H, T, D], side by side in D, the heads repeated where one part has fewer."""
+    parts = [_canonical(graph, operand, like) for operand in operands]
+    heads = max(int(val(part).shape[1]) for part in parts)
+    parts = [_with_heads(graph, part, heads, like) for part in parts]
+    return parts[0] if len(parts) == 1 else emit.call(graph, _aten.cat.default, parts, -1, like=like)
 
 
 def _canonical(graph: fx.Graph, operand: Operand, like: fx.Node) -> fx.Node:

@@ -241,7 +241,8 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
         if fixed_at is not None:
             why = f"the number of tokens is made a constant ({shape[1]}) by an op that takes no symbol for it"
             where = replace(location(node), source=fixed_at)
-            raise refusal(report, [Rejected(why, where, "compute it from torch.arange or from a tensor's own rows")])
+            cure = "write it with torch.arange; for an einsum of three operands, set torch.backends.opt_einsum.enabled = False"
+            raise refusal(report, [Rejected(why, where, cure)])
         if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
             why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
             raise refusal(report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")])

@@ -117,6 +117,13 @@ def _threshold(reader: Reader, node: fx.Node, index: Index) -> sympy.Basic:
     return sympy.Piecewise((value, value > _option(node, "threshold", 1)), (_option(node, "value", 2), True))
 
 
+def _log(value: sympy.Expr) -> sympy.Expr:
+    """The logarithm; of 0, as masks of ones and zeros have it, minus infinity."""
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*((_log(part), when) for part, when in value.args))
+    return -sympy.oo if value == 0 else sympy.log(value)
+
+
 def _sigmoid(value: sympy.Expr) -> sympy.Expr:
     return 1 / (1 + sympy.exp(-value))
 
@@ -258,11 +265,11 @@ _ARITHMETIC: dict[str, Rule] = {
     "abs": _numeric(sympy.Abs, 1),
     "exp": _numeric(sympy.exp, 1),
     "exp2": _numeric(lambda a: 2**a, 1),
-    "log": _numeric(sympy.log, 1),
-    "log1p": _numeric(lambda a: sympy.log(1 + a), 1),
+    "log": _numeric(_log, 1),
+    "log1p": _numeric(lambda a: _log(1 + a), 1),
     "expm1": _numeric(lambda a: sympy.exp(a) - 1, 1),
     "erf": _numeric(sympy.erf, 1),
-    "log2": _numeric(lambda a: sympy.log(a) / sympy.Float(math.log(2)), 1),
+    "log2": _numeric(lambda a: _log(a) / sympy.Float(math.log(2)), 1),
     "sqrt": _numeric(sympy.sqrt, 1),
     "rsqrt": _numeric(lambda a: 1 / sympy.sqrt(a), 1),
     "reciprocal": _numeric(lambda a: 1 / a, 1),
@@ -280,7 +287,7 @@ _ARITHMETIC: dict[str, Rule] = {
     "sinh": _numeric(lambda a: (sympy.exp(a) - sympy.exp(-a)) / 2, 1),
     "cosh": _numeric(lambda a: (sympy.exp(a) + sympy.exp(-a)) / 2, 1),
     "erfc": _numeric(lambda a: 1 - sympy.erf(a), 1),
-    "log10": _numeric(lambda a: sympy.log(a) / sympy.Float(math.log(10)), 1),
+    "log10": _numeric(lambda a: _log(a) / sympy.Float(math.log(10)), 1),
     "frac": _numeric(lambda a: a - Trunc(a), 1),
     "silu": _numeric(lambda a: a * _sigmoid(a), 1),
     "mish": _numeric(lambda a: a * sympy.tanh(_softplus(a)), 1),

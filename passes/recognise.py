@@ -13,18 +13,19 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from compile_attn.kernels.expr import H, I, J, Load, S
+from compile_attn.kernels.expr import H, Load, S
 from compile_attn.kernels.mask import Bidirectional, Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
-from compile_attn.passes.axes import Frame, Rows, frames, rows_of
-from compile_attn.passes.contractions import depth, factors, is_contraction
+from compile_attn.passes.axes import Frame, Rows, frames
+from compile_attn.passes.contractions import is_contraction
 from compile_attn.passes.graph import Location, downstream, is_tensor, location, placeholders
-from compile_attn.passes.heads import Found, Operand, Roles, find_operand
+from compile_attn.passes.heads import Operand
 from compile_attn.passes.indices import op_name
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.outputs import OutputReader
+from compile_attn.passes.products import read_product
 from compile_attn.passes.proof import implies
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.score import ScoreError, read_score
@@ -34,8 +35,6 @@ from compile_attn.passes.values import boolean, number
 
 __all__ = ["AttentionSite", "Operand", "recognise"]
 
-_LAYOUT = "keep each of heads, tokens and channels on an axis: view(B, T, H, D).transpose(1, 2)"
-
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -43,8 +42,8 @@ class AttentionSite:
 
     where: Location
     spec: AttentionSpec
-    q: Operand
-    k: Operand
+    q: tuple[Operand, ...]  # parts that stand side by side in the channels; nearly always one
+    k: tuple[Operand, ...]
     v: Operand
     captured: tuple[fx.Node, ...]
     output: Operand
@@ -69,7 +68,8 @@ def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.No
             continue
         if site is not None:
             sites.append(site)
-    needed = {node for site in sites for node in (site.q.node, site.k.node, site.v.node, *site.captured)}
+    needed = {node for site in sites for node in site.captured}
+    needed |= {operand.node for site in sites for operand in (*site.q, *site.k, site.v)}
     for node in reversed(list(graph.nodes)):
         if node not in before and node not in needed and not node.users:
             graph.erase_node(node)
@@ -103,32 +103,29 @@ class _SiteReader:
 
     def _read(self, anchor: Anchor, frame: Frame, batched: bool) -> AttentionSite | None:
         value = anchor.score_at(self.reader, frame.index)
-        products = list(value.atoms(Dot))
-        if not products:
+        if not value.has(Dot):
             self._no_product(anchor, frame, value)
             return None
-        if len(products) > 1:
-            why = f"the score holds {len(products)} products of queries and keys; one is supported"
-            raise unreadable(anchor.softmax, why, "join their channels: cat((q1, q2), -1) @ cat((k1, k2), -1).transpose(-1, -2)")
-        (product,) = products
-        rows, q, k = self._queries_and_keys(anchor, frame, product, batched)
-        score = number(value).xreplace({product: S}).xreplace(rows.values)
+        product = read_product(anchor, frame, value, batched, self.reader)
+        rows = product.rows
+        self._check_pageable(anchor, rows)
         output = self.outputs.values(anchor, frame, rows, number(value).xreplace(rows.values))
         v, dim_v = output.values, output.size
-        mask, parts, captured = self._meaning(anchor, frame, score, rows, output.sink)
-        dims = depth(self.reader.contractions[int(product.args[0])])
-        parts["scale"] = float(parts["scale"]) * q.factor * k.factor if "score" not in parts else 1.0
+        mask, parts, captured = self._meaning(anchor, frame, product.score, rows, output.sink)
+        parts["scale"] = float(parts["scale"]) * product.factor if "score" not in parts else 1.0
         if "score" in parts:
-            parts["score"] = parts["score"].xreplace({S: S * sympy.Float(q.factor * k.factor)})
-        heads_kv = max(k.heads, v.heads)
-        if heads_kv % min(k.heads, v.heads):
-            why = f"keys and values have different numbers of heads ({k.heads} and {v.heads})"
+            parts["score"] = parts["score"].xreplace({S: S * sympy.Float(product.factor)})
+        heads_kv = max(product.heads, v.heads)
+        if heads_kv % min(product.heads, v.heads):
+            why = f"keys and values have different numbers of heads ({product.heads} and {v.heads})"
             raise unreadable(anchor.softmax, why, "let one of them divide the other, or repeat the heads in the model")
+        dims = product.channels
         if not (dims.is_Integer and dim_v.is_Integer):
             raise unreadable(anchor.softmax, f"head sizes are not constants: {dims} and {dim_v}", "mark only lengths dynamic")
         spec = AttentionSpec(rows.heads, heads_kv, int(dims), int(dim_v), mask=mask, **parts)
-        replaced = self._dead(anchor, output.operand.node, product)
-        return AttentionSite(location(anchor.softmax), spec, q.operand, k.operand, v.operand, captured, output.operand, replaced)
+        replaced = self._dead(anchor, output.operand.node, [int(dot.args[0]) for dot in value.atoms(Dot)])
+        where, out = location(anchor.softmax), output.operand
+        return AttentionSite(where, spec, product.queries, product.keys, v.operand, captured, out, replaced)
 
     def _refuse(self, anchor: Anchor, why: tuple[str, str]) -> None:
         """What resembles a softmax and is none: nothing to do with attention unless a product of queries and keys is in it."""
@@ -146,38 +143,6 @@ class _SiteReader:
         if stop is not None:
             why = f"{why}: between the two stands {stop.name} ({op_name(stop)}), an op that cannot be read"
         raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
-
-    def _queries_and_keys(self, anchor: Anchor, frame: Frame, product: sympy.Expr, batched: bool) -> tuple[Rows, Found, Found]:
-        node = self.reader.contractions[int(product.args[0])]
-        length = depth(node)
-        channel = self.reader.bounds.symbol("d", length)
-        column = frame.keys.symbol
-        sides = factors(node, product.args[1:], channel)
-        if sides[1].own == column:
-            query, key = sides
-        elif sides[0].own == column:
-            key, query = sides
-        else:
-            why = f"the softmax runs over axis {anchor.dim}, which is not the key axis of the product {node.name}"
-            raise unreadable(anchor.softmax, why, "softmax over the keys: dim=-1 of q @ k.transpose(-1, -2)")
-        rows = rows_of(frame, query.own, anchor, node, batched, self.reader.bounds)
-        self._check_pageable(anchor, rows)
-        found = []
-        for name, side, token, tokens in (("queries", query, I, rows.queries), ("keys", key, J, rows.keys)):
-            operand = side.node
-            place = tuple(sympy.expand(p.xreplace(rows.values)) if p.free_symbols else p for p in side.index)
-            roles = Roles(token if tokens != 1 else sympy.Integer(0), channel, rows.batch, tokens, length, rows.heads)
-            got = find_operand(operand, place, roles, self.reader.bounds, scaled=True)
-            if got is None or (name == "queries" and got.heads != rows.heads):
-                got = find_operand(operand, place, roles, self.reader.bounds, scaled=False) if got is None else got
-            if got is None:
-                why = f"the {name} of this product are not laid out as heads, tokens and channels: index {place}"
-                raise unreadable(node, why, _LAYOUT)
-            found.append(got)
-        if found[0].heads != rows.heads:
-            why = f"{found[0].heads} query heads are shared by {rows.heads} heads of scores"
-            raise unreadable(node, why, "repeat the queries, one for every head of the scores")
-        return rows, found[0], found[1]
 
     def _check_pageable(self, anchor: Anchor, rows: Rows) -> None:
         if self.paged and rows.keys != rows.queries:
@@ -251,9 +216,9 @@ class _SiteReader:
             why = f"the score depends on {node.name} ({op_name(node) or node.op}), {what}"
             raise unreadable(node, why, cure)
 
-    def _dead(self, anchor: Anchor, output: fx.Node, product: sympy.Expr) -> frozenset[fx.Node]:
+    def _dead(self, anchor: Anchor, output: fx.Node, products: list[int]) -> frozenset[fx.Node]:
         """The nodes that die with the site; Unreadable if something between q.k and the output is used elsewhere."""
-        inside = self._between(self.reader.contractions[int(product.args[0])], output)
+        inside = self._between([self.reader.contractions[number] for number in products], output)
         for node in inside - {output}:
             for user in node.users:
                 if user not in inside and op_name(user) != "sym_size":
@@ -262,8 +227,8 @@ class _SiteReader:
                     raise unreadable(node, why, "return no attention weights")
         return frozenset(inside)
 
-    def _between(self, product: fx.Node, output: fx.Node) -> set[fx.Node]:
-        after = downstream([product]) | {product}
+    def _between(self, products: list[fx.Node], output: fx.Node) -> set[fx.Node]:
+        after = downstream(products) | set(products)
         found, todo = {output}, [output]
         while todo:
             for node in todo.pop().all_input_nodes:

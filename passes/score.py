@@ -96,8 +96,9 @@ def _branches(expr: sympy.Expr, when: Boolean) -> Iterator[tuple[sympy.Expr, Boo
 
 
 def _is_hidden(leaf: sympy.Expr) -> bool:
-    if leaf is sympy.nan:
-        raise ScoreError("the score is not a number in some branch (inf - inf)", "use masked_fill or where for the mask")
+    if leaf.has(sympy.nan, sympy.zoo, sympy.I):
+        why = "the score is not a number in some branch (inf - inf, 1 / 0, or the root of a negative number)"
+        raise ScoreError(why, "use masked_fill or where for the mask")
     if leaf in (-sympy.oo,):
         return True
     constant, rest = leaf.as_coeff_Add()

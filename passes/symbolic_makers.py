@@ -98,6 +98,19 @@ def _index(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
     return reader.at(source, tuple(chosen))
 
 
+def _index_put(reader: Any, node: fx.Node, index: Index) -> sympy.Basic:
+    """x[.., mask, ..] = number, with one mask of bools."""
+    source, places, value = node.args[:3]
+    masks = [(dim, place) for dim, place in enumerate(places) if place is not None]  # type: ignore[arg-type]
+    if len(masks) != 1 or val(masks[0][1]).dtype != torch.bool or argument(node, 3, "accumulate", False):
+        raise NotImplementedError
+    ((dim, mask),) = masks
+    if not is_tensor(value) or any(size != 1 for size in shape_of(value)):  # type: ignore[arg-type]
+        raise NotImplementedError
+    filled = reader.at(value, tuple(sympy.Integer(0) for _ in shape_of(value)))  # type: ignore[arg-type]
+    return choose(boolean(reader.at(mask, index[dim : dim + val(mask).dim()])), filled, reader.at(source, index))
+
+
 def _wrap(reader: Any, place: sympy.Expr, size: sympy.Expr) -> sympy.Expr:
     """A negative index counts from the end."""
     least, most = _range(reader, place)
@@ -244,6 +257,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(("cat", "concat"), _cat),
     "stack": _stack,
     "index": _index,
+    "index_put": _index_put,
     "index_select": _index_select,
     "gather": _gather,
     "embedding": _embedding,

@@ -53,6 +53,12 @@ def test_spellings_of_a_causal_mask(expr: sympy.Expr) -> None:
     assert read(expr) == Score(read_score(expr, T).visible, 0.125)
 
 
+@pytest.mark.parametrize("part", [sympy.zoo, sympy.nan, sympy.sqrt(-2)], ids=str)
+def test_what_is_no_number_is_refused(part: sympy.Expr) -> None:
+    with pytest.raises(ScoreError, match="not a number"):
+        read_score(Piecewise((S, CAUSAL), (S * 2 + part, True)), T)
+
+
 def test_two_masks_are_both_kept() -> None:
     window = sympy.Lt(I - J, 5)
     assert read(S + mask(CAUSAL) + mask(window, -1e9), CAUSAL & window).scale == 1.0

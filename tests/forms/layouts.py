@@ -21,8 +21,13 @@ def mla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _softmax(q @ torch.cat((k[..., :5], rope), dim=-1).transpose(2, 3)) @ v
 
 
-def mla_absorbed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mla_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DeepSeek's own inference code: one product without position and one with it, added."""
     return _softmax(q[..., :5] @ k[..., :5].mT + q[..., 5:] @ k[:, :1, :, 5:].mT) @ v
+
+
+def mla_weighed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _softmax(q[..., :5] @ k[..., :5].mT + 0.5 * (q[..., 5:] @ k[:, :1, :, 5:].mT)) @ v
 
 
 def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,10 +168,12 @@ def einsum_wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _CROSSED = NearMiss(crossed_groups, ".", readable=True)
 _TILED = NearMiss(tiled, "head", readable=True)
 _REPEATED = NearMiss(over_repeated_heads, "over axis 1, which is not the key axis")
+_WEIGHED = NearMiss(mla_weighed, "2 products of queries and keys that are not simply added")
 _ROWS = NearMiss(packed_over_rows, "another axis|not the key axis")
 _QUERY = NearMiss(multi_query_crossed, "another axis")
 FORMS = (
-    Form(mla, spec(dim_v=6), near=(NearMiss(mla_absorbed, "product"),)),
+    Form(mla, spec(dim_v=6), near=(_WEIGHED,)),
+    Form(mla_added, spec(dim_v=6), near=(_WEIGHED,)),
     Form(interleaved, spec(kv=KV), near=(_CROSSED, _TILED, _REPEATED)),
     Form(packed_queries, spec(kv=KV), near=(NearMiss(packed_unpacked_crossed, ".", readable=True), _ROWS)),
     Form(packed_rows, spec(kv=KV), near=(NearMiss(packed_crossed, ".", readable=True), _ROWS)),

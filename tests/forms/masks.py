@@ -88,6 +88,30 @@ def hidden_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores.masked_fill((scores < -1.0) | ~seen(q.shape[2]), torch.finfo(scores.dtype).min), dim=-1) @ v
 
 
+def assigned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """NumPy habits: scores[..., mask] = -inf, the mask by meshgrid."""
+    i, j = torch.meshgrid(torch.arange(q.shape[2]), torch.arange(q.shape[2]), indexing="ij")
+    scores = q @ k.mT * SCALE
+    scores[:, :, j > i] = float("-inf")
+    return F.softmax(scores, dim=-1) @ v
+
+
+def assigned_strictly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    j, i = torch.meshgrid(torch.arange(q.shape[2]), torch.arange(q.shape[2]), indexing="xy")
+    scores = q @ k.mT * SCALE
+    scores[:, :, j >= i] = -1e9
+    return F.softmax(scores, dim=-1) @ v
+
+
+def log_of_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Tutorials: scores + log(mask), minus infinity where the mask is 0."""
+    return F.softmax(q @ k.mT * SCALE + seen(q.shape[2]).float().log(), dim=-1) @ v
+
+
+def log_of_soft_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.mT * SCALE + (seen(q.shape[2]).float() + 1.0).log(), dim=-1) @ v
+
+
 def masked_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ESPnet, WeNet: the same mask before the softmax and, as zeros, after it."""
     hidden = ~seen(q.shape[2])[None, None]
@@ -195,6 +219,8 @@ FORMS = (
     Form(triu_float, spec(), near=(NearMiss(strict, _NO_KEY),)),
     Form(arange_window, spec(Window(3)), near=(NearMiss(window_without_itself, _NO_KEY),)),
     Form(arange_chunks, spec(Chunked(4)), near=(NearMiss(chunk_before, _NO_KEY),)),
+    Form(assigned, spec(), near=(NearMiss(assigned_strictly, _NO_KEY),)),
+    Form(log_of_mask, spec(), near=(NearMiss(log_of_soft_mask, _FUTURE, paged=True),)),
     Form(masked_twice, spec(), near=(NearMiss(masked_more_after, "not all of them were masked before"),)),
     Form(masked_nan, spec(), near=(NearMiss(masked_nan_rows, _NO_KEY),)),
     Form(bool_product, spec(), near=(NearMiss(multiplied, "go to mul"), NearMiss(soft_mask, _FUTURE, paged=True))),

@@ -131,6 +131,24 @@ def log_softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.log_softmax(q @ k.mT * SCALE + additive(q.shape[2]), dim=-2).exp() @ v
 
 
+def powers_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention's arithmetic in plain code: exp2 of scores in units of log2."""
+    scores = (q @ k.mT * (SCALE * 1.4426950408889634)).masked_fill(~seen(q.shape[2]), -torch.inf)
+    weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def log_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Ring-attention tutorials: exp(scores - logsumexp(scores))."""
+    scores = q @ k.mT * SCALE + additive(q.shape[2])
+    return torch.exp(scores - torch.logsumexp(scores, dim=-1).unsqueeze(-1)) @ v
+
+
+def log_sum_of_others(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return torch.exp(scores + additive(q.shape[2]) - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+
 def exp_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.exp(q @ k.mT * SCALE + additive(q.shape[2]))
     return (weights / weights.sum(dim=-2, keepdim=True)) @ v
@@ -161,6 +179,8 @@ FORMS = (
     Form(off_by_one, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1.0 after the maximum"),)),
     Form(small_number, spec(), _sunk, near=(NearMiss(off_by_one_shifted, "adds 1.0 after the maximum"),)),
     Form(exp_sum, spec(), near=(NearMiss(exp_over_queries, "another axis"), NearMiss(exp_unnormalised, "never divided"))),
+    Form(powers_of_two, spec(), near=(NearMiss(exp_unnormalised, "never divided"),)),
+    Form(log_sum, spec(), near=(NearMiss(log_sum_of_others, "never divided"),)),
     Form(exp_sum_late, spec(), near=(NearMiss(exp_sum_of_others, "never divided"),)),
     Form(log_softmax, spec(), near=(NearMiss(log_softmax_over_queries, "another axis|not the key axis"),)),
 )

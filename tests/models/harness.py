@@ -112,3 +112,11 @@ def assert_context_matters(model: nn.Module, vocabulary: int, sees_all: bool) ->
     other[place] = (other[place] + 7) % vocabulary
     moved = (full_logits(model, tokens)[-1] - full_logits(model, other)[-1]).abs().max()
     assert moved > 1e-3, f"token {place} moves the last logits by {float(moved):.1e} only; the test would prove nothing"
+
+
+def sees_the_future(model: nn.Module, vocabulary: int) -> bool:
+    """Whether another last token moves the first logits: then no cache of keys can serve the model."""
+    tokens = prompts_of(vocabulary)[0]
+    other = [*tokens[:-1], (tokens[-1] + 7) % vocabulary]
+    first, second = (full_logits(model, text) for text in (tokens, other))
+    return len(first) == len(tokens) and not torch.allclose(first[0], second[0], atol=1e-6)
