@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 
+from compile_attn.apart import compiled_apart
 from compile_attn.calling import Call
 from compile_attn.passes.pipeline import rewrite_stateless
 from compile_attn.passes.report import RefusedError, Report
@@ -40,7 +38,7 @@ def explain(
         return gm.forward
 
     with torch.no_grad():
-        _compiled_apart(model, backend)(*args, **kwargs)
+        compiled_apart(model, backend=backend)(*args, **kwargs)
     if wrong:
         raise wrong[0]
     if not reports:
@@ -61,20 +59,6 @@ def _explain_paged(model: Any, kernel: str, call: Call | None) -> Report:
             return lm.report
     except RefusedError as refused:
         return refused.report
-
-
-def _compiled_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """The model compiled so that no other compilation of it shares anything with this one, its recompile limit included."""
-    compiler: Any = torch.compile
-    if "isolate_recompiles" in inspect.signature(compiler).parameters:
-        return compiler(model, backend=backend, isolate_recompiles=True)  # type: ignore[no-any-return]
-    # Before torch 2.13 what is compiled belongs to a code object: so here is one that nobody else has.
-    alone = FunctionType(_call.__code__.replace(), globals())
-    return partial(compiler(alone, backend=backend), model)
-
-
-def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # `self`: by that name a capture knows the model
-    return self(*args, **kwargs)
 
 
 def _joined(reports: Sequence[Report]) -> Report:

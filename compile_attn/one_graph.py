@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compile_attn.apart import compiled_apart
 from compile_attn.calling import Call, call_of
 from compile_attn.options import Options
 from compile_attn.passes.graph import Location, source_line
@@ -30,17 +30,15 @@ class OneGraph:
         self._call = call_of(model) if call is None else _directly
         whole = model if call is None else _Through(model, call)
         given: dict[str, Any] = {"kernel": options.kernel, "cache": options.cache, "inner": options.inner}
-        keywords: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
         # fullgraph: code outside the graph would see packed tokens and answer wrongly
-        compiled: Callable[..., Any] = torch.compile(whole, fullgraph=True, backend=paged_attn, options=given, **keywords)
-        self._compiled = compiled
+        self._compiled = compiled_apart(whole, fullgraph=True, backend=paged_attn, options=given)
 
     def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """What the model returns. RefusedError where it is not one graph; what the backend says, unwrapped."""
         from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 
         try:
-            with torch.no_grad(), _as_plain_ops(), _without_shared_limit():
+            with torch.no_grad(), _as_plain_ops():
                 return self._call(self._compiled, input_ids, position_ids)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, ValueError):
@@ -79,22 +77,6 @@ def _as_plain_ops() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-# Other PagedLMs of the same class share the code of `forward`, and must not use up its limit of recompilations. After
-# torch 2.11 torch.compile counts them apart; before, the limit itself is lifted while our model runs.
-_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-
-
-@contextmanager
-def _without_shared_limit() -> Iterator[None]:
-    if _CAN_ISOLATE:
-        yield
-        return
-    import torch._dynamo.config as dynamo  # documented, for all its underscore
-
-    with dynamo.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-        yield
 
 
 def _not_one_graph(error: Exception) -> RefusedError:
