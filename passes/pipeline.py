@@ -239,7 +239,7 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
         name = normalized.sources.get(node, node.name)
         fixed_at = _fixed_at(node) if len(shape) == 2 and shape[0] == 1 and isinstance(shape[1], int) else None
         if fixed_at is not None:
-            why = f"the number of tokens is made a constant ({shape[1]}), by a loop over the tokens or an op that takes no symbol for it"
+            why = f"the number of tokens is made a constant ({shape[1]}), by a loop over tokens or an op that takes no symbol"
             where = replace(location(node), source=fixed_at)
             cure = (
                 "a recurrence cannot be paged; write positions with torch.arange, and for an einsum of three operands "
