@@ -1,4 +1,4 @@
-"""Which ops hide an attention, or its product, inside one op, and what do they compute?
+"""Which ops hide an attention, its product or its mask inside one op, and what do they compute?
 
 They are taken apart while a graph is normalised. PyTorch's encoder layers are one op each in eval mode, and only then, if no
 parameter asks for a gradient or gradients are off: taken apart, they are the same graph on either path.
@@ -6,7 +6,7 @@ parameter asks for a gradient or gradients are off: taken apart, they are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,20 @@ def _encoder_layer(
     return second(x + feed(x))
 
 
+def _write_where(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """`x[mask] = value`, and `x[:, :, mask] = value`: elementwise where the value is the same for every place."""
+    first = next((place for place, index in enumerate(indices) if index is not None), 0)
+    mask, *more = indices[first:]
+    if accumulate or more or mask is None or mask.dtype != torch.bool:
+        return NotImplemented
+    after = x.dim() - first - mask.dim()
+    one_value = all(isinstance(size, int) and size == 1 for size in values.shape)
+    if not one_value and values.dim() > after:
+        return NotImplemented
+    value = values.reshape([]) if one_value else values
+    return torch.where(mask.reshape(*mask.shape, *[1] * after), value.to(x.dtype), x)
+
+
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     **{
         op: _composite(op)
@@ -119,4 +133,5 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     },
     _aten._native_multi_head_attention.default: _native_mha,
     _aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+    _aten.index_put.default: _write_where,
 }

@@ -27,6 +27,7 @@ _SYNONYMS = {  # operators on one side are methods on the other
     **{"bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"},
 }
 _REVERSED = ("rsub", "radd", "rmul")  # 1 - x as a method of x
+_EITHER_WAY = ("add", "mul", "and", "or", "xor", "eq", "ne")
 _CONTROL = ("lazy_load_decompositions", "vmap_increment_nesting", "vmap_decrement_nesting")
 _WHOLE = 1 << 30  # the block size of a flex_attention without a block mask: one block holds every token
 _CURE = "make the mask by create_block_mask(mask_mod, ...) in the model, of elementwise ops; or write it with matmul and softmax"
@@ -234,9 +235,10 @@ def _tree(value: Any, leaves: dict[fx.Node, Any]) -> Any:
             return (_name(value), *(_tree(part, leaves) for part in value.args[1:]), *sorted(value.kwargs.items(), key=str))
         options = tuple(sorted((name, _tree(part, leaves)) for name, part in value.kwargs.items()))
         parts = [_tree(part, leaves) for part in value.args]
-        if _name(value) in _REVERSED and len(parts) == 2 and not options:
-            return (_name(value)[1:], *reversed(parts))
-        return (_SYNONYMS.get(_name(value), _name(value)), *parts, *options)
+        name = _SYNONYMS.get(_name(value), _name(value))
+        if name in _REVERSED and len(parts) == 2 and not options:
+            name, parts = name[1:], parts[::-1]
+        return (name, *(sorted(parts, key=str) if name in _EITHER_WAY else parts), *options)
     if isinstance(value, (tuple, list)):
         return tuple(_tree(part, leaves) for part in value)
     return value

@@ -6,11 +6,13 @@ gone, and only what hides an attention in one op is taken apart (`decompositions
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from compile_attn.passes.decompositions import DECOMPOSITIONS
@@ -41,6 +43,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
 
     gm, flex = spell_out_flex(gm)
     _refuse_transforms(gm)
+    _drop_dropout(gm)
     _specialize_floats(gm)
     captured = placeholders(gm.graph)
     fakes = [node.meta["example_value"] for node in captured]
@@ -74,6 +77,23 @@ def _refuse_transforms(gm: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("_vmap_increment_nesting", "flex_attention", "flex_attention_hop", "_add_batch_dim"):
             raise NotImplementedError(f"{name} (vmap or flex_attention) is not read")
+
+
+def _drop_dropout(gm: fx.GraphModule) -> None:
+    """Dropout that is off returns its input itself. The tracer would not let what it returns be written to (`x += y`)."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in _DROPOUTS:
+            continue
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        given.apply_defaults()
+        source, rate, training = (given.arguments[name] for name in ("input", "p", "training"))
+        if isinstance(source, fx.Node) and (training is False or rate == 0):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def _specialize_floats(gm: fx.GraphModule) -> None:

@@ -239,9 +239,12 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
         name = normalized.sources.get(node, node.name)
         fixed_at = _fixed_at(node) if len(shape) == 2 and shape[0] == 1 and isinstance(shape[1], int) else None
         if fixed_at is not None:
-            why = f"the number of tokens is made a constant ({shape[1]}) by an op that takes no symbol for it"
+            why = f"the number of tokens is made a constant ({shape[1]}), by a loop over tokens or an op that takes no symbol"
             where = replace(location(node), source=fixed_at)
-            cure = "write it with torch.arange; for an einsum of three operands, set torch.backends.opt_einsum.enabled = False"
+            cure = (
+                "a recurrence cannot be paged; write positions with torch.arange, and for an einsum of three operands "
+                "set torch.backends.opt_einsum.enabled = False"
+            )
             raise refusal(report, [Rejected(why, where, cure)])
         if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
             why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"

@@ -104,3 +104,36 @@ def test_models_page_on_either_path(name: str, fast: bool) -> None:
     enliven(model)
     case = paged(model.eval(), VOCAB)
     assert_same_logits(case, assert_same_tokens(case))
+
+
+MASK2, MASK3 = torch.rand(T, T) > 0.5, torch.rand(B, T, E) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("x", "places", "value"),
+    [
+        (torch.randn(B, T, E), [MASK3], torch.tensor(2)),
+        (torch.randn(B, T, E), [MASK3], torch.tensor([2.5])),
+        (torch.randn(B, H, T, T), [None, None, MASK2], torch.tensor(-1e9)),
+        (torch.randn(B, T, E), [MASK3[..., 0]], torch.randn(E)),
+        (torch.randn(T, T, E), [MASK2], torch.randn(1)),
+        (torch.randn(B, T, E), [None, MASK2[0]], torch.randn(E)),
+        (torch.randn(B, T, E).half(), [MASK3], torch.tensor(1e-3, dtype=torch.float64)),
+    ],
+)
+def test_masked_writing(x: Tensor, places: list[Tensor | None], value: Tensor) -> None:
+    written = _aten.index_put(x, places, value.to(x.dtype))
+    assert torch.equal(DECOMPOSITIONS[_aten.index_put.default](x, places, value.to(x.dtype)), written)
+    assert DECOMPOSITIONS[_aten.index_put.default](x, places, value.to(x.dtype), True) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("places", "value"),
+    [
+        ([MASK3], torch.randn(int(MASK3.sum()))),
+        ([torch.tensor([0, 1])], torch.tensor(1.0)),
+        ([MASK3[..., 0, 0]] * 2, torch.tensor(1.0)),
+    ],
+)
+def test_writing_elsewhere_stays(places: list[Tensor], value: Tensor) -> None:
+    assert DECOMPOSITIONS[_aten.index_put.default](torch.randn(B, T, E), places, value) is NotImplemented

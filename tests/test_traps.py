@@ -305,6 +305,31 @@ def test_a_branch_on_the_length_bounds_the_positions() -> None:
     assert case.lm.generate(prompts, max_new_tokens=2) == [recomputed(case.model, prompt, 2) for prompt in prompts]
 
 
+class InPlaceBlock(Block):
+    """Everything written into what was there: masked scores, clipped channels, the residual into what dropout returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.up = nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.3
+        scores[:, :, torch.ones(q.shape[2], q.shape[2]).triu(1).bool()] = -1e9
+        return scores.softmax(-1) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        y = self.up(x)
+        y[y < 0] = 0
+        y = self.drop(y)
+        y += x
+        return y
+
+
+def test_writing_in_place() -> None:
+    _check_paged(_ready(Decoder(InPlaceBlock)))
+
+
 class Linspaced(Decoder):
     """Positions from 0 to 1 in as many steps as there are tokens."""
 
