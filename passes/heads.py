@@ -6,6 +6,7 @@ channel] tensor in some order. The one with the fewest heads is taken, so repeat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,10 +62,10 @@ def find_operand(node: fx.Node, index: Index, roles: Roles, bounds: Bounds, scal
     step: tuple[fx.Node, Index] | None = (node, index)
     while step is not None:
         node, index = step
-        for merged in (False, True):
-            operand = _operand(node, index, roles, bounds, merged)
-            if operand is not None and (best is None or math.prod(operand.heads) < best.heads + (not merged)):
-                best = Found(operand, math.prod(operand.heads), factor)
+        plain = _operand(node, index, roles, bounds, merged=False)
+        operand = plain or _operand(node, index, roles, bounds, merged=True)
+        if operand is not None and (best is None or math.prod(operand.heads) < best.heads + (plain is not None)):
+            best = Found(operand, math.prod(operand.heads), factor)
         step = index_map(node, index, bounds)
         if step is None and scaled and (peeled := _constant_factor(node)) is not None:
             source, times = peeled
@@ -103,7 +104,7 @@ def _operand(node: fx.Node, index: Index, roles: Roles, bounds: Bounds, merged: 
     seen = "".join(axes)
     if seen.count("t") != (roles.tokens != 1) or seen.count("d") != (roles.channels != 1) or seen.count("b") > 1:
         return None
-    return Operand(node, tuple(axes), tuple(held)) if _in_order(heads, roles.heads) else None
+    return Operand(node, tuple(axes), tuple(held)) if _in_order(tuple(heads), roles.heads) else None
 
 
 def _axis(place: sympy.Expr, size: sympy.Expr, roles: Roles) -> str:
@@ -132,7 +133,8 @@ def _merged_axis(place: sympy.Expr, size: sympy.Expr, roles: Roles, bounds: Boun
     return "", sympy.Integer(1), place
 
 
-def _in_order(heads: list[tuple[sympy.Expr, int]], query_heads: int) -> bool:
+@functools.lru_cache(maxsize=4096)  # the layers of a model ask the same
+def _in_order(heads: tuple[tuple[sympy.Expr, int], ...], query_heads: int) -> bool:
     """Whether query head h reads head h // (query heads / heads) of the heads that these dims hold."""
     count = math.prod(size for _, size in heads)
     if count == 0 or query_heads % count:

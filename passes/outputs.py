@@ -51,22 +51,19 @@ class OutputReader:
         `score`: its product left as it is, its axes in b, h, i, j.
         """
         product, side = anchor.value_product(self.reader.bounds)
-        end: fx.Node = anchor.finish or product
-        found: Output | None = None
+        end = anchor.finish or product
+        found = self._values_in_any_frame(anchor, frame, rows, product, side, end)
         output: fx.Node | None = end
         while output is not None:
+            gates = list(gate_factors(output))
             try:
-                here = self._values_in_any_frame(anchor, frame, rows, product, side, output)
+                here = self._values_in_any_frame(anchor, frame, rows, product, side, output) if gates else found
             except Unreadable:
-                if found is None:
-                    raise
-                return found
-            found = found or here
-            for factor in gate_factors(output):
-                if (sink := sink_of(factor, here.index, here.back, score, rows.keys, self.reader)) is not None:
-                    return replace(here, operand=replace(here.operand, node=factor.product), sink=sink)
+                break
+            for gate in gates:
+                if (sink := sink_of(gate, here.index, here.back, score, rows.keys, self.reader)) is not None:
+                    return replace(here, operand=replace(here.operand, node=gate.product), sink=sink)
             output = _onward(output, self.reader)
-        assert found is not None
         return found
 
     def _values_in_any_frame(
