@@ -149,6 +149,8 @@ def rewrite_paged(
     with clock.phase("lower"):
         layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
         cleanup(graph)
+        for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
+            node.meta.pop("unbacked_bindings", None)
     module.recompile()
     with clock.phase("report"):
         after = _text(normalized)

@@ -275,7 +275,8 @@ def join(context: Context, node: fx.Node, a: Tok | None, b: Tok) -> Tok | Mixed:
         return context.mixed(node, f"pairs tokens with each other; {BY_ITSELF}")
     if a.axis == b.axis:
         return replace(a, uniform=a.uniform and b.uniform)
-    if (a.uniform or b.uniform) and a.axis.count == b.axis.count and "part" not in (a.axis.space.kind, b.axis.space.kind):
+    counted = not (a.axis.space.by_data or b.axis.space.by_data)
+    if (a.uniform or b.uniform) and counted and a.axis.count == b.axis.count:
         return replace(b if a.uniform else a, uniform=a.uniform and b.uniform)
     return context.mixed(node, "combines rows that stand in different orders")
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from compile_attn.passes.graph import is_tensor, val
 from compile_attn.passes.token_axes import along, reduction
+from compile_attn.passes.token_chosen import from_topk, is_mask, masked_read, masked_write
 from compile_attn.passes.token_context import BY_ITSELF, Context, bind, for_each_result, is_row, names, op_key, rule
 from compile_attn.passes.token_rules import bound_positions, pointwise
 from compile_attn.passes.token_values import (
@@ -42,7 +43,7 @@ _COMPUTED = f"gathers tokens by computed indices; {BY_ITSELF}"
 def names_rows_of(c: Context, user: fx.Node, index: object, axis: Axis) -> Index | None:
     """The index as row numbers of this axis, where it surely holds them."""
     value = c.of(index)
-    if isinstance(value, Iota) and value.is_row_number and value.count == axis.count and axis.space.kind != "part":
+    if isinstance(value, Iota) and value.is_row_number and value.count == axis.count and not axis.space.by_data:
         c.as_rows.add((user, index))  # type: ignore[arg-type]
         return Index(value.dim, axis, axis, True)
     if isinstance(value, Index) and value.target == axis:
@@ -66,8 +67,9 @@ def gathered(c: Context, node: fx.Node, x: fx.Node, index: Index, dim: int) -> V
 def index(c: Context, node: fx.Node, args: Arguments) -> Value:
     x, indices = args["self"], args["indices"]
     used = {dim: each for dim, each in enumerate(indices) if each is not None}
-    if any(val(each).dtype in (torch.bool, torch.uint8) for each in used.values()):
-        return c.mixed(node, "selects rows by a mask, so that their number is data")
+    if any(is_mask(each) for each in used.values()):
+        [(first, mask), *more] = used.items()
+        return c.mixed(node, "chooses by several masks at once") if more else masked_read(c, node, x, first, mask)
     rank = max(val(each).dim() for each in used.values())
     dims = sorted(used)
     front = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
@@ -141,6 +143,9 @@ def gather(c: Context, node: fx.Node, args: Arguments) -> Value:
 def index_put(c: Context, node: fx.Node, args: Arguments) -> Value:
     used = {dim: each for dim, each in enumerate(args["indices"]) if each is not None}
     base = c.of(args["self"])
+    if len(used) == 1 and is_mask(*used.values()) and not args["accumulate"]:
+        [(first, mask)] = used.items()
+        return masked_write(c, node, args["self"], first, mask, args["values"])
     if not isinstance(base, Row) or list(used) != [base.dim] or val(used[base.dim]).dim() != 1:
         return c.mixed(node, f"writes to computed places; {BY_ITSELF}")
     return _put(c, node, args["self"], base.dim, used[base.dim], args["values"], args["accumulate"])
@@ -176,7 +181,7 @@ def _put(c: Context, node: fx.Node, x: fx.Node, dim: int, by: fx.Node, src: obje
         or not (base.uniform or base.axis == found.target)
     ):
         return c.mixed(node, f"writes to computed places; {BY_ITSELF}")
-    if base.axis.count != found.target.count or not (accumulate or found.bijective):
+    if base.axis.count != found.target.count or not (accumulate or found.bijective or found.once):
         return c.mixed(node, f"writes several rows to one place; {BY_ITSELF}")
     c.as_rows.add((node, by))
     if not is_tensor(src) or isinstance(c.of(src), Free):
@@ -324,7 +329,7 @@ def _one_hot_source(c: Context, node: fx.Node) -> tuple[fx.Node, int, int] | Non
         counting = op_key(args["other"]) == "aten::arange" and _counts_from_zero(args["other"])
         if isinstance(literal, Free) and counting and val(args["other"]).dim() == 1 and ahead and isinstance(groups, int):
             return args["self"], groups, rank - 1
-    if key == "aten::scatter" and args["dim"] % rank == rank - 1 and args.get("value") == 1 and _from_topk(args["index"]):
+    if key == "aten::scatter" and args["dim"] % rank == rank - 1 and args.get("value") == 1 and from_topk(args["index"]):
         base, groups = c.of(args["self"]), c.shape(node)[-1]
         if isinstance(base, Tok) and base.fill == 0 and isinstance(groups, int):
             return args["index"], groups, rank - 1
@@ -334,14 +339,6 @@ def _one_hot_source(c: Context, node: fx.Node) -> tuple[fx.Node, int, int] | Non
 def _counts_from_zero(node: fx.Node) -> bool:
     args = bind(node)
     return (args.get("start", 0), args.get("step", 1)) == (0, 1)
-
-
-def _from_topk(node: fx.Node) -> bool:
-    """Indices of a topk along the last dim: no index twice in a row."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or op_key(source) != "aten::topk" or node.args[1] != 1:
-        return False
-    return bool(bind(source)["dim"] % val(node).dim() == val(node).dim() - 1)
 
 
 @rule("cumsum", counts=True)

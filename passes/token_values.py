@@ -21,12 +21,18 @@ from torch import fx
 @dataclass(frozen=True)
 class Space:
     """A set of rows: `tokens` are the T tokens in order; `last` is one row a sequence, of size 1 in P; `sorted` are rows that
-    a sort has permuted, `rows` times T of them; a `part` is one group of a sorted space."""
+    a sort has permuted, `rows` times T of them; a `part` is one group of a sorted space; `chosen` are rows where a condition
+    holds, in order."""
 
     kind: str
     rows: int = 1
-    node: fx.Node | None = None  # the sort
+    node: fx.Node | None = None  # the sort, or the condition
     group: int = -1  # of a part
+
+    @property
+    def by_data(self) -> bool:
+        """Whether the number of rows is data."""
+        return self.kind in ("part", "chosen")
 
 
 TOKENS = Space("tokens")
@@ -93,13 +99,14 @@ class Iota:
 class Index:
     """Element r along `dim` is the row number, on the axis `target`, of what `axis` holds at r; constant along other dims.
 
-    `bijective`: every row of the target is named once.
+    `bijective`: every row of the target is named once. `once`: none is named twice.
     """
 
     dim: int
     axis: Axis
     target: Axis
     bijective: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,8 @@ def row_axis(value: Row) -> Axis:
 
 def has_size(sizes: Sizes, size: object, axis: Axis) -> bool:
     """Whether a dim of this size in P can be this axis."""
-    if axis.space.kind == "part":
-        return axis.plain  # the size of a group is data; the split that made it was checked
+    if axis.space.by_data:
+        return axis.plain  # the size is data; what made it was checked
     if axis.space is LAST:
         return isinstance(size, int) and size == axis.pre * axis.post
     if axis.space.kind == "sorted" and sizes.is_data(size):

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from compile_attn.passes import emit, token_axes, token_moe, token_rules, token_views
+from compile_attn.passes import emit, token_axes, token_chosen, token_moe, token_rules, token_views
 from compile_attn.passes.bounds import NotABound, upper_bound
 from compile_attn.passes.graph import Location, location, output_node, val
 from compile_attn.passes.report import Rejected, TokenRewrite
@@ -25,7 +25,7 @@ from compile_attn.passes.token_values import LAST, TOKENS, Axis, Mixed, Sizes, T
 
 _aten = torch.ops.aten
 _CURE = "a paged model may mix tokens by causal attention only; serve this one without a cache"
-_RULE_FILES = (token_rules, token_axes, token_views, token_moe)  # imported for the rules that they register
+_RULE_FILES = (token_rules, token_axes, token_views, token_moe, token_chosen)  # imported for the rules that they register
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,9 @@ def assumed_bounds(inputs: FreshInputs) -> dict[sympy.Symbol, int]:
     """
     env = inputs.mode.shape_env
     assert env is not None
-    if env.replacements:
-        raise NotABound(", ".join(f"{symbol} = {value}" for symbol, value in env.replacements.items()))
+    fixed = [(symbol, value) for symbol, value in env.replacements.items() if not (_by_data(symbol) and _by_data(value))]
+    if fixed:
+        raise NotABound(", ".join(f"{symbol} = {value}" for symbol, value in fixed))
     bounds: dict[sympy.Symbol, int] = {}
     for guard in env.guards:
         symbol = next(iter(guard.expr.free_symbols), sympy.Symbol("constant"))
@@ -94,6 +95,11 @@ def assumed_bounds(inputs: FreshInputs) -> dict[sympy.Symbol, int]:
         if bound is not None:
             bounds[symbol] = min(bound, bounds.get(symbol, bound))
     return bounds
+
+
+def _by_data(size: sympy.Basic) -> bool:
+    """Whether a size is one that data decides, as of torch.where. Tracing again names it again: the names are then equal."""
+    return isinstance(size, sympy.Symbol) and size.name.startswith("u")
 
 
 class _Propagate(fx.Interpreter):

@@ -18,6 +18,7 @@ from compile_attn.passes.graph import Location, output_node, placeholders
 from compile_attn.passes.normalize import Normalized, normalize
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.tokens import TokenProof, TokensRefused, prove_tokens
+from tests.models import tokenwise_chosen  # noqa: F401  registers its models
 from tests.models.tokenwise import GIVEN, LAST, MIXING, PROVEN, D, K, Model, N, V, attend
 
 pytest.importorskip("transformers.integrations.moe")  # registers grouped_mm_fallback, which its models call

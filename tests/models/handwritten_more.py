@@ -78,6 +78,28 @@ class SortedMoeBlock(Block):
         return x + (done[back] * gate[:, None]).view_as(x)
 
 
+class LoopedMoeBlock(Block):
+    """Top-2 experts in a loop over them, each on the rows that torch.where finds: nanoMoE, and Mixtral as it was first written."""
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, experts)
+        self.experts = nn.ModuleList(mlp() for _ in range(experts))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        flat = x.view(-1, WIDTH)
+        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows, nth = torch.where(chosen == number)
+            out[rows] += weights[rows, nth, None] * expert(flat[rows])
+        return x + out.view_as(x)
+
+
 class T5Block(Block):
     """T5: no scale, and a bias looked up by the bucketed distance, logarithmic beyond 8."""
 
@@ -230,6 +252,7 @@ class LastRow(nn.Module):
 MORE: dict[str, type[nn.Module]] = {
     "one_hot_moe": MoeBlock,
     "sorted_moe": SortedMoeBlock,
+    "looped_moe": LoopedMoeBlock,
     "t5_bias": T5Block,
     "clipped_distance": DistanceBlock,
     "sinks": SinkBlock,
