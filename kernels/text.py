@@ -91,9 +91,10 @@ class _Literal(_Exact):
 def print_expr(expr: sympy.Basic) -> str:
     """The expression as text that `parse` reads back to an equal one. ValueError for what no spec may hold.
 
-    Numbers are doubles, as in torch: one of another precision is rounded to a double.
+    Numbers are doubles, as in torch: one of another precision, or smaller than a double can be, is rounded to a double.
     """
-    expr = expr.xreplace({each: sympy.Float(float(each)) for each in expr.atoms(sympy.Float) if each._prec != 53})
+    doubles = {each: sympy.Float(float(each)) for each in expr.atoms(sympy.Float)}
+    expr = expr.xreplace({each: double for each, double in doubles.items() if each._prec != 53 or each != double})
     strange = {str(each) for each in expr.free_symbols - set(_SYMBOLS.values())}
     if strange:
         raise ValueError(f"a spec is written in s, b, h, i, j, not in {', '.join(sorted(strange))}: {expr}")

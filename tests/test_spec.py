@@ -134,7 +134,7 @@ CONDITION = st.recursive(
     max_leaves=4,
 )
 REAL = st.recursive(
-    st.just(S) | WHOLE | st.floats(-1e6, 1e6).map(sympy.Float),
+    st.just(S) | WHOLE | st.floats(-1e6, 1e6).filter(lambda x: x == 0 or abs(x) > 1e-30).map(sympy.Float),  # products: doubles too
     lambda inner: (
         st.tuples(inner, inner).map(lambda p: p[0] + p[1])
         | st.tuples(inner, inner).map(lambda p: p[0] * p[1])
@@ -153,6 +153,14 @@ REAL = st.recursive(
 def test_any_spec_round_trips(condition: sympy.Basic, real: sympy.Expr, scale: float) -> None:
     spec = AttentionSpec(4, 2, 64, 64, m.General(sympy.sympify(condition)), scale, bias=real, sinks=real)
     assert AttentionSpec.decode(spec.encode()) == spec
+
+
+def test_numbers_are_doubles() -> None:
+    tiny = sympy.Float(2.2250738585072014e-308) / 30  # more digits than a double has so near to zero
+    spec = AttentionSpec(4, 2, 64, 64, m.Causal(), 1.0, bias=30.0 * sympy.tanh(S / 30.0 + tiny))
+    read = AttentionSpec.decode(spec.encode())
+    assert float(tiny) in {float(each) for each in read.bias.atoms(sympy.Float)}
+    assert AttentionSpec.decode(read.encode()) == read
 
 
 @pytest.mark.parametrize(
