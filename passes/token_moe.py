@@ -216,9 +216,9 @@ def divide(c: Context, node: fx.Node, args: Arguments) -> Value:
     if whole and isinstance(value, Index) and target is not None and target.space is TOKENS and not target.plain:
         quotient = name in ("floor_divide", "div")
         if number == target.post and target.pre == 1 and isinstance(number, int):
-            return replace(value, target=Axis(), bijective=False) if quotient else Tok(value.dim, value.axis)
+            return replace(value, target=Axis(), bijective=False, once=False) if quotient else Tok(value.dim, value.axis)
         if c.sizes.count(number) == 1 and target.post == 1:
-            return Tok(value.dim, value.axis) if quotient else replace(value, target=Axis(), bijective=False)
+            return Tok(value.dim, value.axis) if quotient else replace(value, target=Axis(), bijective=False, once=False)
     if any(c.sizes.depends(arg.meta["val"]) for arg in node.all_input_nodes if isinstance(c.of(arg), Size)):
         return c.mixed(node, "divides by the length of the sequence")
     return pointwise(c, node, args)

@@ -57,7 +57,7 @@ def relabel(c: Context, node: fx.Node, value: Row, dim: int, axis: Axis) -> Valu
         return replace(tok, dim=dim, axis=axis) if isinstance(tok, Tok) else tok
     if axis.count < value.axis.count and value.target != Axis():
         return c.mixed(node, "cuts a list of row numbers")
-    return replace(value, dim=dim, axis=axis, bijective=False)
+    return replace(value, dim=dim, axis=axis, bijective=False, once=False)
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_copy", "squeeze_copy", lengths=True)

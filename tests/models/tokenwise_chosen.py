@@ -74,6 +74,16 @@ def written_twice(m: Model, x: torch.Tensor) -> torch.Tensor:
     return x + out
 
 
+@mixing("several rows to one place")
+def written_twice_by_places_in_rows(m: Model, x: torch.Tensor) -> torch.Tensor:
+    flat = x.view(-1, D)
+    kinds = (m.router(flat) > 0)[:, :K]  # a token may be of both kinds, and then its two rows go to one place
+    places = torch.where(kinds.flatten())[0]
+    out = torch.zeros_like(flat)
+    out[places // K] = flat[places // K] * kinds.flatten()[places].to(x.dtype)[:, None] + (places % K)[:, None]
+    return x + out
+
+
 @mixing("stand in different orders")
 def sorted_on_the_way(m: Model, x: torch.Tensor) -> torch.Tensor:
     key = m.router(x[0])[:, 0]
