@@ -239,22 +239,26 @@ def _check_token_axis(tokens: list[fx.Node], normalized: Normalized, report: Rep
     for node in tokens:
         shape = node.meta["val"].shape
         name = normalized.sources.get(node, node.name)
-        fixed_at = _fixed_at(node) if len(shape) == 2 and shape[0] == 1 and isinstance(shape[1], int) else None
-        if fixed_at is not None:
-            why = f"the number of tokens is made a constant ({shape[1]}), by a loop over tokens or an op that takes no symbol"
-            where = replace(location(node), source=fixed_at)
-            cure = (
-                "a recurrence cannot be paged; write positions with torch.arange, and for an einsum of three operands "
-                "set torch.backends.opt_einsum.enabled = False"
-            )
-            raise refusal(report, [Rejected(why, where, cure)])
         if len(shape) != 2 or shape[0] != 1 or isinstance(shape[1], int):
-            why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
-            raise refusal(report, [Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")])
+            raise refusal(report, [_no_token_axis(node, name)])
         if length is not None and not same_size(length, shape[1]):
             why = f"input {name!r} has {shape[1]} tokens where the token ids have {length}"
             raise refusal(report, [Rejected(why, location(node), "pass batch.position_ids unchanged")])
         length = shape[1]
+
+
+def _no_token_axis(node: fx.Node, name: str) -> Rejected:
+    shape = node.meta["val"].shape
+    fixed_at = _fixed_at(node) if len(shape) == 2 and shape[0] == 1 else None
+    if fixed_at is None:
+        why = f"input {name!r} has shape {tuple(shape)}; a paged model takes [1, T] with a dynamic T of at least 2"
+        return Rejected(why, location(node), "call it with batch.input_ids and batch.position_ids")
+    why = f"the number of tokens is made a constant ({shape[1]}), by a loop over tokens or an op that takes no symbol"
+    cure = (
+        "a recurrence cannot be paged; write positions with torch.arange, and for an einsum of three operands "
+        "set torch.backends.opt_einsum.enabled = False"
+    )
+    return Rejected(why, replace(location(node), source=fixed_at), cure)
 
 
 def _fixed_at(node: fx.Node) -> str | None:

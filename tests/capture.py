@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from compile_attn.passes.normalize import Normalized, normalize
+
+
+class Call(nn.Module):
+    """A function of tensors as a module, which is what Dynamo's names of sources expect."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.run(*inputs)
 
 
 def captured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -29,3 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fresh_dynamo() -> None:
     """No test sees the compilations, or the recompile limit, of another."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """For a whole file: pytest.mark.usefixtures("no_grad")."""
+    with torch.no_grad():
+        yield

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
 from compile_attn.kernels.mask import Causal, Chunked, Mask
 from compile_attn.passes.pipeline import Rewriting, rewrite_stateless
+from tests.capture import Call
 
 B, H, T, D = 2, 4, 9, 8
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
-
-
-class Call(nn.Module):
-    """One attention as a module."""
-
-    def __init__(self, run: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.run(q, k, v)
+pytestmark = [pytest.mark.filterwarnings("ignore:flex_attention called without"), pytest.mark.usefixtures("no_grad")]
 
 
 def compiled(run: Callable[..., Tensor], dynamic: bool = True) -> tuple[Rewriting, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -28,16 +27,8 @@ ROOMS = (plain, scales, biases, masks, sinks, layouts, fused, outputs)
 STATELESS = [*(form for room in ROOMS for form in room.FORMS), *fused.FLEX]
 DATA = (*masks.DATA_FORMS, *fused.FLEX_DATA)  # their masks are data of the call: captured tensors, in one way or another
 FORMS = [*STATELESS, *DATA]
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+pytestmark = [pytest.mark.filterwarnings("ignore:flex_attention called without"), pytest.mark.usefixtures("no_grad")]
 NEAR = {near.run.__name__: (form, near) for form in FORMS for near in form.near}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def _names(form: Form) -> str:

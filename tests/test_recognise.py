@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,30 +17,12 @@ from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import Rejected
 from compile_attn.passes.spelled import is_whole_attention
-from tests.capture import captured
+from tests.capture import Call, captured
 from tests.forms.form import SCALE, additive
 
 _aten = torch.ops.aten
 B, H, T, D = 2, 4, 16, 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
-
-
-class Call(nn.Module):
-    """A function of tensors as a module, which is what Dynamo's names of sources expect."""
-
-    def __init__(self, run: Callable[..., object]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, *inputs: Tensor) -> object:
-        return self.run(*inputs)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def read(

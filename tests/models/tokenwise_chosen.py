@@ -127,3 +127,11 @@ def mask_of_the_next(m: Model, x: torch.Tensor) -> torch.Tensor:
     order = m.router(x[0])[:, 0].argsort()
     out = m.a(x[0])
     return x + out[order][m.router(x[0])[:, 1] > 0].sum()
+
+
+@mixing("keeps only some of the tokens")
+def experts_of_a_capacity(m: Model, x: torch.Tensor) -> torch.Tensor:
+    """Whoever comes fourth to an expert is left out: what a token gets depends on those before it."""
+    flat = x.view(-1, D)
+    rows = torch.where(m.router(flat).argmax(-1) == 0)[0][:3]
+    return x + torch.zeros_like(flat).index_add(0, rows, flat[rows] @ m.experts[0]).view(x.shape)
