@@ -38,6 +38,32 @@ class Paged:
     v_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class HostStep:
+    """What the host knows of a step before it runs, for kernels that plan on the host.
+
+    block_table [B, max_pages] int32 is the step's own buffer, whose address never changes; what it holds may still be on its
+    way to the device. seq_lens and query_lens [B] int32 are on the CPU, as of this step, 0 for a pad row. `captured`: the step
+    is recorded into a CUDA graph or replayed from one, so the addresses that a kernel has seen must hold the new plan.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_lens: torch.Tensor
+    num_tokens: int  # T, pads included
+    page_size: int
+    captured: bool
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """What a host plan depends on beside the step. Sites that are equal share one plan."""
+
+    spec: AttentionSpec
+    dtype: torch.dtype  # of queries
+    kv_dtype: torch.dtype  # of pages
+
+
 class Backend:
     """One provider of kernels. Meaning it does not declare is refused, with a reason (Law 4)."""
 
@@ -67,6 +93,9 @@ class Backend:
         missing = sorted(spec.features() - self.features, key=lambda feature: feature.value)
         out += [f"does not compute {spec.asks(feature)}; {cure}" for feature in missing]
         return (*out, *self.limits(request))
+
+    def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
+        """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
