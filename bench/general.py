@@ -5,7 +5,7 @@ different pages, and called one by one; the share of the floor (bytes over copy 
 both measured first); and the others, where installed.
 
     python -m bench.general [--json FILE]            the table
-    python -m bench.general --sweep decode|prefill   tiles and splits, from which general.py's are chosen
+    python -m bench.general --sweep decode|prefill   tiles and splits, from which those of triton_launch.py are chosen
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from compile_attn.kernels import general
+from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.batch import AttentionMetadata
 from compile_attn.kernels.select import backend
@@ -241,25 +241,25 @@ def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def tuned(knobs: dict[str, int]) -> Iterator[None]:
     """Other tiles, or other constants of the module, than `general` would choose."""
-    tiles_of, constants = general.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
+    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
     tiles = {name: value for name, value in knobs.items() if not name.startswith("_")}
-    before = {name: getattr(general, name) for name in constants}
+    before = {name: getattr(triton_launch, name) for name in constants}
 
-    def chosen(spec: AttentionSpec, *rest: Any) -> general.Tiles:
+    def chosen(spec: AttentionSpec, *rest: Any) -> triton_launch.Tiles:
         return changed(tiles_of(spec, *rest), spec, tiles)
 
     try:
         for name, value in constants.items():
-            setattr(general, name, value)
-        general.tiles_of = chosen
+            setattr(triton_launch, name, value)
+        triton_launch.tiles_of = chosen
         yield
     finally:
-        general.tiles_of = tiles_of
+        triton_launch.tiles_of = tiles_of
         for name, value in before.items():
-            setattr(general, name, value)
+            setattr(triton_launch, name, value)
 
 
-def changed(tiles: general.Tiles, spec: AttentionSpec, knobs: dict[str, int]) -> general.Tiles:
+def changed(tiles: triton_launch.Tiles, spec: AttentionSpec, knobs: dict[str, int]) -> triton_launch.Tiles:
     tiles = replace(tiles, **knobs)
     if "block_m" in knobs and tiles.block_q > 1:
         tiles = replace(tiles, block_q=tiles.block_m // tiles.group)

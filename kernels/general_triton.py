@@ -1,9 +1,10 @@
 """How does one Triton program attend? Flash attention whose score is a function printed from the spec.
 
 A program owns the query heads of one KV head for `block_q` consecutive tokens of one sequence, as rows of one tile, and
-goes over the keys that some row may see, or over its share of them where the keys are split. Key blocks that the bounds
-prove visible as a whole are taken without a mask. In paged mode keys are found through the block table and sequences
-through the starts of their tokens; nothing is read on the host.
+goes over the blocks of keys that some row may see, or over its share of them where the keys are split. Functions printed
+from the mask name the blocks: those that every row sees as a whole, which are taken without a mask, then the others. In
+paged mode keys are found through the block table and sequences through the starts of their tokens; nothing is read on the
+host.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ class Plan:
     groups: int  # tiles that share a KV head
     dim: int
     dim_v: int
-    causal: bool  # no key to the right of its query is visible
-    window: int  # greatest i - j of a visible key; -1: unbounded
-    bounded: bool  # the mask is what causal and window say, nothing more
     binary: bool  # a weight is a power of 2, not of e
     factor: float  # what a printed score is multiplied by before
     alike: bool  # keys and values of a token stand at the same place of their pools
@@ -104,43 +102,21 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _key_blocks(i, inside, length, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks [begin, end) to visit, of them [clear, clear_end) in which every row sees every key, and the splits in use.
+def _share(clears, edges, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the blocks to visit, clear ones before the others, this program's [begin, end) of either; and the splits in use.
 
     Splits are for the longest sequence that there may be: a tile with few keys uses as many as are worth it.
     """
-    last = tl.max(tl.where(inside, i, 0))
-    first = tl.min(tl.where(inside, i, last))
-    low = 0
-    clear_low = 0
-    if PLAN.window >= 0:
-        low = tl.maximum(first - PLAN.window, 0)
-        clear_low = tl.maximum(last - PLAN.window, 0)
-    high = length
-    clear_high = length
-    if PLAN.causal:
-        high = tl.minimum(length, last + 1)
-        clear_high = tl.minimum(length, first + 1)
-    begin = low // PLAN.block_n
-    end = tl.maximum((high + PLAN.block_n - 1) // PLAN.block_n, begin)
+    begin = 0
+    end = clears + edges
     used = 1
     if PLAN.split:
-        share = tl.maximum((end - begin + splits - 1) // splits, least)
-        used = tl.maximum((end - begin + share - 1) // share, 1)
-        begin = tl.minimum(begin + split * share, end)
+        share = tl.maximum((end + splits - 1) // splits, least)
+        used = tl.maximum((end + share - 1) // share, 1)
+        begin = tl.minimum(split * share, end)
         end = tl.minimum(begin + share, end)
-    clear = begin
-    clear_end = begin
-    if PLAN.bounded:
-        clear = tl.minimum(tl.maximum((clear_low + PLAN.block_n - 1) // PLAN.block_n, begin), end)
-        clear_end = tl.minimum(tl.maximum(clear_high // PLAN.block_n, clear), end)
-    return (begin, end, clear, clear_end), used
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _edge(n, clear, clear_end, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of the n-th block, where those from `clear` to `clear_end` are left out."""
-    return tl.where(n < clear, n, n + clear_end - clear) * PLAN.block_n
+    edge = tl.maximum(begin - clears, 0)
+    return (tl.minimum(begin, clears), tl.minimum(end, clears), edge, tl.maximum(end - clears, 0)), used
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -266,23 +242,16 @@ def _end(state, place, inside, split, splits, used, scale, out, parts, PLAN: tl.
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # type: ignore[no-untyped-def]
-    state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE: tl.constexpr, PLAN: tl.constexpr
+    state, begin, end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    BLOCK: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of keys: first those without a mask."""
-    begin, end, clear, clear_end = blocks
-    limit = clear_end * PLAN.block_n
-    page = _pages(clear * PLAN.block_n, limit, b, batch, False, PLAN)
-    for n in range(clear, clear_end):
-        start = n * PLAN.block_n
-        ahead = _pages(start + PLAN.block_n, limit, b, batch, False, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, False, PLAN)
-        page = ahead
-    start = _edge(begin, clear, clear_end, PLAN)
-    page = _pages(start, length, b, batch, True, PLAN)
-    for n in range(begin, end - (clear_end - clear)):
-        following = _edge(n + 1, clear, clear_end, PLAN)
-        ahead = _pages(following, length, b, batch, True, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, True, PLAN)
+    """Blocks of keys from the begin-th on."""
+    start = BLOCK(begin, seen) * PLAN.block_n
+    page = _pages(start, tl.where(begin < end, length, 0), b, batch, MASKED, PLAN)
+    for k in range(begin, end):
+        following = BLOCK(k + 1, seen) * PLAN.block_n
+        ahead = _pages(following, tl.where(k + 1 < end, length, 0), b, batch, MASKED, PLAN)
+        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, MASKED, PLAN)
         page = ahead
         start = following
     return state
@@ -292,7 +261,8 @@ def _walk(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr,
+    COUNT: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
 
@@ -319,7 +289,9 @@ def attend(  # type: ignore[no-untyped-def]
     head = tl.program_id(1) * PLAN.group + r % PLAN.group
     num_heads = tl.num_programs(1) * PLAN.group
     i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32) if PLAN.page_size > 0 else token
-    blocks, used = _key_blocks(i, inside, length, split, splits, least, PLAN)
+    last = tl.max(tl.where(inside, i, 0))
+    clears, edges, seen = COUNT(tl.min(tl.where(inside, i, last)), last, tl.program_id(1) * PLAN.group, length)
+    blocks, used = _share(clears, edges, split, splits, least, PLAN)
     wide = token.to(tl.int64)
     place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
     if PLAN.split:
@@ -336,7 +308,15 @@ def attend(  # type: ignore[no-untyped-def]
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
-    state = _walk(state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE, PLAN)
+    clear, clear_end, edge, edge_end = blocks
+    state = _walk(
+        state, clear, clear_end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        CLEAR, SCORE, False, PLAN,
+    )  # fmt: skip
+    state = _walk(
+        state, edge, edge_end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        EDGE, SCORE, True, PLAN,
+    )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
 

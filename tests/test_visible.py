@@ -15,7 +15,7 @@ from compile_attn.kernels import mask as m
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
 from compile_attn.kernels.visible import bounded, spans, unit_of
-from compile_attn.kernels.visible_print import print_walk
+from compile_attn.kernels.visible_print import print_sight
 
 SINKS = m.All(m.Causal(), m.General((J < 5) | (I - J < 40)))
 DILATED = m.All(m.Causal(), m.General(sympy.Eq(sympy.Mod(sympy.floor(I / 32) - sympy.floor(J / 32), 3), 0)))
@@ -25,9 +25,9 @@ def walked(mask: m.Mask, heads: int, block_n: int, *tile: int) -> tuple[list[int
     """Clear and other blocks, by the printed functions as Python."""
     names = types.SimpleNamespace(maximum=max, minimum=min, where=lambda condition, a, b: a if condition else b)
     space: dict[str, Callable[..., int]] = {}
-    source = print_walk(mask, heads, block_n).split("\n", 2)[2]
+    source = print_sight(mask, heads, block_n).split("\n", 2)[2]
     exec(source.replace("@triton.jit", ""), {"tl": names}, space)
-    clears, edges, state = space["walk"](*tile)  # type: ignore[misc]
+    clears, edges, state = space["count"](*tile)  # type: ignore[misc]
     return [space["clear"](k, state) for k in range(clears)], [space["edge"](k, state) for k in range(edges)]
 
 

@@ -1,0 +1,321 @@
+"""How is the Triton kernel launched: with which functions, tiles, splits and grids?
+
+The score and mask are printed from the spec (`triton_print`), and so is the list of the blocks of keys that the mask
+lets a tile see (`visible_print`). Tiles, splits and grids follow from shapes alone: no length is read on the host, so a
+CUDA graph can hold a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import linecache
+import os
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.mask import Mask
+from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
+from compile_attn.kernels.visible import most_keys
+from compile_attn.kernels.visible_print import print_sight
+
+if TYPE_CHECKING:
+    from compile_attn.kernels.general_triton import Batch, Plan, Pool
+
+_MOST_SPLITS = 128
+_KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
+_KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
+_SPLITS_A_PLACE = 8
+_PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
+_CHANNELS = 128
+_MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
+_SHARED_MEMORY = 227 << 10  # of a Hopper block; asked of the device where there is one
+_MULTIPROCESSORS = 132
+
+
+class TritonBackend(Backend):
+    """What the backends share that launch this kernel, in float32 inside. They differ in the masks they take, and in tiles."""
+
+    features = frozenset(Feature)
+    devices = frozenset({"cuda", "cpu"})
+    dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+    def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
+        """Tiles for a call; the arguments are those of `tiles_of`."""
+        return tiles_of(spec, dot, tokens, shared, read)
+
+    def limits(self, request: Request) -> tuple[str, ...]:
+        out = []
+        spec, cure = request.spec, "choose kernel='auto'"
+        if importlib.util.find_spec("triton") is None:
+            out.append(f"needs triton, which is not installed; pip install triton, or {cure}")
+        if request.device.type == "cpu" and not _interpreted():
+            out.append(f"runs on a CPU only in Triton's interpreter; set TRITON_INTERPRET=1 for tests, or {cure}")
+        most, dim = _MOST_DIM.get(request.dtype.itemsize, 0), max(spec.head_dim, spec.head_dim_v)
+        if most and dim > most:
+            out.append(f"has tiles for head sizes up to {most} in {str(request.dtype).removeprefix('torch.')}, not {dim}; {cure}")
+        try:
+            print_score(spec, (True,) * (1 + max((number for number, _ in loads(spec)), default=0)))
+        except ValueError as error:
+            out.append(f"cannot print the score and mask: {error}; {cure}")
+        return tuple(out)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
+    ) -> torch.Tensor:
+        from compile_attn.kernels.general_triton import Batch, Pool
+
+        def by_token(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+            return tensor.stride(0), tensor.stride(2), tensor.stride(1), tensor.stride(3)
+
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        size = _Size(q.shape[0], q.shape[2], k.shape[2], 0)
+        pools = Pool(k, *by_token(k), k, 0), Pool(v, *by_token(v), v, 0)
+        self._launch(spec, size, q, by_token(q), pools, Batch(q, 0, q, q, q, q), captured, out, (False, False))
+        return out
+
+    def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
+        from compile_attn.kernels.general_triton import Batch, Pool
+
+        def pool(pages: torch.Tensor, scale: torch.Tensor | None) -> Pool:
+            flat = pages if scale is None else scale.reshape(-1)
+            by_head = 0 if scale is None or scale.numel() == 1 else flat.stride(0)
+            page, slot, head, channel = pages.stride()
+            return Pool(pages, page, slot, head, channel, flat, by_head)
+
+        table, pages = kv.block_table, kv.k_pages
+        batch = Batch(table, table.stride(0), kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
+        out = q.new_empty((*q.shape[:2], kv.v_pages.shape[3]))
+        size = _Size(table.shape[0], q.shape[0], table.shape[1] * pages.shape[1], pages.shape[1])
+        pools = pool(pages, kv.k_scale), pool(kv.v_pages, kv.v_scale)
+        scaled = (kv.k_scale is not None, kv.v_scale is not None)
+        self._launch(spec, size, q, (0, *q.stride()), pools, batch, captured, out, scaled)
+        return out
+
+    def _launch(
+        self,
+        spec: AttentionSpec,
+        size: _Size,
+        q: torch.Tensor,
+        q_strides: tuple[int, ...],
+        pools: tuple[Pool, Pool],
+        batch: Batch,
+        captured: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        scaled: tuple[bool, bool],
+    ) -> None:
+        from compile_attn.kernels import general_triton as kernels
+
+        if out.numel() == 0:
+            return
+        whole = tuple(not tensor.is_floating_point() for tensor in captured)
+        shared, multiprocessors = _device(q.device)
+        wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
+        read = sum(captured[number].element_size() for number in pairwise(spec))
+        tiles = self.tiles(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
+        functions = functions_of(spec, whole)
+        seen = sight_of(spec.mask, tiles.group, tiles.block_n)
+        heads = spec.num_q_heads // tiles.group
+        blocks = size.blocks(tiles.block_q)
+        splits, least = _splits(spec, size, blocks * heads, tiles, multiprocessors)
+        alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
+        plan = _plan(spec, tiles, size.page_size, scaled, alike, splits > 1, wide)
+        parts, rows = kernels.Parts(out, out, out, out, out), blocks * heads * tiles.block_q * tiles.group
+        if splits > 1:
+            highest, totals = q.new_empty((2, rows * splits), dtype=torch.float32).unbind()
+            used, place = q.new_empty((2, rows), dtype=torch.int32).unbind()
+            parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals, used, place)
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            kernels.attend[(blocks, heads, splits)](
+                q, q_strides, *pools, batch, _flat(spec, captured), out, parts,
+                size.tokens, size.sequences, size.keys, splits, least,
+                functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge, plan,
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            if splits > 1:
+                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
+                kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, at_once, block, plan)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What shapes say of a call. Stateless (page_size 0): tokens and keys of each sequence; paged: tokens of all."""
+
+    sequences: int
+    tokens: int
+    keys: int  # at most, a sequence
+    page_size: int
+
+    def tokens_each(self) -> int:
+        """Tokens of a sequence, on average."""
+        return self.tokens if self.page_size == 0 else -(-self.tokens // max(1, self.sequences))
+
+    def blocks(self, block_q: int) -> int:
+        """Tiles of tokens. Paged: every sequence begins one, and so do the pad tokens behind the last."""
+        if self.page_size == 0:
+            return self.sequences * -(-self.tokens // block_q)
+        return self.tokens if block_q == 1 else self.tokens // block_q + self.sequences + 1
+
+
+def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
+    """The printed functions of a spec, compiled by Triton when first launched.
+
+    Triton reads a function's source through `linecache`, so the source needs no file. Its disk cache goes by source and name.
+    """
+    return _load("score", print_score(spec, whole))
+
+
+def sight_of(mask: Mask, heads: int, block_n: int) -> types.SimpleNamespace:
+    """The printed functions that name the blocks of keys that a tile of so many heads may see."""
+    return _load("sight", print_sight(mask, heads, block_n))
+
+
+@functools.lru_cache(maxsize=256)
+def _load(what: str, source: str) -> types.SimpleNamespace:
+    name = f"compile_attn_{what}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    file = f"<{name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    found: dict[str, Any] = {"__name__": name}
+    exec(compile(source, file, "exec", dont_inherit=True), found)
+    return types.SimpleNamespace(**{"sink": None, **found})
+
+
+def _flat(spec: AttentionSpec, captured: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The captured tensors as the printed functions unpack them."""
+    flat: list[Any] = []
+    for number, axes in loads(spec):
+        tensor = captured[number]
+        if tensor.dim() != axes:
+            raise ValueError(f"captured tensor {number} has shape {list(tensor.shape)}; the spec reads it with {axes} indices")
+        flat += [tensor, *(each for axis in range(axes) for each in (tensor.shape[axis], tensor.stride(axis)))]
+    return tuple(flat) or (0,)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of tiles, and how many warps and stages of prefetched keys work on them."""
+
+    group: int  # query heads in a tile, all of one KV head
+    block_q: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    dot: torch.dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_of(
+    spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int = 0, heads: int | None = None, most_n: int = 64
+) -> Tiles:
+    """Tiles for sequences of about that many tokens. As large as is fast, as small as shared memory asks.
+
+    `read`: bytes of captured tensors for every query and key. Like keys and values, they are fetched ahead, `stages` times.
+    `heads` and `most_n`: query heads of a tile, all of a KV head's by default, and keys of a block, at most.
+    """
+    dims, bytes_ = _padded(spec.head_dim) + _padded(spec.head_dim_v), dot.itemsize
+    per_kv_head = heads or spec.num_q_heads // spec.num_kv_heads
+    rows = tokens * per_kv_head
+    block_m = 16 if rows <= 16 else 32 if bytes_ == 4 else 64 if rows <= 64 else 128
+    # Triton 3.6 compiles loads of 64 keys wrongly where a value's channels are no multiple of 16 (40 channels of a key, 24 of
+    # a value: other rows, or an illegal address); 32 keys are right, and tests/test_general.py runs odd sizes on a GPU.
+    block_n, stages = min(most_n, 32 if bytes_ == 4 or spec.head_dim_v % 16 else 64), 3
+
+    def too_large() -> bool:
+        ahead = block_n * (dims * bytes_ + block_m * read) * stages
+        return block_m * (_padded(spec.head_dim) + block_n) * bytes_ + ahead > shared
+
+    while too_large() and (stages > 1 or block_n > 16 or block_m > 16):
+        if stages > 2 or (stages == 2 and block_n <= 32 and block_m <= 64):
+            stages -= 1
+        elif block_n > 32 or (block_n > 16 and block_m <= 16):
+            block_n //= 2
+        else:
+            block_m //= 2
+    group = max(each for each in range(1, block_m + 1) if per_kv_head % each == 0)
+    block_q = 1 if tokens <= 1 else block_m // group  # with one, no sequence is searched for
+    warps = 8 if block_m == 128 or block_m * _padded(spec.head_dim_v) >= 1 << 14 else 4  # or the output spills
+    return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
+
+
+def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
+    """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
+
+    A few sequences would not occupy the whole device; of many, one may be much longer than the others.
+    """
+    keys = min(size.keys, most_keys(spec.mask, tiles.group, tiles.block_q, 1 << max(0, size.keys - 1).bit_length()))
+    at_once = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
+    least = _KEYS_A_SPLIT if programs < at_once else _KEYS_IN_A_CROWD
+    wanted = -(-at_once * _SPLITS_A_PLACE // max(1, programs)) if tiles.block_m == 16 else at_once // max(1, programs)
+    splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
+    return splits, -(-least // tiles.block_n)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    page_size: int,
+    scaled: tuple[bool, bool],
+    alike: bool,
+    split: bool,
+    wide: bool,
+) -> Plan:
+    import triton.language as tl
+
+    from compile_attn.kernels.general_triton import Plan
+
+    dots = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return Plan(
+        page_size=page_size,
+        group=tiles.group,
+        groups=spec.num_q_heads // spec.num_kv_heads // tiles.group,
+        dim=spec.head_dim,
+        dim_v=spec.head_dim_v,
+        binary=binary(spec),
+        factor=factor(spec),
+        alike=alike,
+        k_scaled=scaled[0],
+        v_scaled=scaled[1],
+        whole=tl.int64 if wide else tl.int32,
+        dot=dots[tiles.dot],
+        block_q=tiles.block_q,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+        block_d=_padded(spec.head_dim),
+        block_dv=_padded(spec.head_dim_v),
+        split=split,
+    )
+
+
+def _dot_dtype(queries: torch.dtype, keys: torch.dtype) -> torch.dtype:
+    """What both are multiplied in: fp8 pages in the queries' dtype, in which they are exact."""
+    dtype = queries if keys.itemsize == 1 else torch.promote_types(queries, keys)
+    return torch.float32 if dtype == torch.bfloat16 and _interpreted() else dtype  # the interpreter multiplies no bfloat16
+
+
+def _interpreted() -> bool:
+    """Does Triton run kernels as Python, on any device? It reads this variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())  # what tl.dot takes
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a block, and multiprocessors."""
+    if device.type != "cuda":
+        return _SHARED_MEMORY, _MULTIPROCESSORS
+    from triton.runtime import driver
+
+    found = driver.active.utils.get_device_properties(device.index)
+    return found["max_shared_mem"], found["multiprocessor_count"]
