@@ -66,8 +66,7 @@ def uniform(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     z = seeds + (counts + 1) * _signed(_GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
     z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
-    points: torch.Tensor = _shifted(z ^ _shifted(z, 31), 11).double() / 2.0**53  # the 53 bits that a float keeps
-    return points
+    return _shifted(z ^ _shifted(z, 31), 11).double() / 2.0**53  # the 53 bits that a float keeps
 
 
 def mixed(seed: int) -> int:
@@ -85,7 +84,8 @@ def _signed(word: int) -> int:
 
 def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Shifted right as unsigned numbers are: zeros come in."""
-    return (words >> bits) & (2 ** (64 - bits) - 1)
+    shifted: torch.Tensor = (words >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 @dataclass(frozen=True)
