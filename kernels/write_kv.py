@@ -25,8 +25,7 @@ def write_kv(
     if k.is_cuda:
         from compile_attn.kernels.write_kv_triton import write_pages
 
-        for new, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
-            write_pages(new, pages, slot_mapping, scale)
+        write_pages(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
         return
     keep = (slot_mapping >= 0).nonzero()[:, 0]
     slots = slot_mapping[keep]
