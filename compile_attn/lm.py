@@ -19,6 +19,7 @@ from torch import nn
 from compile_attn.cache import Chunk, PagedKVCache
 from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
+from compile_attn.kv_dtype import Scales
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.report import RefusedError, Report
@@ -48,7 +49,7 @@ class PagedLM:
     """A language model that keeps keys and values in pages: many ragged requests at once, only new tokens computed.
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
-    kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
+    kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
     kernel, inner     as in Options
     cuda_graphs       decode steps are replayed from CUDA graphs: "auto" where that can be, True or an error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
@@ -72,6 +73,7 @@ class PagedLM:
         call: Call | None = None,
         max_batch_tokens: int | None = None,
         poison: bool = False,
+        kv_scales: Scales | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -81,7 +83,8 @@ class PagedLM:
             raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1, or None")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
-        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device_of(self._model), kv_dtype, poison=poison)
+        device = device_of(self._model)
+        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
         options = Options(kernel=kernel, cache=cache, inner=inner)
         _check_dtype(self._model, cache)
         self.cache = cache
@@ -282,7 +285,7 @@ class PagedLM:
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
     """A kv_dtype that cannot be the model's is refused before the compilation."""
     own = dtype_of(model)
-    if cache.kv_dtype is not None and own is not None and own != cache.kv_dtype:
+    if cache.kv_dtype is not None and cache.fp8 is None and own is not None and own != cache.kv_dtype:
         raise ValueError(
             f"kv_dtype={cache.kv_dtype}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model"
         )
