@@ -43,10 +43,11 @@ FIRST_ROWS = 3  # what transformers is asked: it has no ragged batches, and long
 def run_side(side: str, shape: Shape, chosen: argparse.Namespace, file: Path) -> Found:
     """Measure one side in this process; `file` grows with every result."""
     device = torch.device(chosen.device)
-    found: Found = {"stamp": stamp(device), "rows": {}}
+    found: Found = {"rows": {}}
 
     def save(name: str, figures: Found) -> None:
         found["rows"][name] = figures
+        found["stamp"] = stamp(device)  # not before the engine runs: vLLM starts otherwise where CUDA is in use already
         print(side, name, figures, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -117,10 +118,7 @@ def _ragged(names: Sequence[str], sides: Mapping[str, Found]) -> Table:
 def _starts(names: Sequence[str], sides: Mapping[str, Found]) -> Table:
     rows = []
     for name in names:
-        spent = dict(sides[name].get("start", {}))
-        if "first_run" in sides[name]["rows"]:
-            spent["first run"] = sides[name]["rows"]["first_run"]["seconds"]
-        rows += [[NAMES[name], what, number(seconds)] for what, seconds in spent.items()]
+        rows += [[NAMES[name], what, number(seconds)] for what, seconds in sides[name].get("start", {}).items()]
     return Table("Start, seconds", ["side", "what", "seconds"], rows)
 
 
@@ -135,7 +133,10 @@ def start_side(side: str, shape: str, chosen: argparse.Namespace) -> None:
     command += ["--device", chosen.device, "--requests", str(chosen.requests), *(["--quick"] if chosen.quick else [])]
     command += ["--rows", *chosen.rows, "--options", json.dumps(chosen.options)]
     _file(chosen.out, shape, side).unlink(missing_ok=True)
-    process = subprocess.Popen(command, start_new_session=True)
+    environment = {key: value for key, value in os.environ.items() if side == "ours" or not key.startswith("FLASHINFER_")}
+    sites = [site.removeprefix(f"{side}=") for site in chosen.sites if site.startswith(f"{side}=")]
+    environment["PYTHONPATH"] = os.pathsep.join([*sites, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
         if process.wait(chosen.limit):
             print(f"{side} ended with status {process.returncode}", flush=True)
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one run instead of the better of two")
     parser.add_argument("--options", type=json.loads, default={}, help='PagedLM\'s, such as \'{"kernel": "flashinfer"}\'')
     parser.add_argument("--limit", type=float, default=240, help="seconds for one side of one shape")
+    parser.add_argument("--sites", nargs="*", default=[], metavar="SIDE=FOLDER", help="packages that only one side sees")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for decode.md and a JSON file a side")
     parser.add_argument("--measure", choices=tuple(SIDES), help=argparse.SUPPRESS)
