@@ -1,8 +1,9 @@
 """Which tiles suit a mask that hides whole blocks of keys?
 
 The kernel is the general one: the blocks that it visits are printed from the mask's predicate, for prefill, chunks and
-decode alike. Here a block of keys is no larger than a cell of the mask, and where heads see different cells, a tile of
-a prefill holds one head: together they would visit what each of them does not see.
+decode alike. Here a block of keys is no larger than a cell of the mask, so that a visit is all of use, and a tile has fewer
+rows: there are few visits in which to hide a tile's beginning and end. Where heads see different cells, a tile of a prefill
+holds one head: together they would visit what each of them does not see.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from compile_attn.kernels.triton_launch import Tiles, TritonBackend, tiles_of
 from compile_attn.kernels.visible import bounded, by_head, unit_of
 
 _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and they are read once for all heads
+_MOST_ROWS, _MOST_KEYS = 64, 64
 
 
 class BlockSparseBackend(TritonBackend):
@@ -28,8 +30,8 @@ class BlockSparseBackend(TritonBackend):
         return (*super().limits(request), *(() if bounded(mask) else (why,)))
 
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
-        unit = unit_of(spec.mask) or 64
-        most_n = max(16, min(64, unit & -unit))  # the largest power of two that divides the unit
+        unit = unit_of(spec.mask) or _MOST_KEYS
+        keys = max(16, min(_MOST_KEYS, unit & -unit))  # the largest power of two that divides the unit
         rows = tokens * (spec.num_q_heads // spec.num_kv_heads)
         heads = 1 if rows > _FEW_ROWS and by_head(spec.mask) else None
-        return tiles_of(spec, dot, tokens, shared, read, heads, most_n)
+        return tiles_of(spec, dot, tokens, shared, read, heads, (_MOST_ROWS, keys))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
@@ -46,6 +46,7 @@ class TritonBackend(Backend):
     features = frozenset(Feature)
     devices = frozenset({"cuda", "cpu"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    kv_dtypes = FP8
 
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
         """Tiles for a call; the arguments are those of `tiles_of`."""
@@ -213,20 +214,26 @@ class Tiles:
 
 @functools.lru_cache(maxsize=1024)
 def tiles_of(
-    spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int = 0, heads: int | None = None, most_n: int = 64
+    spec: AttentionSpec,
+    dot: torch.dtype,
+    tokens: int,
+    shared: int,
+    read: int = 0,
+    heads: int | None = None,
+    most: tuple[int, int] = (128, 64),
 ) -> Tiles:
     """Tiles for sequences of about that many tokens. As large as is fast, as small as shared memory asks.
 
     `read`: bytes of captured tensors for every query and key. Like keys and values, they are fetched ahead, `stages` times.
-    `heads` and `most_n`: query heads of a tile, all of a KV head's by default, and keys of a block, at most.
+    `heads`: of a KV head, those that one tile may hold; all by default. `most`: its rows and its keys, at most.
     """
     dims, bytes_ = _padded(spec.head_dim) + _padded(spec.head_dim_v), dot.itemsize
     per_kv_head = heads or spec.num_q_heads // spec.num_kv_heads
     rows = tokens * per_kv_head
-    block_m = 16 if rows <= 16 else 32 if bytes_ == 4 else 64 if rows <= 64 else 128
+    block_m = min(most[0], 16 if rows <= 16 else 32 if bytes_ == 4 else 64 if rows <= 64 else 128)
     # Triton 3.6 compiles loads of 64 keys wrongly where a value's channels are no multiple of 16 (40 channels of a key, 24 of
     # a value: other rows, or an illegal address); 32 keys are right, and tests/test_general.py runs odd sizes on a GPU.
-    block_n, stages = min(most_n, 32 if bytes_ == 4 or spec.head_dim_v % 16 else 64), 3
+    block_n, stages = min(most[1], 32 if bytes_ == 4 or spec.head_dim_v % 16 else 64), 3
 
     def too_large() -> bool:
         ahead = block_n * (dims * bytes_ + block_m * read) * stages
