@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.nn.functional import pad
 
+from compile_attn.kernels import flash_rows
 from compile_attn.kernels.backend import Backend, Paged, Request
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, Load
@@ -82,37 +81,16 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        rows = _rows(kv, q.shape[0], spec)
+        sequences = kv.block_table.shape[0]
+        rows = flash_rows.read(flash_rows.build(kv, spec.mask.causal()), q.shape[0], sequences)
         most_keys = kv.block_table.shape[1] * page_size
         left, right = _window(spec, 0)
         call = Call(
             _aligned(q), kv.k_pages, kv.v_pages, rows.starts, rows.lengths, rows.of_table, kv.block_table, None,
             rows.most_queries, most_keys, spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q),
-            splits=_splits(spec, q, kv.block_table.shape[0], most_keys),
+            splits=_splits(spec, q.shape[0], q.device, sequences, most_keys),
         )  # fmt: skip
         return ours.run(call)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The batch as rows that cover every token. The last query of a row stands at its last key; without keys the output is 0."""
-
-    starts: torch.Tensor  # [R + 1] int32
-    lengths: torch.Tensor  # [R] int32
-    of_table: torch.Tensor  # [R] int32
-    most_queries: int
-
-
-def _rows(kv: Paged, tokens: int, spec: AttentionSpec) -> _Rows:
-    """As many tokens as sequences: a row a token, so that nothing need be known of their lengths. Else pads are one more row."""
-    sequences, device = kv.block_table.shape[0], kv.block_table.device
-    if tokens == sequences:
-        token = torch.arange(tokens + 1, dtype=torch.int32, device=device)
-        lengths = kv.positions + 1 if spec.mask.causal() else kv.seq_lens[kv.token_seq]
-        lengths = torch.where(token[:-1] < kv.cu_seqlens_q[-1], lengths, 0).to(torch.int32)
-        return _Rows(token, lengths, kv.token_seq, 1)
-    of_table = pad(torch.arange(sequences, dtype=torch.int32, device=device), (0, 1))
-    return _Rows(pad(kv.cu_seqlens_q, (0, 1), value=tokens), pad(kv.seq_lens, (0, 1)), of_table, tokens)
 
 
 def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
@@ -127,15 +105,15 @@ def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
     return window - shift, shift
 
 
-def _splits(spec: AttentionSpec, q: torch.Tensor, sequences: int, most_keys: int) -> int:
+def _splits(spec: AttentionSpec, tokens: int, device: torch.device, sequences: int, most_keys: int) -> int:
     """Most programs that may share one tile. How many do is decided on the device, by the lengths; a long sequence among short
     ones may have them all. Every one writes a float32 part of the output."""
     window = spec.mask.window()
     keys = most_keys if window is None else min(most_keys, window + 1)
     if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
         return 1
-    share = -(-_multiprocessors(q.device) // spec.num_kv_heads)
-    memory = _PARTS // max(1, q.shape[0] * spec.num_q_heads * spec.head_dim_v * 4)
+    share = -(-_multiprocessors(device) // spec.num_kv_heads)
+    memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
     return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
 
 
