@@ -36,6 +36,20 @@ class Paged:
     token_seq: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step, where the graph holds it
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What `Backend.plan` may know of a step, the same for all layers. Tensors as in the op `paged_attn::attend`."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    positions: torch.Tensor
+    token_seq: torch.Tensor
+    page_size: int
+    dtype: torch.dtype  # of queries
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,18 @@ class Backend:
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
+        return None
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """What all sites of that `planned` spec need of a step, int32 [plan_size], computed on the device."""
+        raise NotImplementedError(f"{self.name} makes no plans")
+
+    def plan_size(self, sequences: int) -> int:
+        """Numbers in a plan, by the number of sequences alone (which may be symbolic)."""
+        raise NotImplementedError(f"{self.name} makes no plans")
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec

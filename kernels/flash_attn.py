@@ -14,10 +14,10 @@ import sympy
 import torch
 
 from compile_attn.kernels import flash_rows
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request
 from compile_attn.kernels.evaluate import constant, evaluator
-from compile_attn.kernels.expr import H, Load
-from compile_attn.kernels.flash_providers import PROVIDERS, Call, Provider
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
@@ -68,10 +68,9 @@ class FlashAttnBackend(Backend):
         starts, k_starts = (
             torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
         )
-        call = Call(
-            packed(q, queries), packed(k, keys), packed(v, keys), starts, None, None, None, k_starts, queries, keys,
-            spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q), splits=1,
-        )  # fmt: skip
+        grid = Grid(spec, q.dtype, None, starts, None, None, queries, keys, left, right, splits=1)
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(grid, packed(q, queries), packed(k, keys), packed(v, keys), None, k_starts, sinks, slopes)
         return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
@@ -81,16 +80,61 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        sequences = kv.block_table.shape[0]
-        rows = flash_rows.read(flash_rows.build(kv, spec.mask.causal()), q.shape[0], sequences)
-        most_keys = kv.block_table.shape[1] * page_size
-        left, right = _window(spec, 0)
-        call = Call(
-            _aligned(q), kv.k_pages, kv.v_pages, rows.starts, rows.lengths, rows.of_table, kv.block_table, None,
-            rows.most_queries, most_keys, spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q),
-            splits=_splits(spec, q.shape[0], q.device, sequences, most_keys),
-        )  # fmt: skip
+        plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
+        grid = _grid(spec, kv.block_table.shape, page_size, q.shape[0], q.dtype, plan)
+        schedule = None
+        if kv.plan is not None and (size := _schedule_size(ours, grid)):
+            schedule = flash_rows.behind(plan, kv.block_table.shape[0])[:size]
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(grid, _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
         return ours.run(call)
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec:
+        """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
+        softcap = None if spec.softcap is None else 1.0
+        bias, sinks = None if spec.bias is None else J - I, None if spec.sinks is None else sympy.S.Zero
+        sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim_v
+        return AttentionSpec(*sizes, spec.mask, softcap=softcap, bias=bias, sinks=sinks)
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """Rows, and behind them the provider's schedule."""
+        (sequences, _), tokens, device = step.block_table.shape, step.token_seq.shape[0], step.token_seq.device
+        plan = flash_rows.build(step, spec.mask.causal(), self.plan_size(sequences) - flash_rows.size(sequences))
+        if tokens:
+            ours = _chosen(spec, device, step.dtype, step.page_size)
+            schedule = ours.schedule(_grid(spec, step.block_table.shape, step.page_size, tokens, step.dtype, plan))
+            if schedule is not None:
+                flash_rows.behind(plan, sequences)[: schedule.shape[0]] = schedule
+        return plan
+
+    def plan_size(self, sequences: int) -> int:
+        return flash_rows.size(sequences) + 4 * flash_rows.part(sequences) + 4  # of four numbers a row, and one
+
+
+def _grid(spec: AttentionSpec, table: Sequence[int], page_size: int, tokens: int, dtype: torch.dtype, built: torch.Tensor) -> Grid:
+    """What a schedule is made for, and what a call must then say too."""
+    (sequences, most_pages), (left, right) = table, _window(spec, 0)
+    rows, most_keys = flash_rows.read(built, tokens, sequences), most_pages * page_size
+    at = (rows.starts, rows.lengths, rows.of_table, rows.most_queries, most_keys)
+    return Grid(spec, dtype, page_size, *at, left, right, _splits(spec, tokens, built.device, sequences, most_keys))
+
+
+def _schedule_size(provider: Provider, grid: Grid) -> int:
+    """Numbers in a schedule. It is the same for all lengths, so a schedule of nothing tells it."""
+    rows = grid.starts.shape[0] - 1
+    key = (grid.spec, grid.dtype, grid.page_size, grid.left, grid.right, grid.starts.device)
+    return _size_of_schedule(provider, rows, min(grid.most_queries, 2), grid.most_keys, min(grid.splits, 2), *key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _size_of_schedule(
+    provider: Provider, rows: int, most_queries: int, most_keys: int, splits: int, spec: AttentionSpec, dtype: torch.dtype,
+    page_size: int | None, left: int, right: int, device: torch.device,
+) -> int:  # fmt: skip
+    none = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    grid = Grid(spec, dtype, page_size, none, none[1:], none[1:], most_queries, most_keys, left, right, splits)
+    schedule = provider.schedule(grid)
+    return 0 if schedule is None else schedule.shape[0]
 
 
 def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:

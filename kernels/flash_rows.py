@@ -41,6 +41,16 @@ def part(sequences: int) -> int:
     return (sequences + 5) // 4 * 4
 
 
+def size(sequences: int) -> int:
+    """Numbers in what `build` gives."""
+    return 3 * part(sequences)
+
+
+def behind(built: torch.Tensor, sequences: int) -> torch.Tensor:
+    """The room behind the rows."""
+    return built[size(sequences) :]
+
+
 def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
     """Rows in one int32 tensor with room for `more` numbers behind them.
 
@@ -48,12 +58,11 @@ def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
     token, nothing is lost. Otherwise rows are sequences, and pad tokens are one more row.
     """
     sequences, tokens, device = at.seq_lens.shape[0], at.token_seq.shape[0], at.seq_lens.device
-    size = part(sequences)
-    out = torch.empty(3 * size + more, dtype=torch.int32, device=device)
+    out = torch.empty(size(sequences) + more, dtype=torch.int32, device=device)
     if device.type == "cuda":
         from compile_attn.kernels.flash_rows_triton import build_rows
 
-        build_rows(at, causal, out, size)
+        build_rows(at, causal, out, part(sequences))
         return out
     rows = read(out, tokens, sequences)
     if tokens == sequences:
@@ -71,6 +80,6 @@ def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
 def read(built: torch.Tensor, tokens: int, sequences: int) -> Rows:
     """What `build` has written."""
     by_token = tokens == sequences
-    rows, size = (tokens if by_token else sequences + 1), part(sequences)
-    lists = built[: rows + 1], built[size : size + rows], built[2 * size : 2 * size + rows]
+    rows, room = (tokens if by_token else sequences + 1), part(sequences)
+    lists = built[: rows + 1], built[room : room + rows], built[2 * room : 2 * room + rows]
     return Rows(*lists, most_queries=1 if by_token else tokens)
