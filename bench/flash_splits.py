@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import compile_attn.kernels.ops  # noqa: F401  registers the ops
 from compile_attn.kernels import flash_attn
 from compile_attn.kernels.backend import DeviceStep, Paged
 from compile_attn.kernels.flash_providers import Call, Grid, HopperExtension
@@ -71,7 +72,9 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
 def raw(q: torch.Tensor, kv: Paged, most_queries: int, splits: int, planned: bool) -> Callable[[], Any]:
     """The library itself, told the truth about the batch: rows are sequences."""
     most_keys = kv.block_table.shape[1] * kv.k_pages.shape[1]
-    grid = Grid(SPEC, q.dtype, kv.k_pages.shape[1], kv.cu_seqlens_q, kv.seq_lens, None, most_queries, most_keys, -1, 0, splits)
+    grid = Grid(
+        SPEC, q.dtype, kv.k_pages.shape[1], kv.cu_seqlens_q, kv.seq_lens, None, None, most_queries, most_keys, -1, 0, splits
+    )
     call = Call(grid, q, kv.k_pages, kv.v_pages, kv.block_table, schedule=FA3.schedule(grid) if planned else None)
     return lambda: FA3.run(call)
 

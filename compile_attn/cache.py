@@ -15,6 +15,7 @@ import torch
 
 from compile_attn.kernels.backend import Backend, HostStep, PlannedSite
 from compile_attn.kernels.select import backend
+from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
 from compile_attn.pages import OutOfPages, PageAllocator
 from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from compile_attn.passes.report import Report
 
 __all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
-
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CachedSequence:
@@ -54,8 +53,11 @@ class PagedKVCache:
     page_size     tokens in a page
     max_seqs      most sequences in one batch (any number may be alive)
     device        where it lives; default: torch's default device. It must be the model's.
-    kv_dtype      "auto" (the model's own), or the dtype that the model's keys must have
+    kv_dtype      "auto": the model's own; "fp8_e4m3" (or "fp8") or "fp8_e5m2": half the memory of a 16-bit dtype; or the dtype
+                  that the model's keys must have
     max_seq_len   longest sequence; default: kv_tokens
+    kv_scales     fp8 only: a pair of numbers a site, by which keys and values are divided before they are kept, such as
+                  `calibrate()` finds. Default: 1. What is then beyond 448 (e5m2: 57344) is kept as that
     poison        fill pages with NaN when they are freed, so that a stale read cannot go unseen; for tests
     """
 
@@ -68,6 +70,7 @@ class PagedKVCache:
         kv_dtype: torch.dtype | str = "auto",
         max_seq_len: int | None = None,
         *,
+        kv_scales: Scales | None = None,
         poison: bool = False,
     ) -> None:
         self.page_size = _at_least_one("page_size", page_size)
@@ -79,10 +82,13 @@ class PagedKVCache:
             self.max_seq_len = min(_at_least_one("max_seq_len", max_seq_len), self.kv_tokens)
         self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
         self.device = _indexed(torch.get_default_device() if device is None else torch.device(device))
-        self.kv_dtype = _kv_dtype(kv_dtype)
+        self.kv_dtype = read_kv_dtype(kv_dtype)
+        self.fp8 = fp8_of(self.kv_dtype, self.device)
         self.poison = poison
         self.k_pages: list[torch.Tensor] = []
         self.v_pages: list[torch.Tensor] = []
+        self.k_scales: list[torch.Tensor] = []  # by site, where pages are fp8
+        self.v_scales: list[torch.Tensor] = []
         self.max_positions: int | None = None  # length of the model's shortest position table
         self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
         self.report: Report | None = None  # of the last compilation against this cache
@@ -93,6 +99,7 @@ class PagedKVCache:
         self._in_batch: tuple[CachedSequence, ...] = ()
         self._planned: dict[str, list[PlannedSite]] = {}
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
+        self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
         self.buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
 
@@ -137,7 +144,7 @@ class PagedKVCache:
     def close(self) -> None:
         """Drop the pages' memory. Every later use is an error."""
         self._closed = True
-        self.k_pages, self.v_pages = [], []
+        self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], []
         self._alive.clear()
         self.current = None
 
@@ -252,6 +259,8 @@ class PagedKVCache:
             self._check_layers(asked)
             self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in asked]
             self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in asked]
+            if self.fp8 is not None:
+                self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
             self._bound = (asked, owner)
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
@@ -259,8 +268,13 @@ class PagedKVCache:
         for (kernel, spec), layer in zip(kernels, asked, strict=False):
             if type(backend(kernel)).plan_on_host is not Backend.plan_on_host:
                 sites = self._planned.setdefault(kernel, [])
-                sites.append(PlannedSite(spec, layer.dtype, layer.dtype))
+                sites.append(PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype))
         self._planned = {kernel: list(dict.fromkeys(sites)) for kernel, sites in self._planned.items()}
+
+    def kept(self) -> list[torch.Tensor]:
+        """What the paged graph takes after the step's inputs: pages of K and V of each site, and their scales where there are."""
+        sites = zip(self.k_pages, self.v_pages, *([self.k_scales, self.v_scales] if self.fp8 else []), strict=True)
+        return [tensor for site in sites for tensor in site]
 
     def _check_same(self, layers: tuple[LayerKV, ...], owner: object) -> None:
         assert self._bound is not None
@@ -284,21 +298,18 @@ class PagedKVCache:
                     f"attention site {at} of the model is on {device}, the cache on {self.device}; "
                     f"make it with PagedKVCache(device={str(device)!r}) or move the model"
                 )
-            wanted = layer.dtype if self.kv_dtype is None else self.kv_dtype
-            if layer.dtype != wanted or layer.dtype not in KV_DTYPES:
-                raise ValueError(
-                    f"attention site {at} of the model has keys of {layer.dtype}, the cache holds {wanted}; "
-                    f"supported are {', '.join(map(str, KV_DTYPES))}: use kv_dtype='auto' or convert the model"
-                )
+            check_site_dtype(at, layer.dtype, self.kv_dtype)
 
     def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        value = float("nan") if self.poison else 0.0
-        return torch.full((self.num_pages, self.page_size, heads, dim), value, dtype=dtype, device=self.device)
+        pool = torch.zeros((self.num_pages, self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
+        if self.poison:
+            fill_nan(pool, torch.arange(self.num_pages, device=self.device))
+        return pool
 
     def _poison(self, pages: list[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         for pool in (*self.k_pages, *self.v_pages):
-            pool.index_fill_(0, index, float("nan"))
+            fill_nan(pool, index)
 
     # Checks
 
@@ -318,6 +329,7 @@ class PagedKVCache:
         if len({id(chunk.seq) for chunk in chunks}) < len(chunks):
             raise ValueError("a sequence occurs twice in one batch; give all its new tokens in one Chunk")
         tokens = [token_array(chunk.tokens) for chunk in chunks]
+        limit = self.length_limit
         for chunk, new in zip(chunks, tokens, strict=True):
             self._check_mine(chunk.seq)
             if chunk.seq.unrun:
@@ -325,9 +337,9 @@ class PagedKVCache:
                     f"{chunk.seq!r} was in a batch that was never run, so its newest keys and values are missing; "
                     "call the compiled model once a batch, or free the sequence"
                 )
-            if chunk.seq.length + len(new) > self.length_limit:
+            if chunk.seq.length + len(new) > limit:
                 raise ValueError(
-                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {self.length_limit} tokens "
+                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "
                     f"(max_seq_len {self.max_seq_len}, position table {self.max_positions or 'unlimited'}); "
                     "pass fewer tokens or make the cache larger"
                 )
@@ -350,16 +362,6 @@ def _page_count(kv_tokens: int | None, page_size: int) -> int:
         near = max(1, round(kv_tokens / page_size)) * page_size
         raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
     return kv_tokens // page_size
-
-
-def _kv_dtype(asked: torch.dtype | str) -> torch.dtype | None:
-    if asked == "auto":
-        return None
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in KV_DTYPES}
-    found = known.get(str(asked).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"kv_dtype={asked!r} is not supported; choose 'auto' or one of {', '.join(known)}")
-    return found
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -19,6 +19,7 @@ from torch import nn
 from compile_attn.cache import Chunk, PagedKVCache
 from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
+from compile_attn.kv_dtype import Scales
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.report import RefusedError, Report
@@ -30,6 +31,8 @@ from compile_attn.step import token_array
 Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
 WARM_UP_TOKENS = 3
+# A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
+_BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class PagedLM:
     """A language model that keeps keys and values in pages: many ragged requests at once, only new tokens computed.
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
-    kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
+    kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
     kernel, inner     as in Options
     cuda_graphs       decode steps are replayed from CUDA graphs: "auto" where that can be, True or an error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
-    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks
+    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
     """
@@ -68,18 +71,20 @@ class PagedLM:
         cuda_graphs: str | bool = "auto",
         inner: Inner = "inductor",
         call: Call | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         poison: bool = False,
+        kv_scales: Scales | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
         if cuda_graphs not in ("auto", True, False):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; choose 'auto', True or False")
-        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1")
+        if max_batch_tokens is not None and (type(max_batch_tokens) is not int or max_batch_tokens < 1):
+            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1, or None")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
-        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device_of(self._model), kv_dtype, poison=poison)
+        device = device_of(self._model)
+        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
         options = Options(kernel=kernel, cache=cache, inner=inner)
         _check_dtype(self._model, cache)
         self.cache = cache
@@ -88,7 +93,7 @@ class PagedLM:
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
         self._runner = Runner(OneGraph(self._model, options, call), cache, on_gpu and cuda_graphs)
-        self._scheduler = Scheduler(cache, max_batch_tokens)
+        self._scheduler = Scheduler(cache, max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"])
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False
@@ -280,7 +285,7 @@ class PagedLM:
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
     """A kv_dtype that cannot be the model's is refused before the compilation."""
     own = dtype_of(model)
-    if cache.kv_dtype is not None and own is not None and own != cache.kv_dtype:
+    if cache.kv_dtype is not None and cache.fp8 is None and own is not None and own != cache.kv_dtype:
         raise ValueError(
             f"kv_dtype={cache.kv_dtype}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model"
         )

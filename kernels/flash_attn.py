@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from compile_attn.kernels import flash_rows
-from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request
+from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
@@ -24,6 +24,7 @@ from compile_attn.kernels.spec import AttentionSpec, Feature
 _CURE = "choose kernel='auto'"
 _MOST_SPLITS = 128
 _KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much as reading the keys
+_LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
 _PARTS = 128 << 20  # bytes that the float32 parts of a call may take
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
 
@@ -37,6 +38,7 @@ class FlashAttnBackend(Backend):
     features = frozenset[Feature]().union(*(provider.features for provider in PROVIDERS))
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
+    plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -68,7 +70,7 @@ class FlashAttnBackend(Backend):
         starts, k_starts = (
             torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
         )
-        grid = Grid(spec, q.dtype, None, starts, None, None, queries, keys, left, right, splits=1)
+        grid = Grid(spec, q.dtype, None, starts, None, None, None, queries, keys, left, right, splits=1)
         sinks, slopes = _vectors(spec, captured, q)
         call = Call(grid, packed(q, queries), packed(k, keys), packed(v, keys), None, k_starts, sinks, slopes)
         return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
@@ -99,7 +101,7 @@ class FlashAttnBackend(Backend):
     def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
         """Rows, and behind them the provider's schedule."""
         (sequences, _), tokens, device = step.block_table.shape, step.token_seq.shape[0], step.token_seq.device
-        plan = flash_rows.build(step, spec.mask.causal(), self.plan_size(sequences) - flash_rows.size(sequences))
+        plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
         if tokens:
             ours = _chosen(spec, device, step.dtype, step.page_size)
             schedule = ours.schedule(_grid(spec, step.block_table.shape, step.page_size, tokens, step.dtype, plan))
@@ -107,15 +109,13 @@ class FlashAttnBackend(Backend):
                 flash_rows.behind(plan, sequences)[: schedule.shape[0]] = schedule
         return plan
 
-    def plan_size(self, sequences: int) -> int:
-        return flash_rows.size(sequences) + 4 * flash_rows.part(sequences) + 4  # of four numbers a row, and one
-
 
 def _grid(spec: AttentionSpec, table: Sequence[int], page_size: int, tokens: int, dtype: torch.dtype, built: torch.Tensor) -> Grid:
     """What a schedule is made for, and what a call must then say too."""
     (sequences, most_pages), (left, right) = table, _window(spec, 0)
     rows, most_keys = flash_rows.read(built, tokens, sequences), most_pages * page_size
-    at = (rows.starts, rows.lengths, rows.of_table, rows.most_queries, most_keys)
+    left_pads = rows.zeros if page_size >= _LARGE_PAGES else None
+    at = (rows.starts, rows.lengths, rows.of_table, left_pads, rows.most_queries, most_keys)
     return Grid(spec, dtype, page_size, *at, left, right, _splits(spec, tokens, built.device, sequences, most_keys))
 
 
@@ -132,7 +132,8 @@ def _size_of_schedule(
     page_size: int | None, left: int, right: int, device: torch.device,
 ) -> int:  # fmt: skip
     none = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    grid = Grid(spec, dtype, page_size, none, none[1:], none[1:], most_queries, most_keys, left, right, splits)
+    pads = none[1:] if page_size is not None and page_size >= _LARGE_PAGES else None
+    grid = Grid(spec, dtype, page_size, none, none[1:], none[1:], pads, most_queries, most_keys, left, right, splits)
     schedule = provider.schedule(grid)
     return 0 if schedule is None else schedule.shape[0]
 

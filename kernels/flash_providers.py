@@ -28,9 +28,10 @@ _EVERY = frozenset({Feature.GQA, Feature.BIDIRECTIONAL, Feature.WINDOW})
 class Grid:
     """What is the same for all layers of a spec: R rows of queries, packed, and the keys that each sees.
 
-    Keys lie in pages, `lengths` [R] of them in row `of_table`[r] of the block table; or, where both are None, they are packed like
-    the queries. A query sees keys as if the last one of its row stood at the last key: `left` to the left and `right` to the
-    right, -1 for all. Lengths are on the device; every number here follows from shapes.
+    Keys lie in pages, `lengths` [R] of them in row `of_table`[r] of the block table, of which `left_pads` [R], always 0, are to be
+    skipped (see `_FlashAttention3`); or, where these are None, they are packed like the queries. A query sees keys as if the last
+    one of its row stood at the last key: `left` to the left and `right` to the right, -1 for all. Lengths are on the device;
+    every number here follows from shapes.
     """
 
     spec: AttentionSpec
@@ -39,6 +40,7 @@ class Grid:
     starts: torch.Tensor  # [R + 1] int32
     lengths: torch.Tensor | None
     of_table: torch.Tensor | None
+    left_pads: torch.Tensor | None
     most_queries: int  # of a row
     most_keys: int
     left: int
@@ -127,7 +129,11 @@ class Provider:
 
 
 class _FlashAttention3(Provider):
-    """What both builds of FlashAttention 3 share: Hopper only, any page size, any head size up to 256 by zero padding."""
+    """What both builds of FlashAttention 3 share: Hopper only, any page size, any head size up to 256 by zero padding.
+
+    Large pages of causal prefills are read by TMA, whole: what lies in the last one behind its sequence is multiplied by 0, and
+    NaN times 0 is NaN. Told of keys to skip at the left, be it none, the kernel reads them key by key, as it does small pages.
+    """
 
     features = _EVERY | {Feature.SOFTCAP, Feature.UNEQUAL_HEAD_DIMS}
     capability, newest = (9, 0), 9
@@ -154,6 +160,7 @@ class HopperPackage(_FlashAttention3):
         where = {
             "cache_seqlens": grid.lengths,
             "cache_batch_idx": grid.of_table,
+            "cache_leftpad": grid.left_pads,
             "page_table": call.table,
             "cu_seqlens_q": grid.starts,
             "max_seqlen_q": grid.most_queries,
@@ -166,8 +173,8 @@ class HopperPackage(_FlashAttention3):
         heads = spec.num_q_heads, spec.num_kv_heads, spec.head_dim
         return library.get_scheduler_metadata(  # type: ignore[no-any-return]
             grid.starts.shape[0] - 1, grid.most_queries, grid.most_keys, *heads, grid.lengths, grid.dtype, spec.head_dim_v,
-            cu_seqlens_q=grid.starts, page_size=grid.page_size, causal=grid.right == 0, window_size=(grid.left, grid.right),
-            has_softcap=grid.softcap > 0, num_splits=grid.splits,
+            cu_seqlens_q=grid.starts, cache_leftpad=grid.left_pads, page_size=grid.page_size,
+            causal=grid.right == 0, window_size=(grid.left, grid.right), has_softcap=grid.softcap > 0, num_splits=grid.splits,
         )  # fmt: skip
 
 
@@ -218,7 +225,7 @@ class HopperExtension(_FlashAttention3):
             call.q, call.k, call.v,
             None, None, None, None,  # new keys and values, queries of values, out
             grid.starts, call.k_starts, None, None, grid.lengths, grid.most_queries, grid.most_keys, call.table, grid.of_table,
-            None, None, None, None, None, None, None,  # left padding; cos, sin and lengths of rotary; descales
+            grid.left_pads, None, None, None, None, None, None,  # cos, sin and lengths of rotary; descales
             grid.spec.scale, grid.right == 0, grid.left, grid.right, grid.softcap, True,
             call.schedule, grid.splits, None, 0, call.sinks, 1, 0, None,
         )[0]  # fmt: skip
@@ -228,7 +235,7 @@ class HopperExtension(_FlashAttention3):
         return self._ops().get_scheduler_metadata(  # type: ignore[no-any-return]
             grid.starts.shape[0] - 1, grid.most_queries, grid.most_keys,
             spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim_v, grid.dtype,
-            grid.lengths, grid.starts, None, None, None, None, grid.page_size, 0,
+            grid.lengths, grid.starts, None, None, None, grid.left_pads, grid.page_size, 0,
             grid.right == 0, grid.left, grid.right, grid.softcap > 0, grid.splits, None, 0,
         )  # fmt: skip
 

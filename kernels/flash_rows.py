@@ -28,22 +28,23 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows: where each begins among the tokens, its number of keys, and its row of the block table. All int32."""
+    """R rows: where each begins among the tokens, its number of keys, its row of the block table, and a 0. All int32."""
 
     starts: torch.Tensor  # [R + 1]
     lengths: torch.Tensor  # [R]
     of_table: torch.Tensor  # [R]
+    zeros: torch.Tensor  # [R]
     most_queries: int
 
 
 def part(sequences: int) -> int:
-    """Numbers that each of the three lists takes up: room for one row more than sequences, and 16 bytes aligned."""
+    """Numbers that each of the four lists takes up: room for one row more than sequences, and 16 bytes aligned."""
     return (sequences + 5) // 4 * 4
 
 
 def size(sequences: int) -> int:
     """Numbers in what `build` gives."""
-    return 3 * part(sequences)
+    return 4 * part(sequences)
 
 
 def behind(built: torch.Tensor, sequences: int) -> torch.Tensor:
@@ -65,6 +66,7 @@ def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
         build_rows(at, causal, out, part(sequences))
         return out
     rows = read(out, tokens, sequences)
+    rows.zeros.zero_()
     if tokens == sequences:
         keys = at.positions + 1 if causal else at.seq_lens[at.token_seq]
         rows.starts.copy_(torch.arange(tokens + 1))
@@ -81,5 +83,5 @@ def read(built: torch.Tensor, tokens: int, sequences: int) -> Rows:
     """What `build` has written."""
     by_token = tokens == sequences
     rows, room = (tokens if by_token else sequences + 1), part(sequences)
-    lists = built[: rows + 1], built[room : room + rows], built[2 * room : 2 * room + rows]
-    return Rows(*lists, most_queries=1 if by_token else tokens)
+    lengths, of_table, zeros = (built[place * room : place * room + rows] for place in (1, 2, 3))
+    return Rows(built[: rows + 1], lengths, of_table, zeros, most_queries=1 if by_token else tokens)

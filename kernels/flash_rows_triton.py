@@ -37,6 +37,7 @@ def rows(  # type: ignore[no-untyped-def]
     tl.store(out + row, start, mask=row <= count)
     tl.store(out + size + row, length, mask=inside)
     tl.store(out + 2 * size + row, sequence, mask=inside)
+    tl.store(out + 3 * size + row, 0, mask=inside)
 
 
 def build_rows(at: Batch, causal: bool, out: torch.Tensor, size: int) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from compile_attn.kernels import batch, blocks
 from compile_attn.kernels import write_kv as pages
-from compile_attn.kernels.backend import DeviceStep, Paged
+from compile_attn.kernels.backend import DeviceStep, Paged, plan_size
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -83,13 +83,14 @@ def write_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any, k_scale: An
     pages.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
 
 
-def _plan_fake(table: Any, lens: Any, starts: Any, at: Any, rows: Any, page: int, dtype: Any, spec: str, kernel: str) -> Any:
-    return lens.new_empty((backend(kernel).plan_size(lens.shape[0]),), dtype=torch.int32)
+def _plan_fake(table: Any, seq_lens: Any, *more: Any) -> torch.Tensor:
+    return seq_lens.new_empty((plan_size(seq_lens.shape[0], more[-1]),), dtype=torch.int32)  # type: ignore[no-any-return]
 
 
+# `numbers`, a constant of the kernel's, is an argument so that code in a cache of compiled graphs knows the size of its plans.
 @_op(
     "plan(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor positions, Tensor token_seq, int page_size, "
-    "ScalarType dtype, str spec, str kernel) -> Tensor",
+    "ScalarType dtype, str spec, str kernel, int numbers) -> Tensor",
     _plan_fake,
 )
 def plan(
@@ -102,10 +103,16 @@ def plan(
     dtype: torch.dtype,
     spec: str,
     kernel: str,
+    numbers: int,
 ) -> torch.Tensor:
     """Once a step: what the kernel's `attend` needs of the batch and not of the layer. See `Backend.plan`."""
+    run = backend(kernel)
+    if numbers != run.plan_numbers:
+        raise ValueError(
+            f"this graph has plans of {numbers} numbers a sequence, {kernel!r} of {run.plan_numbers}; compile it again"
+        )
     step = DeviceStep(block_table, seq_lens, cu_seqlens_q, positions, token_seq, page_size, dtype)
-    return backend(kernel).plan(step, AttentionSpec.decode(spec))
+    return run.plan(step, AttentionSpec.decode(spec))
 
 
 def _attend_fake(q: Any, k_pages: Any, v_pages: Any, *_: Any, **__: Any) -> torch.Tensor:

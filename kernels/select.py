@@ -50,9 +50,16 @@ def backend(name: str) -> Backend:
     return made
 
 
-def choose(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, kernel: str = "auto") -> Choice:
+def choose(
+    spec: AttentionSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int | None,
+    kernel: str = "auto",
+    kv_dtype: torch.dtype | None = None,
+) -> Choice:
     """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
-    request = Request(spec, device, dtype, page_size)
+    request = Request(spec, device, dtype, page_size, kv_dtype)
     if kernel != "auto":
         if kernel not in _BACKENDS:
             backend(kernel)

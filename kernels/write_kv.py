@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from compile_attn.kernels.backend import FP8
 
 
 def write_kv(
@@ -31,7 +31,7 @@ def write_kv(
     slots = slot_mapping[keep]
     for new, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         stored = _stored(new[keep], pages.dtype, scale)
-        if pages.dtype in _FP8:  # bytes: index_copy_ knows no fp8
+        if pages.dtype in FP8:  # bytes: index_copy_ knows no fp8
             stored, pages = stored.view(torch.uint8), pages.view(torch.uint8)
         pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, stored)
 
@@ -39,7 +39,7 @@ def write_kv(
 def _stored(new: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is not None:
         new = new.float() / scale.reshape(-1, 1)
-    if dtype in _FP8:
+    if dtype in FP8:
         limit = torch.finfo(dtype).max
         new = new.clamp(-limit, limit)
     return new.to(dtype)

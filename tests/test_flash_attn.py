@@ -150,7 +150,7 @@ def planned(batch: PagedBatch) -> torch.Tensor:
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
     shared = backend("flash_attn").planned(spec)
     assert shared is not None
-    plan = torch.ops.paged_attn.plan(*where, at.page_size, batch.q.dtype, shared.encode(), "flash_attn")
+    plan = torch.ops.paged_attn.plan(*where, at.page_size, batch.q.dtype, shared.encode(), "flash_attn", 8)
     pools = batch.k_pages, batch.v_pages
     captured = list(CAPTURED)
     out = torch.ops.paged_attn.attend(batch.q, *pools, *where, captured, spec.encode(), "flash_attn", None, None, plan)
@@ -234,9 +234,11 @@ def test_opcheck(emulated: Emulated) -> None:
     batch = paged_batch(SPECS["gqa"], MIXED, pad_tokens=1)
     at, spec = batch.metadata, batch.spec.encode()
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
-    given = (*where, 4, torch.float32, spec, "flash_attn")
+    given = (*where, 4, torch.float32, spec, "flash_attn", 8)
     torch.library.opcheck(torch.ops.paged_attn.plan.default, given, test_utils=OPCHECKS)
     plan = torch.ops.paged_attn.plan(*given)
+    with pytest.raises(ValueError, match="plans of 7 numbers a sequence, 'flash_attn' of 8; compile it again"):
+        torch.ops.paged_attn.plan(*given[:-1], 7)
     attended = (batch.q, batch.k_pages, batch.v_pages, *where, [], spec, "flash_attn", None, None, plan)
     torch.library.opcheck(torch.ops.paged_attn.attend.default, attended)
 

@@ -50,7 +50,8 @@ def call_of(grid: dict[str, Any] | None = None, **changed: Any) -> Call:
     """A paged decode of three rows."""
     made = {
         "spec": SPEC, "dtype": torch.float32, "page_size": 256, "starts": torch.arange(4, dtype=torch.int32),
-        "lengths": torch.tensor([1, 2, 0], dtype=torch.int32), "of_table": torch.tensor([1, 1, 0], dtype=torch.int32),
+        "lengths": torch.tensor([1, 2, 0], dtype=torch.int32), "left_pads": torch.zeros(3, dtype=torch.int32),
+        "of_table": torch.tensor([1, 1, 0], dtype=torch.int32),
         "most_queries": 1, "most_keys": 768, "left": 7, "right": 0, "splits": 4,
     }  # fmt: skip
     pools = {name: torch.zeros(5, 256, 2, 8) for name in ("k", "v")}
@@ -60,7 +61,16 @@ def call_of(grid: dict[str, Any] | None = None, **changed: Any) -> Call:
 
 def packed_call() -> Call:
     """The same queries over two keys each, shifted by one."""
-    grid = {"lengths": None, "of_table": None, "page_size": None, "most_keys": 2, "right": 1, "left": -1, "splits": 1}
+    grid = {
+        "lengths": None,
+        "of_table": None,
+        "left_pads": None,
+        "page_size": None,
+        "most_keys": 2,
+        "right": 1,
+        "left": -1,
+        "splits": 1,
+    }
     k_starts = torch.arange(0, 7, 2, dtype=torch.int32)
     return call_of(grid, k=torch.zeros(6, 2, 8), v=torch.zeros(6, 2, 8), table=None, k_starts=k_starts)
 
@@ -74,7 +84,8 @@ def test_the_hopper_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (name, args) == ("flash_attn_with_kvcache", (call.q, call.k, call.v))
     assert given == {
         "softmax_scale": 0.5, "causal": True, "window_size": (7, 0), "softcap": 3.0, "num_splits": 4,
-        "cache_seqlens": call.grid.lengths, "cache_batch_idx": call.grid.of_table, "page_table": call.table,
+        "cache_seqlens": call.grid.lengths, "cache_batch_idx": call.grid.of_table, "cache_leftpad": call.grid.left_pads,
+        "page_table": call.table,
         "cu_seqlens_q": call.grid.starts, "max_seqlen_q": 1, "scheduler_metadata": call.schedule,
     }  # fmt: skip
     module.get_scheduler_metadata = module.recording("get_scheduler_metadata")
@@ -82,7 +93,8 @@ def test_the_hopper_package(monkeypatch: pytest.MonkeyPatch) -> None:
     name, args, given = module.seen[-1]
     assert args == (3, 1, 768, 4, 2, 8, call.grid.lengths, torch.float32, 8)
     assert given == {
-        "cu_seqlens_q": call.grid.starts, "page_size": 256, "causal": True, "window_size": (7, 0), "has_softcap": True,
+        "cu_seqlens_q": call.grid.starts, "cache_leftpad": call.grid.left_pads, "page_size": 256,
+        "causal": True, "window_size": (7, 0), "has_softcap": True,
         "num_splits": 4,
     }  # fmt: skip
     packed = packed_call()
@@ -139,7 +151,8 @@ def test_the_hopper_extension(extension: dict[str, dict[str, Any]]) -> None:
     wanted = {
         "q": call.q, "k": call.k, "v": call.v, "cu_seqlens_q": call.grid.starts,
         "seqused_k": call.grid.lengths, "page_table": call.table,
-        "kv_batch_idx": call.grid.of_table, "scheduler_metadata": call.schedule, "s_aux": call.sinks,
+        "kv_batch_idx": call.grid.of_table, "leftpad_k": call.grid.left_pads,
+        "scheduler_metadata": call.schedule, "s_aux": call.sinks,
     }  # fmt: skip
     assert tensors.keys() == wanted.keys()
     assert all(tensors[name].data_ptr() == value.data_ptr() for name, value in wanted.items() if value is not None)
@@ -214,6 +227,14 @@ THROUGH = " (through vLLM's FlashAttention 3)" + CURE
 
 def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = torch.bfloat16) -> Request:
     return Request(spec, CUDA, dtype, page_size)
+
+
+def test_fp8_pages_are_refused(installed: Any) -> None:
+    """FlashAttention 3 would round queries and weights to fp8 as well, which nobody asked for."""
+    installed(HopperExtension)
+    asked_for = Request(PLAIN, CUDA, torch.bfloat16, 16, torch.float8_e4m3fn)
+    [reason] = backend("flash_attn").reasons(asked_for)
+    assert reason == "reads no pages of float8_e4m3fn; use kv_dtype='auto', or choose kernel='auto'"
 
 
 @pytest.fixture

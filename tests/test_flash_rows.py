@@ -26,6 +26,8 @@ def rows_of(sequences: list[tuple[int, int]], pads: int, causal: bool = True, de
 
 
 def lists(rows: Rows) -> tuple[list[int], list[int], list[int], int]:
+    assert not rows.zeros.any()
+    assert rows.zeros.shape == rows.lengths.shape
     return rows.starts.tolist(), rows.lengths.tolist(), rows.of_table.tolist(), rows.most_queries
 
 
@@ -70,7 +72,7 @@ def check_triton(sequences: list[tuple[int, int]], pads: int, causal: bool, devi
 
     tokens = sum(new for _, new in sequences) + pads
     at, size = batch(sequences, tokens, device), flash_rows.part(len(sequences))
-    out = torch.full((3 * size,), -9, dtype=torch.int32, device=device)
+    out = torch.full((4 * size,), -9, dtype=torch.int32, device=device)
     build_rows(at, causal, out, size)
     assert lists(flash_rows.read(out, tokens, len(sequences))) == lists(rows_of(sequences, pads, causal))
 
