@@ -99,14 +99,20 @@ class Emulated(Provider):
         return torch.einsum("hij,jhd->ihd", weights.nan_to_num(), v)
 
 
+def forget() -> None:
+    """Which provider was chosen for what."""
+    flash_attn._chosen.cache_clear()
+    flash_attn._fit.cache_clear()
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     provider = Emulated()
     monkeypatch.setattr(flash_attn, "PROVIDERS", (provider,))
-    flash_attn._first.cache_clear()
+    forget()
     monkeypatch.setattr(Emulated, "reasons", lambda self, request: ())
     yield provider
-    flash_attn._first.cache_clear()
+    forget()
 
 
 def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = torch.bfloat16) -> Request:
