@@ -70,6 +70,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         owner=_owner(gm, examples),
         max_positions=report.max_positions,
         max_tokens=rewriting.most_tokens(cache.max_seqs, len(examples)),
+        kernels=[(site.kernel, site.spec) for site in report.sites],
     )
     cache.report = report
     pages = cache.kept()

@@ -7,51 +7,24 @@ place into buffers whose addresses never change. Shape letters as in `kernels/sp
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from compile_attn.kernels.backend import Backend, HostStep, PlannedSite
+from compile_attn.kernels.select import backend
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
-from compile_attn.step import Batch, Chunk, StepBuffers, token_array
+from compile_attn.pages import OutOfPages, PageAllocator
+from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
 
 if TYPE_CHECKING:
+    from compile_attn.kernels.spec import AttentionSpec
     from compile_attn.passes.pipeline import LayerKV
     from compile_attn.passes.report import Report
 
 __all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
-
-
-class OutOfPages(RuntimeError):
-    """The free pages do not hold the new tokens. Nothing was changed."""
-
-
-class PageAllocator:
-    """A stack of free pages: O(1) a page, and the page freed last is used first (a stale read then shows soonest)."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._taken = bytearray(num_pages)  # becomes a reference count when sequences share pages
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages are needed, {len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
-        for page in pages:
-            self._taken[page] = 1
-        return pages
-
-    def give_back(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            assert self._taken[page], f"page {page} is given back twice"
-            self._taken[page] = 0
-            self._free.append(page)
 
 
 class CachedSequence:
@@ -124,10 +97,11 @@ class PagedKVCache:
         self._allocator = PageAllocator(self.num_pages)
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
+        self._planned: dict[str, list[PlannedSite]] = {}
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
         self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
-        self._buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
+        self.buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
 
     # Pages and sequences
 
@@ -176,11 +150,14 @@ class PagedKVCache:
 
     # One step
 
-    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None, advanced: bool = False) -> Batch:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
         The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
+
+        pad_to: the least B, T and R, for a step that a CUDA graph replays. advanced: the device has brought everything but the
+        block table from the batch before to this one (`advance_step`), and it stays.
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
@@ -199,9 +176,42 @@ class PagedKVCache:
             chunk.seq.length += len(new)
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
-        self.current = self._buffers.write(tables, starts, tokens, [chunk.logits for chunk in chunks])
+        if advanced:
+            assert self.current is not None
+            self.buffers.write_table(tables)
+        else:
+            logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
+            self.current = self.buffers.write(tables, starts, tokens, logits, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
+        self._plan_on_host(chunks, captured=pad_to is not None)
         return self.current
+
+    def _plan_on_host(self, chunks: Sequence[Chunk], captured: bool) -> None:
+        """Let kernels plan that do so on the host, from the lengths that it knows."""
+        if not self._planned or self.current is None:
+            return
+        rows = self.current.shape[0]
+        seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device="cpu") for _ in range(2))
+        seq_lens[: len(chunks)] = torch.tensor([chunk.seq.length for chunk in chunks])
+        query_lens[: len(chunks)] = torch.tensor([len(chunk.tokens) for chunk in chunks])
+        table = self.buffers.views(self.current)[0]
+        step = HostStep(table, seq_lens, query_lens, self.current.shape[1], self.page_size, captured)
+        for kernel, sites in self._planned.items():
+            backend(kernel).plan_on_host(step, sites)
+
+    def dead_batch(self, rows: int) -> Batch:
+        """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
+        self._check_open()
+        self.current = self.buffers.write([], [], [], [], pad_to=rows)
+        self._in_batch = ()
+        self._plan_on_host([], captured=True)
+        return self.current
+
+    def replayed(self) -> None:
+        """The current batch was run by a CUDA graph, which asks for no inputs."""
+        for seq in self._in_batch:
+            seq.unrun = False
+        self.steps_run += 1
 
     def step_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of this batch: block_table [B, max_pages], seq_lens [B], query_lens [B], all int32; logits_rows [R] int64.
@@ -211,10 +221,8 @@ class PagedKVCache:
         self._check_open()
         if self.current is None:
             raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
-        for seq in self._in_batch:
-            seq.unrun = False
-        self.steps_run += 1
-        return self._buffers.views(self.current)
+        self.replayed()
+        return self.buffers.views(self.current)
 
     def check_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Refuse a call with other tensors than those of the current batch."""
@@ -237,8 +245,12 @@ class PagedKVCache:
         owner: object,
         max_positions: int | None = None,
         max_tokens: int | None = None,
+        kernels: Sequence[tuple[str, AttentionSpec]] = (),
     ) -> None:
-        """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers."""
+        """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers.
+
+        kernels: by site, the kernel and what it computes.
+        """
         self._check_open()
         asked = tuple(layers)
         if self._bound is not None:
@@ -252,6 +264,12 @@ class PagedKVCache:
             self._bound = (asked, owner)
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
+        self._planned = {}
+        for (kernel, spec), layer in zip(kernels, asked, strict=False):
+            if type(backend(kernel)).plan_on_host is not Backend.plan_on_host:
+                sites = self._planned.setdefault(kernel, [])
+                sites.append(PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype))
+        self._planned = {kernel: list(dict.fromkeys(sites)) for kernel, sites in self._planned.items()}
 
     def kept(self) -> list[torch.Tensor]:
         """What the paged graph takes after the step's inputs: pages of K and V of each site, and their scales where there are."""
