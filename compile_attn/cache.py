@@ -329,6 +329,7 @@ class PagedKVCache:
         if len({id(chunk.seq) for chunk in chunks}) < len(chunks):
             raise ValueError("a sequence occurs twice in one batch; give all its new tokens in one Chunk")
         tokens = [token_array(chunk.tokens) for chunk in chunks]
+        limit = self.length_limit
         for chunk, new in zip(chunks, tokens, strict=True):
             self._check_mine(chunk.seq)
             if chunk.seq.unrun:
@@ -336,9 +337,9 @@ class PagedKVCache:
                     f"{chunk.seq!r} was in a batch that was never run, so its newest keys and values are missing; "
                     "call the compiled model once a batch, or free the sequence"
                 )
-            if chunk.seq.length + len(new) > self.length_limit:
+            if chunk.seq.length + len(new) > limit:
                 raise ValueError(
-                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {self.length_limit} tokens "
+                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "
                     f"(max_seq_len {self.max_seq_len}, position table {self.max_positions or 'unlimited'}); "
                     "pass fewer tokens or make the cache larger"
                 )

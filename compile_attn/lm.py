@@ -31,6 +31,8 @@ from compile_attn.step import token_array
 Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
 WARM_UP_TOKENS = 3
+# A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
+_BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PagedLM:
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
-    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks
+    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
     """
@@ -69,7 +71,7 @@ class PagedLM:
         cuda_graphs: str | bool = "auto",
         inner: Inner = "inductor",
         call: Call | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         poison: bool = False,
         kv_scales: Scales | None = None,
     ) -> None:
@@ -77,8 +79,8 @@ class PagedLM:
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
         if cuda_graphs not in ("auto", True, False):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; choose 'auto', True or False")
-        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1")
+        if max_batch_tokens is not None and (type(max_batch_tokens) is not int or max_batch_tokens < 1):
+            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1, or None")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
         device = device_of(self._model)
@@ -91,7 +93,7 @@ class PagedLM:
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
         self._runner = Runner(OneGraph(self._model, options, call), cache, on_gpu and cuda_graphs)
-        self._scheduler = Scheduler(cache, max_batch_tokens)
+        self._scheduler = Scheduler(cache, max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"])
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False

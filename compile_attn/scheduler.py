@@ -126,6 +126,23 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """Choose the next step, oldest request first; None without work."""
+        running = self._running
+        if len(running) <= min(self.budget, self.cache.free_pages) and all(one.missing == 1 for one in running):
+            picked, preempted = [(one, 1) for one in running], False  # what follows would say the same, in more time
+            left = self.cache.free_pages - sum(self._pages_wanted(one, 1) for one in running) if self._waiting else 0
+        else:
+            picked, preempted, left = self._pick_running()
+        if not preempted:
+            self._admit(picked, self.budget - sum(count for _, count in picked), left)
+        if not picked and self._waiting and not self._waiting[0].pending:
+            raise OutOfPages(
+                f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
+                f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
+            )
+        return self._as_plan(picked) if picked else None
+
+    def _pick_running(self) -> tuple[list[tuple[Request, int]], bool, int]:
+        """How many tokens of each running request; whether any was preempted; the pages then free."""
         picked: list[tuple[Request, int]] = []
         budget, free = self.budget, self.cache.free_pages
         at, preempted = 0, False
@@ -144,14 +161,7 @@ class Scheduler:
             budget -= fits
             picked.append((request, fits))
             at += 1
-        if not preempted:
-            self._admit(picked, budget, free)
-        if not picked and self._waiting and not self._waiting[0].pending:
-            raise OutOfPages(
-                f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
-                f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
-            )
-        return self._as_plan(picked) if picked else None
+        return picked, preempted, free
 
     def sent(self, plan: Plan) -> None:
         """The step was handed to the device; the next one can be planned before its tokens are read.
@@ -196,9 +206,11 @@ class Scheduler:
 
     def _admit(self, picked: list[tuple[Request, int]], budget: int, free: int) -> None:
         """Let waiting requests in while their known tokens fit beside what the running ones still have to load."""
+        most = min(self.cache.max_seqs, self.budget)
+        if not self._waiting or len(self._running) >= most:
+            return
         free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
         free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
-        most = min(self.cache.max_seqs, self.budget)
         while self._waiting and len(self._running) < most and budget > 0:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
