@@ -94,7 +94,7 @@ def write_pages(
         return
     per_token, block, parts = _tile(heads * max(dim, dim_v))
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
-        write[(triton.cdiv(tokens, per_token), parts)](
+        write[(-(-tokens // per_token), parts)](
             k, v, k_pages, v_pages, slots, k_scale, v_scale, k.stride(), v.stride(), tokens, k_pages.shape[0] * k_pages.shape[1],
             heads, dim, dim_v, k_scale is not None and k_scale.numel() > 1, v_scale is not None and v_scale.numel() > 1,
             per_token, block,
