@@ -44,7 +44,7 @@ class PagedLM:
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
     kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
-    kernel, inner     as in Options
+    kernel, inner, merge_linears    as in Options
     cuda_graphs       "auto" or False; nothing is captured yet
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
@@ -67,6 +67,7 @@ class PagedLM:
         call: Call | None = None,
         max_batch_tokens: int = 512,
         poison: bool = False,
+        merge_linears: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -77,7 +78,7 @@ class PagedLM:
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
         cache = PagedKVCache(kv_tokens, page_size, max_seqs, device_of(self._model), kv_dtype, poison=poison)
-        options = Options(kernel=kernel, cache=cache, inner=inner)
+        options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None
