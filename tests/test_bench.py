@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attend, decode, direct, floor, workload
-from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
+from bench import attend, decode, direct, floor, speeds, workload
+from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, Case, Inputs, Pool, plain, prefill
 from bench.paged_case import decode as decode_case
 from bench.sides import llama_config, ours
+from compile_attn.kernels.speeds import STATELESS, Point
 
 CPU = torch.device("cpu")
 SPEC = plain(16, heads=4, kv_heads=2)
@@ -98,13 +99,33 @@ def test_direct_is_the_fastest_way_of_the_library() -> None:
 
 
 def test_pages_of_a_pool_are_distinct_by_layer() -> None:
-    pool = Pool(8, SPEC, CPU, torch.float32, step=8)
+    pool = Pool(8, SPEC, CPU, torch.float32, apart=1 << 14)
     inputs = Inputs(decode_case(3, 24), pool, max_pages=10)
     assert inputs.metadata.block_table.shape == (3, 10)
     assert sorted(page for table in inputs.tables for page in table) == list(range(6))
     assert not torch.equal(inputs.layers[0][0], inputs.layers[1][0])
     with pytest.raises(ValueError, match="needs 16 pages, the pool has 8"):
         Inputs(decode_case(8, 24), pool)
+
+
+def test_speeds() -> None:
+    points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1))
+    found, against = speeds.measure(SPEC, ["reference", "sdpa"], CPU, Clock(60), points, seconds=0.0)
+    assert list(found) == [("decode", 16, 2, 3, 24), ("prefill", 16, 2, 1, 20), ("stateless", 16, 2, 2, 9)]
+    assert [set(times) for times in found.values()] == [{"reference"}, {"reference"}, {"reference", "sdpa"}]
+    assert list(against) == ["sdpa, paged"]
+    made: dict[str, object] = {}
+    text = speeds.as_module(found, "a device")
+    exec(text, made)
+    assert made["MICROSECONDS"] == found and made["WHERE"] == "a device" and max(map(len, text.splitlines())) <= 132
+    none, _ = speeds.measure(SPEC, ["reference"], CPU, Clock(0), points)
+    assert not none
+
+
+def test_the_table_of_speeds_names_what_auto_takes() -> None:
+    found = {(p.phase, 64, 1, p.sequences, p.length): {"sdpa": 2.0, "general": 1.0} for p in STATELESS}
+    paged, stateless = speeds.table(found, ["sdpa", "general"]).rows
+    assert paged == ["paged", "64", "1", MISSING, MISSING, ""] and stateless[3:] == ["2.00", "1.00", "general"]
 
 
 def test_work_of_llama() -> None:
