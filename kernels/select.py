@@ -17,6 +17,7 @@ from compile_attn.kernels.spec import AttentionSpec, Feature
 _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
+    "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
 }
 
@@ -73,10 +74,10 @@ def choose(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_s
 def _preferred(request: Request) -> tuple[str, ...]:
     """All kernels, best first. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
-        return ("sdpa", "reference", "general")
+        return ("sdpa", "reference", "general", "flashinfer")
     if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and "general" computes
-        return ("general", "sdpa", "reference")
-    return ("sdpa", "general", "reference")
+        return ("general", "flashinfer", "sdpa", "reference")
+    return ("sdpa", "general", "flashinfer", "reference")
 
 
 def _needs_mask_tensor(spec: AttentionSpec) -> bool:
