@@ -65,7 +65,9 @@ def test_a_forced_kernel() -> None:
         "it does not compute attention sinks; choose kernel='auto'. "
         f"The site: {SPECS['everything'].words()}"
     )
-    with pytest.raises(ValueError, match="unknown kernel 'flash'; known kernels are 'sdpa', 'general', 'reference', and 'auto'"):
+    with pytest.raises(
+        ValueError, match="unknown kernel 'flash'; known kernels are 'sdpa', 'general', 'flashinfer', 'reference', and 'auto'"
+    ):
         choose(PLAIN, CPU, torch.float32, None, "flash")
 
 
