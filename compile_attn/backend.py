@@ -54,7 +54,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
     try:
         places = _token_places(gm, examples, cache)
-        geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq)
+        geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq, cache.fp8)
         rewriting = rewrite_paged(gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1])
     except RefusedError as refused:
         _emit(refused.report)
@@ -70,9 +70,10 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         owner=_owner(gm, examples),
         max_positions=report.max_positions,
         max_tokens=rewriting.most_tokens(cache.max_seqs, len(examples)),
+        kernels=[(site.kernel, site.spec) for site in report.sites],
     )
     cache.report = report
-    pages = [pool for pair in zip(cache.k_pages, cache.v_pages, strict=True) for pool in pair]
+    pages = cache.kept()
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
     parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]

@@ -12,20 +12,26 @@ import torch
 
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
+FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
 
 @dataclass(frozen=True)
 class Request:
-    """What a site asks of a kernel. `page_size` is None for a stateless call."""
+    """What a site asks of a kernel. `page_size` is None for a stateless call, `kv_dtype` where pages are of the queries' dtype."""
 
     spec: AttentionSpec
     device: torch.device
     dtype: torch.dtype
     page_size: int | None
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class Paged:
-    """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`."""
+    """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`.
+
+    With a scale, float32 of shape [], [1] or [Hkv], a page holds keys or values divided by it.
+    """
 
     k_pages: torch.Tensor
     v_pages: torch.Tensor
@@ -71,7 +77,8 @@ class Backend:
     features: frozenset[Feature]
     phases: frozenset[str] = frozenset({"stateless", "paged"})
     devices: frozenset[str] | None = None  # torch device types; None: any
-    dtypes: frozenset[torch.dtype] | None = None
+    dtypes: frozenset[torch.dtype] | None = None  # of queries
+    kv_dtypes: frozenset[torch.dtype] = frozenset()  # of pages, beside the queries' own; with FP8 go scales
     head_dims: frozenset[int] | None = None
 
     def limits(self, request: Request) -> tuple[str, ...]:
@@ -87,6 +94,8 @@ class Backend:
             out.append(f"runs on {_listed(self.devices)}, not on {request.device.type}; move the model, or {cure}")
         if self.dtypes is not None and request.dtype not in self.dtypes:
             out.append(f"computes in {_listed(self.dtypes)}, not in {_name(request.dtype)}; cast the model, or {cure}")
+        if request.kv_dtype not in {None, request.dtype, *self.kv_dtypes}:
+            out.append(f"reads no pages of {_name(request.kv_dtype)}; use kv_dtype='auto', or {cure}")
         wrong = {spec.head_dim, spec.head_dim_v} - (self.head_dims or {spec.head_dim, spec.head_dim_v})
         if wrong:
             out.append(f"has no head size {_listed(wrong)} (only {_listed(self.head_dims or ())}); pad the heads, or {cure}")

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from compile_attn.kernels.backend import Backend, HostStep, Paged, PlannedSite, Request
+from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
@@ -38,6 +38,7 @@ class FlashInferBackend(Backend):
     features = frozenset(_FEATURES)
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
+    kv_dtypes = FP8
     head_dims = frozenset({64, 128, 256})
 
     def __init__(self) -> None:
@@ -90,6 +91,7 @@ class _PagedPlans:
         # By address; the reference to the table says whether the address still is that table's.
         self._steps: dict[int, tuple[TensorWeakRef, tuple[int, int, int], Step]] = {}
         self._captured: dict[tuple[int, tuple[int, int, int]], tuple[TensorWeakRef, Step, dict[Problem, Plan]]] = {}
+        self._rooms: dict[int, tuple[TensorWeakRef, torch.Tensor]] = {}
         self._plans: dict[tuple[torch.device, Problem, str], Plan] = {}
 
     def begin(self, host: HostStep, problems: set[Problem]) -> None:
@@ -105,8 +107,11 @@ class _PagedPlans:
                 f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
                 f"{'one token a row' if kept[1].requests.single else 'rows of several tokens'}; give its other steps the same form"
             )
-        step = _step_on_device(asked, table, host.captured, kept[1] if kept is not None else None)
         owner = kept[0] if kept is not None else _reference(table)
+        packed, indices = (None, None) if kept is None else (kept[1].packed, kept[1].indices)
+        if host.captured and kept is None:
+            indices = self._room(table, owner, asked.count)
+        step = _sent(asked, table, packed, indices, fixed=host.captured)
         if host.captured:
             self._captured[table.data_ptr(), shape] = (owner, step, kept[2] if kept is not None else {})
         self._steps[table.data_ptr()] = (owner, shape, step)
@@ -127,7 +132,7 @@ class _PagedPlans:
             )
         seq_lens, starts = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu()
         asked = Requests(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
-        return self._prepared(problem, table, shape, _step_on_device(asked, table, False, None))
+        return self._prepared(problem, table, shape, _sent(asked, table, None, None, fixed=False))
 
     def _prepared(
         self, problem: Problem, table: torch.Tensor, shape: tuple[int, int, int], step: Step, recording: bool = False
@@ -148,9 +153,19 @@ class _PagedPlans:
             plan.prepare(step)
         return plan
 
+    def _room(self, table: torch.Tensor, owner: TensorWeakRef, count: int) -> torch.Tensor:
+        """For the pages of any step of this table. One step of a table is under way at a time, so its graphs share it."""
+        base, width = table if table._base is None else table._base, table.shape[1]
+        most = max(count * width, base.numel())
+        kept = self._rooms.get(table.data_ptr())
+        if kept is None or kept[0]() is None or kept[1].numel() < most:
+            self._rooms[table.data_ptr()] = kept = (owner, torch.empty(most, dtype=torch.int32, device=table.device))
+        return kept[1]
+
     def _forget_the_dead(self) -> None:
         self._steps = {at: kept for at, kept in self._steps.items() if kept[0]() is not None}
         self._captured = {key: kept for key, kept in self._captured.items() if kept[0]() is not None}
+        self._rooms = {at: kept for at, kept in self._rooms.items() if kept[0]() is not None}
 
 
 def _reference(table: torch.Tensor) -> TensorWeakRef:
@@ -158,16 +173,14 @@ def _reference(table: torch.Tensor) -> TensorWeakRef:
     return TensorWeakRef(table if table._base is None else table._base)
 
 
-def _step_on_device(asked: Requests, table: torch.Tensor, fixed: bool, last: Step | None) -> Step:
-    """Copy the requests and gather their pages, into the buffers of the last step where addresses are fixed."""
+def _sent(asked: Requests, table: torch.Tensor, packed: torch.Tensor | None, indices: torch.Tensor | None, *, fixed: bool) -> Step:
+    """Copy the requests to the device and gather their pages there, into these buffers or new ones."""
     from compile_attn.kernels.flashinfer_triton import gather_pages
 
-    if last is not None:
-        packed, indices = last.packed, last.indices
-    else:
+    if packed is None:
         packed = torch.empty(asked.packed.shape, dtype=torch.int32, device=table.device)
-        room = asked.count * table.shape[1] + 1 if fixed else asked.pages
-        indices = torch.empty(room, dtype=torch.int32, device=table.device)
+    if indices is None:
+        indices = torch.empty(asked.pages, dtype=torch.int32, device=table.device)
     packed.copy_(asked.packed, non_blocking=True)
     rows, _, kv_indptr, _ = parts(packed)
     gather_pages(table, rows, kv_indptr, asked.most_pages, indices)

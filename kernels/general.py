@@ -19,18 +19,21 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.expr import I, J
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
-from compile_attn.kernels.triton_print import binary, fits_int32, loads, pairwise, print_score
+from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
 
 if TYPE_CHECKING:
     from compile_attn.kernels.general_triton import Batch, Plan, Pool
 
-_MOST_SPLITS = 64
+_MOST_SPLITS = 128
 _KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
-_CHANNELS = 128  # of a program that combines parts
+_KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
+_SPLITS_A_PLACE = 8
+_PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
+_CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
 _SHARED_MEMORY = 227 << 10  # of a Hopper block; asked of the device where there is one
 _MULTIPROCESSORS = 132
@@ -43,6 +46,7 @@ class GeneralBackend(Backend):
     features = frozenset(Feature)
     devices = frozenset({"cuda", "cpu"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    kv_dtypes = FP8
 
     def limits(self, request: Request) -> tuple[str, ...]:
         out = []
@@ -136,21 +140,22 @@ def _launch(
     tiles = tiles_of(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
     heads = spec.num_q_heads // tiles.group
     blocks = size.blocks(tiles.block_q)
-    splits = _splits(spec, size, blocks * heads, tiles, multiprocessors)
-    plan = _plan(spec, tiles, size.page_size, scaled, splits > 1, wide)
-    rows = out.numel() // out.shape[-1]
-    parts = kernels.Parts(out, out, out)
+    splits, least = _splits(spec, size, blocks * heads, tiles, multiprocessors)
+    alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
+    plan = _plan(spec, tiles, size.page_size, scaled, alike, splits > 1, wide)
+    parts, rows = kernels.Parts(out, out, out, out, out), blocks * heads * tiles.block_q * tiles.group
     if splits > 1:
         highest, totals = q.new_empty((2, rows * splits), dtype=torch.float32).unbind()
-        parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals)
+        used, place = q.new_empty((2, rows), dtype=torch.int32).unbind()
+        parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals, used, place)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         kernels.attend[(blocks, heads, splits)](
-            q, q_strides, *pools, batch, _flat(spec, captured), out, parts, size.tokens, size.sequences, size.keys, splits,
+            q, q_strides, *pools, batch, _flat(spec, captured), out, parts, size.tokens, size.sequences, size.keys, splits, least,
             functions.per_row, functions.score, functions.sink, plan, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         if splits > 1:
-            block = min(plan.block_dv, _CHANNELS)
-            kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, _MOST_SPLITS, block, plan)
+            block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
+            kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, at_once, block, plan)
 
 
 def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
@@ -227,16 +232,30 @@ def tiles_of(spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, re
     return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
 
 
-def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> int:
-    """Programs that share the keys of a tile, so that a few long sequences occupy the whole device."""
+def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
+    """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
+
+    A few sequences would not occupy the whole device; of many, one may be much longer than the others.
+    """
     window = spec.mask.window()
     keys = size.keys if window is None else min(size.keys, window + tiles.block_q)
-    wanted = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
-    return max(1, min(_MOST_SPLITS, wanted // max(1, programs), keys // _KEYS_A_SPLIT))
+    at_once = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
+    least = _KEYS_A_SPLIT if programs < at_once else _KEYS_IN_A_CROWD
+    wanted = -(-at_once * _SPLITS_A_PLACE // max(1, programs)) if tiles.block_m == 16 else at_once // max(1, programs)
+    splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
+    return splits, -(-least // tiles.block_n)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(spec: AttentionSpec, tiles: Tiles, page_size: int, scaled: tuple[bool, bool], split: bool, wide: bool) -> Plan:
+def _plan(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    page_size: int,
+    scaled: tuple[bool, bool],
+    alike: bool,
+    split: bool,
+    wide: bool,
+) -> Plan:
     import triton.language as tl
 
     from compile_attn.kernels.general_triton import Plan
@@ -253,6 +272,8 @@ def _plan(spec: AttentionSpec, tiles: Tiles, page_size: int, scaled: tuple[bool,
         window=-1 if window is None else window,
         bounded=_is_bounds(spec.mask),
         binary=binary(spec),
+        factor=factor(spec),
+        alike=alike,
         k_scaled=scaled[0],
         v_scaled=scaled[1],
         whole=tl.int64 if wide else tl.int32,

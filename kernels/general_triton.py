@@ -27,7 +27,9 @@ class Plan:
     causal: bool  # no key to the right of its query is visible
     window: int  # greatest i - j of a visible key; -1: unbounded
     bounded: bool  # the mask is what causal and window say, nothing more
-    binary: bool  # scores are in units of log2, so that weights are powers of 2
+    binary: bool  # a weight is a power of 2, not of e
+    factor: float  # what a printed score is multiplied by before
+    alike: bool  # keys and values of a token stand at the same place of their pools
     k_scaled: bool  # pages hold the values by a scale
     v_scaled: bool
     whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
@@ -65,11 +67,13 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Per row and split: values before normalisation, highest score, sum of weights."""
+    """Per row and split: values before normalisation, highest score, sum of weights. Per row: splits used, row of the output."""
 
     acc: Any
     top: Any
     total: Any
+    used: Any
+    place: Any
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -81,8 +85,8 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
     """
     if PLAN.block_q == 1:
         first = block
-        real = first < tl.load(batch.starts + num_sequences)
-        b = tl.load(batch.token_seq + first, mask=real, other=num_sequences)
+        b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
+        b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
     else:
         b = 0
         beyond = num_sequences
@@ -100,8 +104,11 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _key_blocks(i, inside, length, split, splits, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks [begin, end) to visit, and of them [clear, clear_end) in which every row sees every key."""
+def _key_blocks(i, inside, length, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks [begin, end) to visit, of them [clear, clear_end) in which every row sees every key, and the splits in use.
+
+    Splits are for the longest sequence that there may be: a tile with few keys uses as many as are worth it.
+    """
     last = tl.max(tl.where(inside, i, 0))
     first = tl.min(tl.where(inside, i, last))
     low = 0
@@ -116,8 +123,10 @@ def _key_blocks(i, inside, length, split, splits, PLAN: tl.constexpr):  # type: 
         clear_high = tl.minimum(length, first + 1)
     begin = low // PLAN.block_n
     end = tl.maximum((high + PLAN.block_n - 1) // PLAN.block_n, begin)
+    used = 1
     if PLAN.split:
-        share = (end - begin + splits - 1) // splits
+        share = tl.maximum((end - begin + splits - 1) // splits, least)
+        used = tl.maximum((end - begin + share - 1) // share, 1)
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
     clear = begin
@@ -125,7 +134,13 @@ def _key_blocks(i, inside, length, split, splits, PLAN: tl.constexpr):  # type: 
     if PLAN.bounded:
         clear = tl.minimum(tl.maximum((clear_low + PLAN.block_n - 1) // PLAN.block_n, begin), end)
         clear_end = tl.minimum(tl.maximum(clear_high // PLAN.block_n, clear), end)
-    return begin, end, clear, clear_end
+    return (begin, end, clear, clear_end), used
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _edge(n, clear, clear_end, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of the n-th block, where those from `clear` to `clear_end` are left out."""
+    return tl.where(n < clear, n, n + clear_end - clear) * PLAN.block_n
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -134,10 +149,44 @@ def _exp(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(at, owned, channel, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys or values. One that the sequence does not own is never read (Law 8)."""
+def _pages(start, limit, b, batch, MASKED: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the keys of a block are: one page, or a page for every key. Loaded a block ahead, or keys could not be."""
+    if PLAN.page_size == 0:
+        page = b
+    else:
+        at = batch.table + b.to(tl.int64) * batch.width + start // PLAN.page_size
+        n = tl.arange(0, PLAN.block_n)
+        if PLAN.page_size % PLAN.block_n == 0:
+            page = tl.load(at, mask=start < limit, other=0)
+        elif PLAN.block_n % PLAN.page_size == 0:
+            page = tl.load(at + n // PLAN.page_size, mask=(start + n if MASKED else start) < limit, other=0)
+        else:
+            page = tl.load(at + (start % PLAN.page_size + n) // PLAN.page_size, mask=start + n < limit, other=0)
+    return page
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _slots(start, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of every key of a block, in its page. What does not depend on the block is computed once."""
+    n = tl.arange(0, PLAN.block_n)
+    if PLAN.page_size == 0:
+        slot = start.to(tl.int64) + n
+    elif PLAN.page_size % PLAN.block_n == 0:
+        slot = start % PLAN.page_size + n
+    elif PLAN.block_n % PLAN.page_size == 0:
+        slot = n % PLAN.page_size
+    else:
+        slot = (start % PLAN.page_size + n) % PLAN.page_size
+    return slot
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys or values, a row each. One that the sequence does not own is never read (Law 8)."""
+    channel = tl.arange(0, BLOCK)[None, :]
+    at = pool.at + kv_head * pool.head + slots[:, None] + channel * pool.channel + pages
     if MASKED:
-        tile = tl.load(at, mask=owned & (channel < DIM), other=0.0)
+        tile = tl.load(at, mask=owned[:, None] & (channel < DIM), other=0.0)
     elif DIM == BLOCK:
         tile = tl.load(at)
     else:
@@ -147,37 +196,34 @@ def _tile(at, owned, channel, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured,
+    state, page, queries, row, start, length, kv_head, scale, keys, values, captured,
     SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
     acc, top, total = state
     j = start + tl.arange(0, PLAN.block_n)
     owned = j < length
-    if PLAN.page_size > 0:
-        at = batch.table + b.to(tl.int64) * batch.width + j // PLAN.page_size
-        page = (tl.load(at, mask=owned, other=0) if MASKED else tl.load(at)).to(tl.int64)
-        slot = j % PLAN.page_size
-    else:
-        page = b.to(tl.int64)
-        slot = j.to(tl.int64)
-    channel = tl.arange(0, PLAN.block_d)[:, None]
-    place = page * keys.page + slot * keys.slot + kv_head * keys.head
-    k = _tile(keys.at + place[None, :] + channel * keys.channel, owned[None, :], channel, MASKED, PLAN.dim, PLAN.block_d)
+    slot = _slots(start, PLAN)
+    many: tl.constexpr = PLAN.page_size > 0 and PLAN.page_size % PLAN.block_n != 0
+    page = page.to(tl.int64)[:, None] if many else page.to(tl.int64)
+    slots = slot * keys.slot
+    pages = page * keys.page
+    k = _tile(keys, slots, pages, kv_head, owned, MASKED, PLAN.dim, PLAN.block_d)
     # tf32x3: three products of halves, float32 to the last bits; "ieee" would do without tensor cores.
-    s = tl.dot(queries, k.to(PLAN.dot), input_precision="tf32x3")
+    s = tl.dot(queries, tl.trans(k.to(PLAN.dot)), input_precision="tf32x3")
     if PLAN.k_scaled:
         s = s * scale
     value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
     if MASKED:
         value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
-    against = tl.where(higher == float("-inf"), 0.0, higher)  # nothing visible yet: no -inf minus -inf
-    weights = _exp(value - against[:, None], PLAN)
-    fade = _exp(top - against, PLAN)
-    channel = tl.arange(0, PLAN.block_dv)[None, :]
-    place = page * values.page + slot * values.slot + kv_head * values.head
-    v = _tile(values.at + place[:, None] + channel * values.channel, owned[:, None], channel, MASKED, PLAN.dim_v, PLAN.block_dv)
+    against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
+    weights = _exp(value * PLAN.factor - against[:, None], PLAN)
+    fade = _exp(top * PLAN.factor - against, PLAN)
+    if not PLAN.alike:
+        slots = slot * values.slot
+        pages = page * values.page
+    v = _tile(values, slots, pages, kv_head, owned, MASKED, PLAN.dim_v, PLAN.block_dv)
     acc = tl.dot(weights.to(PLAN.dot), v.to(PLAN.dot), acc * fade[:, None], input_precision="tf32x3")
     return acc, higher, total * fade + tl.sum(weights, 1)
 
@@ -189,20 +235,27 @@ def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):
     total = tl.full((PLAN.block_m,), 0.0, tl.float32)
     if SINK is not None:
         sink = tl.full((PLAN.block_m,), 0.0, tl.float32) + SINK(b, head, i, captured)
-        top = tl.where(split == 0, sink, top)
+        top = tl.where(split == 0, sink, top)  # as scores are printed: without the factor
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _end(state, place, inside, split, splits, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the rows of this tile are in `parts`."""
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    return tile * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _end(state, place, inside, split, splits, used, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     acc, top, total = state
     if PLAN.v_scaled:
         acc = acc * scale
     channel = tl.arange(0, PLAN.block_dv)[None, :]
     stored = inside[:, None] & (channel < PLAN.dim_v)
-    if PLAN.split:
-        part = place * splits + split
+    if used > 1:
+        part = _rows(PLAN).to(tl.int64) * splits + split
         tl.store(parts.acc + part[:, None] * PLAN.dim_v + channel, acc, mask=stored)
         tl.store(parts.top + part, top, mask=inside)
         tl.store(parts.total + part, total, mask=inside)
@@ -211,14 +264,39 @@ def _end(state, place, inside, split, splits, scale, out, parts, PLAN: tl.conste
         tl.store(out + place[:, None] * PLAN.dim_v + channel, acc.to(out.dtype.element_ty), mask=stored)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _walk(  # type: ignore[no-untyped-def]
+    state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """All blocks of keys: first those without a mask."""
+    begin, end, clear, clear_end = blocks
+    limit = clear_end * PLAN.block_n
+    page = _pages(clear * PLAN.block_n, limit, b, batch, False, PLAN)
+    for n in range(clear, clear_end):
+        start = n * PLAN.block_n
+        ahead = _pages(start + PLAN.block_n, limit, b, batch, False, PLAN)
+        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, False, PLAN)
+        page = ahead
+    start = _edge(begin, clear, clear_end, PLAN)
+    page = _pages(start, length, b, batch, True, PLAN)
+    for n in range(begin, end - (clear_end - clear)):
+        following = _edge(n + 1, clear, clear_end, PLAN)
+        ahead = _pages(following, length, b, batch, True, PLAN)
+        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, True, PLAN)
+        page = ahead
+        start = following
+    return state
+
+
 # Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.
-@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
-    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits,
+    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
     PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
 
+    splits: programs that may share the keys of a tile, each with `least` blocks of them or more.
     q_strides: sequence (paged: 0), token, head, channel. The output is contiguous rows of dim_v, a row a token and head;
     stateless: a head and token of a sequence.
     """
@@ -234,17 +312,21 @@ def attend(  # type: ignore[no-untyped-def]
         first = block % blocks * PLAN.block_q
         end = num_tokens
         length = num_keys
-    if first >= end:
-        return
     r = tl.arange(0, PLAN.block_m)
     token = first + r // PLAN.group
-    inside = (token < end) & (r < PLAN.block_q * PLAN.group)
+    in_tile = r < PLAN.block_q * PLAN.group
+    inside = (token < end) & in_tile
     head = tl.program_id(1) * PLAN.group + r % PLAN.group
     num_heads = tl.num_programs(1) * PLAN.group
     i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32) if PLAN.page_size > 0 else token
-    begin, finish, clear, clear_end = _key_blocks(i, inside, length, split, splits, PLAN)
+    blocks, used = _key_blocks(i, inside, length, split, splits, least, PLAN)
     wide = token.to(tl.int64)
     place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
+    if PLAN.split:
+        tl.store(parts.used + _rows(PLAN), tl.where(inside, used, 0), mask=in_tile & (split == 0))
+        tl.store(parts.place + _rows(PLAN), place.to(tl.int32), mask=inside & (split == 0))
+    if (first >= end) | (split >= used):
+        return
     channel = tl.arange(0, PLAN.block_d)[None, :]
     at = q + b.to(tl.int64) * q_strides[0] + wide * q_strides[1] + head.to(tl.int64) * q_strides[2]
     queries = tl.load(at[:, None] + channel * q_strides[3], mask=inside[:, None] & (channel < PLAN.dim), other=0.0).to(PLAN.dot)
@@ -254,29 +336,36 @@ def attend(  # type: ignore[no-untyped-def]
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
-    for n in range(clear, clear_end):
-        start = n * PLAN.block_n
-        state = _visit(state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured, SCORE, False, PLAN)
-    for edge in range(begin, finish - (clear_end - clear)):
-        start = tl.where(edge < clear, edge, edge + clear_end - clear) * PLAN.block_n
-        state = _visit(state, queries, row, start, length, b, kv_head, scale, keys, values, batch, captured, SCORE, True, PLAN)
+    state = _walk(state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE, PLAN)
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
-    _end(state, place, inside, split, splits, scale, out, parts, PLAN)
+    _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
 def combine(parts, out, splits, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The parts of one row, one a split of its keys, to their common softmax; for one block of channels."""
     row = tl.program_id(0).to(tl.int64)
-    split = row * splits + tl.arange(0, BLOCK_SPLITS)
-    real = tl.arange(0, BLOCK_SPLITS) < splits
+    used = tl.load(parts.used + row)
+    if used <= 1:  # no row, or written already
+        return
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    top = tl.load(parts.top + split, mask=real, other=float("-inf"))
-    total = tl.load(parts.total + split, mask=real, other=0.0)
-    highest = tl.max(top, 0)
-    weight = _exp(top - tl.where(highest == float("-inf"), 0.0, highest), PLAN)
-    seen = (top > float("-inf"))[:, None] & (channel < PLAN.dim_v)
-    acc = tl.load(parts.acc + split[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
-    total = tl.sum(total * weight, 0)
-    value = tl.sum(acc * weight[:, None], 0, keep_dims=True) / tl.where(total == 0, 1.0, total)
-    tl.store(out + row * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=channel < PLAN.dim_v)
+    stored = channel < PLAN.dim_v
+    acc = tl.full((1, BLOCK), 0.0, tl.float32)
+    highest = float("-inf")
+    total = 0.0
+    for first in range(0, used, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)
+        part = row * splits + split
+        top = tl.load(parts.top + part, mask=split < used, other=float("-inf")) * PLAN.factor
+        higher = tl.maximum(highest, tl.max(top, 0))
+        against = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = _exp(top - against, PLAN)
+        fade = _exp(highest - against, PLAN)
+        highest = higher
+        total = total * fade + tl.sum(tl.load(parts.total + part, mask=split < used, other=0.0) * weight, 0)
+        seen = (top > float("-inf"))[:, None] & stored
+        values = tl.load(parts.acc + part[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
+        acc = acc * fade + tl.sum(values * weight[:, None], 0, keep_dims=True)
+    place = tl.load(parts.place + row).to(tl.int64)
+    value = acc / tl.where(total == 0, 1.0, total)
+    tl.store(out + place * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=stored)

@@ -16,6 +16,7 @@ from compile_attn.kernels.spec import AttentionSpec, Feature
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
+    "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttnBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
     "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
@@ -50,9 +51,16 @@ def backend(name: str) -> Backend:
     return made
 
 
-def choose(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, kernel: str = "auto") -> Choice:
+def choose(
+    spec: AttentionSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int | None,
+    kernel: str = "auto",
+    kv_dtype: torch.dtype | None = None,
+) -> Choice:
     """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
-    request = Request(spec, device, dtype, page_size)
+    request = Request(spec, device, dtype, page_size, kv_dtype)
     if kernel != "auto":
         if kernel not in _BACKENDS:
             backend(kernel)
@@ -74,10 +82,10 @@ def choose(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_s
 def _preferred(request: Request) -> tuple[str, ...]:
     """All kernels, best first. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
-        return ("sdpa", "reference", "general", "flashinfer")
-    if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and "general" computes
-        return ("general", "flashinfer", "sdpa", "reference")
-    return ("sdpa", "general", "flashinfer", "reference")
+        return ("sdpa", "reference", "general", "flash_attn", "flashinfer")
+    if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and the others compute
+        return ("flash_attn", "general", "flashinfer", "sdpa", "reference")
+    return ("sdpa", "flash_attn", "general", "flashinfer", "reference")
 
 
 def _needs_mask_tensor(spec: AttentionSpec) -> bool:

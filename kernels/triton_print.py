@@ -37,11 +37,12 @@ _LOG2E = math.log2(math.e)
 def print_score(spec: AttentionSpec, whole: tuple[bool, ...]) -> str:
     """Source of `per_row`, `score` and, with sinks, `sink`. ValueError for what has no text.
 
-    `score` is -inf where the mask hides. `whole` says which captured tensors hold integers or bools. Captured tensors
-    come as one flat tuple: for each of `loads(spec)` pointer, then size and stride of every axis.
+    `score`, to be multiplied by `factor(spec)`, is -inf where the mask hides. `whole` says which captured tensors hold
+    integers or bools. Captured tensors come as one flat tuple: for each of `loads(spec)` pointer, then size and stride of
+    every axis.
     """
-    unit = _LOG2E if binary(spec) else 1
-    score, mask = unit * spec.expression(), spec.mask.predicate()
+    coefficient, score = _apart(spec)
+    mask = spec.mask.predicate()
     printer = _Printer(whole, [score, mask])
     value = printer.real(score)
     body = [*printer.lines, f"value = {value}" if score.has(S) else f"value = tl.zeros_like(s) + {value}"]
@@ -60,7 +61,7 @@ def print_score(spec: AttentionSpec, whole: tuple[bool, ...]) -> str:
         _function("score(s, j, row, captured, MASKED: tl.constexpr)", [*unpack, f"{state} = row", *body, "return value"]),
     ]
     if spec.sinks is not None:
-        scaled = unit * spec.sinks
+        scaled = spec.sinks if coefficient == 1 else spec.sinks / coefficient
         printer = _Printer(whole, [scaled], hoist=False)
         value = printer.real(scaled)
         parts.append(_function("sink(b, h, i, captured)", [*unpack, *printer.lines, f"return {value}"]))
@@ -68,8 +69,22 @@ def print_score(spec: AttentionSpec, whole: tuple[bool, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
+def factor(spec: AttentionSpec) -> float:
+    """What a printed score is multiplied by to be the exponent of a weight: a product that the difference from the highest
+    score takes along.
+    """
+    return float(_apart(spec)[0]) * (_LOG2E if binary(spec) else 1.0)
+
+
+def _apart(spec: AttentionSpec) -> tuple[sympy.Number, sympy.Expr]:
+    """A positive number that the score is a multiple of, and the rest."""
+    number, rest = spec.expression().as_coeff_Mul()
+    return (number, rest) if binary(spec) and 1e-30 < number < 1e30 else (sympy.S.One, spec.expression())
+
+
+@functools.lru_cache(maxsize=1024)
 def binary(spec: AttentionSpec) -> bool:
-    """Are scores printed in units of log2, which exp2 takes without a product?
+    """Are weights powers of 2, so that exp2 takes a score without a product of its own?
 
     Not where they may be as low as float32 goes, as a captured bias that hides keys is: the product would be -inf.
     """

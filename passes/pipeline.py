@@ -32,11 +32,12 @@ __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting
 
 @dataclass(frozen=True)
 class PagedGeometry:
-    """Pages of a cache: P pages of PS tokens, and at most max_pages of them for one sequence."""
+    """Pages of a cache: P pages of PS tokens, at most max_pages of them for one sequence; of the model's dtype, or of kv_dtype."""
 
     num_pages: int
     page_size: int
     max_pages: int
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,14 @@ def rewrite_paged(
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=True, positions=position_inputs)
     with clock.phase("lower"):
-        rewritten, refused = _fuse_all(normalized, sites, kernel, geometry.page_size, needs_grad=False)
+        rewritten, refused = _fuse_all(normalized, sites, kernel, geometry, needs_grad=False)
         cleanup(graph)
         step = lower.add_step_inputs(module, tokens[0], _step_examples(tokens[0], geometry), geometry.page_size)
     rejected = [*rejected, *refused]
     report = replace(report, sites=rewritten, rejected=tuple(rejected))
     proof = _prove(normalized, tokens, step, position_inputs, rejected, report, clock)
     with clock.phase("lower"):
-        layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
+        layers = lower.page(module, step, geometry.num_pages, geometry.page_size, geometry.kv_dtype)
         cleanup(graph)
         for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
             node.meta.pop("unbacked_bindings", None)
@@ -196,13 +197,14 @@ def _where(where: Location) -> str:
 
 
 def _fuse_all(
-    normalized: Normalized, sites: Sequence[AttentionSite], kernel: str, page_size: int | None, needs_grad: bool
+    normalized: Normalized, sites: Sequence[AttentionSite], kernel: str, geometry: PagedGeometry | None, needs_grad: bool
 ) -> tuple[tuple[Rewritten, ...], list[Rejected]]:
-    """Fuse what a kernel serves; returns what was rewritten and what was not."""
+    """Fuse what a kernel serves; returns what was rewritten and what was not. Without a geometry: stateless."""
     rewritten, refused = [], []
+    page_size, kv_dtype = (None, None) if geometry is None else (geometry.page_size, geometry.kv_dtype)
     graph = normalized.module.graph
     for site in sites:
-        choice = lower.choose_kernel(site, kernel, page_size)
+        choice = lower.choose_kernel(site, kernel, page_size, kv_dtype)
         if needs_grad and choice.kernel != "sdpa":
             why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
             refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))

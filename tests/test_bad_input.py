@@ -107,7 +107,7 @@ def test_samplings_and_prompts_must_match(lm: PagedLM) -> None:
         ({"max_batch_tokens": 0}, r"max_batch_tokens=0; it must be a whole number of at least 1"),
         ({"kernel": "fast"}, r"kernel='fast' is not known; choose one of 'auto', .*'reference'"),
         ({"inner": "jit"}, r"inner='jit' is not known; choose one of 'inductor', 'eager'"),
-        ({"cuda_graphs": "always"}, r"cuda_graphs='always' is not supported yet; choose 'auto' or False"),
+        ({"cuda_graphs": "always"}, r"cuda_graphs='always'; choose 'auto', True or False"),
         ({"kv_dtype": "int4"}, r"kv_dtype='int4' is not supported; choose 'auto' or one of float32, bfloat16, float16"),
         (
             {"kv_dtype": torch.float16},

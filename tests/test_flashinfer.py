@@ -203,6 +203,21 @@ def test_shapes_and_tables_have_graphs_of_their_own(run: fi.FlashInferBackend) -
 
 
 @interpreted
+def test_graphs_of_one_table_share_room(run: fi.FlashInferBackend) -> None:
+    """A cache's graphs of 2, 3 and 5 rows see the first rows of one table."""
+    batches = [paged_batch(SPECS["gqa"], [(5 + rows, 1)] * rows) for rows in (2, 5, 3)]
+    tables, whole = [batch.metadata.block_table for batch in batches], torch.zeros((5, 6), dtype=torch.int32)
+    for batch, table in [*zip(batches, tables, strict=True)] * 2:
+        whole[: table.shape[0], : table.shape[1]] = table
+        object.__setattr__(batch.metadata, "block_table", whole[: table.shape[0]])  # a view for this call
+        run.plan_on_host(host(batch, captured=True), [site(batch.spec)])
+        object.__setattr__(batch.metadata, "block_table", whole[: table.shape[0]])  # and another
+        check(run, batch)
+    rooms = {wrapper.arrays["indices"].data_ptr() for wrapper in Wrapper.made}
+    assert len(Wrapper.made) == 3 and len(rooms) == 1
+
+
+@interpreted
 def test_a_graph_keeps_its_form(run: fi.FlashInferBackend) -> None:
     batch = paged_batch(SPECS["gqa"], [(5, 1), (8, 1)])
     run.plan_on_host(host(batch, captured=True), [site(batch.spec)])

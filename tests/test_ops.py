@@ -67,6 +67,17 @@ def test_opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_opcheck_on_a_gpu(stored: torch.dtype) -> None:
+    k, v, k_pages, v_pages, slots = (each.cuda() for each in write_arguments())
+    scales = (None, None) if stored == torch.float32 else (torch.tensor(0.5, device="cuda"), torch.ones(2, device="cuda"))
+    torch.library.opcheck(OPS.write_kv.default, (k, v, k_pages.to(stored), v_pages.to(stored), slots, *scales))
+    torch.library.opcheck(OPS.build_metadata.default, (*(each.cuda() for each in METADATA[:3]), *METADATA[3:]))
+    ids, lengths = torch.ones(1, 3, dtype=torch.int64, device="cuda"), torch.tensor([4, 2, 0], dtype=torch.int32, device="cuda")
+    torch.library.opcheck(OPS.advance_step.default, (ids, ids.clone(), lengths, torch.tensor([8, 9, 1], device="cuda")))
+
+
 def test_a_fake_step_has_no_guards() -> None:
     """Metadata and attention with symbolic sizes: no size is specialised or related to another, no data is read."""
     shapes = ShapeEnv()

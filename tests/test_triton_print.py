@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 
 import pytest
 import sympy
@@ -10,7 +11,7 @@ import sympy
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.expr import B, H, I, J, Load, Round, S, Trunc
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.kernels.triton_print import binary, fits_int32, loads, print_score
+from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, print_score
 from tests.oracle import SLOPE, SPECS
 from tests.test_reference import EXPRESSIONS
 
@@ -19,14 +20,14 @@ WHOLE = (True, False, False, True)  # of CAPTURED
 WINDOW = """
 @triton.jit
 def per_row(b, h, i, captured):
-    r0 = 1.4426950408889634 * tl.exp2(-0.5 - 0.5 * h)
+    r0 = tl.exp2(-0.5 - 0.5 * h)
     return b, h, i, r0
 
 
 @triton.jit
 def score(s, j, row, captured, MASKED: tl.constexpr):
     b, h, i, r0 = row
-    value = 2.8853900817779268 * tanh(0.45 * s) + r0 * (j - i)
+    value = 2.0 * tanh(0.45 * s) + r0 * (j - i)
     if MASKED:
         value = tl.where((j <= i) & (i - j <= 9), value, float("-inf"))
     return value
@@ -44,7 +45,7 @@ def per_row(b, h, i, captured):
 def score(s, j, row, captured, MASKED: tl.constexpr):
     t0, t0_size0, t0_stride0, t0_size1, t0_stride1 = captured
     b, h, i, r0 = row
-    value = 1.4426950408889634 * s
+    value = s
     if MASKED:
         x0 = tl.load(t0 + place(b, t0_size0, t0_stride0) + place(j, t0_size1, t0_stride1)).to(tl.int64)
         value = tl.where((r0 == x0) | ((j <= i) & (x0 < 2)), value, float("-inf"))
@@ -55,7 +56,7 @@ SINKS = """
 
 @triton.jit
 def sink(b, h, i, captured):
-    return 0.14426950408889636 + 0.36067376022224085 * h
+    return 0.1 + 0.25 * h
 """
 
 
@@ -127,6 +128,18 @@ def test_units_of_log2_only_where_nothing_overflows() -> None:
     assert binary(SPECS["documents"])  # the mask may load: it is no term of the score
     assert not binary(SPECS["buckets"])  # a captured bias may hold finfo.min, and 1.44 times that is -inf
     assert not binary(AttentionSpec(4, 2, 8, 8, bias=sympy.Piecewise((0, J < 4), (-3.4e38, True))))
+
+
+def test_a_positive_factor_of_the_score_is_taken_out() -> None:
+    plain = AttentionSpec(4, 2, 8, 8, scale=0.5, sinks=0.25 * H)
+    assert "    value = s\n" in print_score(plain, ())
+    assert print_score(plain, ()).endswith("    return 0.5 * h\n")  # a sink in the units of a score
+    assert factor(plain) == 0.5 * math.log2(math.e)
+    assert factor(SPECS["softcap"]) == SPECS["softcap"].softcap * math.log2(math.e)
+    negative = AttentionSpec(4, 2, 8, 8, score=-2.0 * S)  # the highest score would be the lowest
+    assert "    value = -2.0 * s\n" in print_score(negative, ())
+    assert factor(negative) == math.log2(math.e)
+    assert factor(SPECS["buckets"]) == 1
 
 
 def test_int32_only_where_no_product_of_positions_overflows() -> None:

@@ -1,0 +1,214 @@
+"""Which attention does FlashAttention compute, and with which arguments?
+
+Whatever provider is installed (`flash_providers`) serves the same specs in the same way. Lengths stay on the device: what a
+call asks for on the host follows from shapes, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.nn.functional import pad
+
+from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.evaluate import constant, evaluator
+from compile_attn.kernels.expr import H, Load
+from compile_attn.kernels.flash_providers import PROVIDERS, Call, Provider
+from compile_attn.kernels.mask import Bidirectional, Causal, Window
+from compile_attn.kernels.spec import AttentionSpec, Feature
+
+_CURE = "choose kernel='auto'"
+_MOST_SPLITS = 128
+_KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much as reading the keys
+_PARTS = 128 << 20  # bytes that the float32 parts of a call may take
+_MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
+
+PerHead = Callable[[Sequence[torch.Tensor], torch.device], torch.Tensor]
+
+
+class FlashAttnBackend(Backend):
+    """Causal, windowed and bidirectional attention with softcap, sinks or ALiBi, as far as the installed provider goes."""
+
+    name = "flash_attn"
+    features = frozenset[Feature]().union(*(provider.features for provider in PROVIDERS))
+    devices = frozenset({"cuda"})
+    dtypes = frozenset({torch.float16, torch.bfloat16})
+
+    def limits(self, request: Request) -> tuple[str, ...]:
+        spec, out = request.spec, []
+        if not isinstance(spec.mask, (Causal, Window, Bidirectional)):
+            out.append(f"knows causal, windowed and bidirectional masks, not '{spec.mask.words()}'; {_CURE}")
+        if spec.scale <= 0:
+            out.append(f"takes its maximum before the scale, which must be positive, not {spec.scale:g}; {_CURE}")
+        if spec.sinks is not None and not _by_head(spec.sinks):
+            out.append(f"takes one sink a head, not {spec.sinks}; {_CURE}")
+        if spec.alibi_slope() is not None and (request.page_size is None or not spec.mask.causal()):
+            out.append(f"takes an ALiBi bias in paged calls with a causal mask only; {_CURE}")  # elsewhere it means -|i - j|
+        return (*out, *_against_providers(request))
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
+    ) -> torch.Tensor:
+        ours = _chosen(spec, q.device, q.dtype, None)
+        batch, heads, queries = q.shape[:3]
+        # A provider places the last query at the last key; here the first stands at the first. Keys beyond the last query are
+        # hidden from all, so that what remains is a shift to the right.
+        keys = k.shape[2] if isinstance(spec.mask, Bidirectional) else min(k.shape[2], queries)
+        if not batch * queries * keys:
+            return q.new_zeros((batch, heads, queries, v.shape[3]))
+        left, right = _window(spec, queries - keys)
+
+        def packed(tensor: torch.Tensor, length: int) -> torch.Tensor:
+            return _aligned(tensor[:, :, :length].transpose(1, 2).flatten(0, 1))
+
+        starts, k_starts = (
+            torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
+        )
+        call = Call(
+            packed(q, queries), packed(k, keys), packed(v, keys), starts, None, None, None, k_starts, queries, keys,
+            spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q), splits=1,
+        )  # fmt: skip
+        return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
+
+    def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
+        page_size = kv.k_pages.shape[1]
+        ours = _chosen(spec, q.device, q.dtype, page_size)
+        if kv.k_pages.dtype != q.dtype:
+            raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
+        if not q.numel():
+            return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
+        rows = _rows(kv, q.shape[0], spec)
+        most_keys = kv.block_table.shape[1] * page_size
+        left, right = _window(spec, 0)
+        call = Call(
+            _aligned(q), kv.k_pages, kv.v_pages, rows.starts, rows.lengths, rows.of_table, kv.block_table, None,
+            rows.most_queries, most_keys, spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q),
+            splits=_splits(spec, q, kv.block_table.shape[0], most_keys),
+        )  # fmt: skip
+        return ours.run(call)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The batch as rows that cover every token. The last query of a row stands at its last key; without keys the output is 0."""
+
+    starts: torch.Tensor  # [R + 1] int32
+    lengths: torch.Tensor  # [R] int32
+    of_table: torch.Tensor  # [R] int32
+    most_queries: int
+
+
+def _rows(kv: Paged, tokens: int, spec: AttentionSpec) -> _Rows:
+    """As many tokens as sequences: a row a token, so that nothing need be known of their lengths. Else pads are one more row."""
+    sequences, device = kv.block_table.shape[0], kv.block_table.device
+    if tokens == sequences:
+        token = torch.arange(tokens + 1, dtype=torch.int32, device=device)
+        lengths = kv.positions + 1 if spec.mask.causal() else kv.seq_lens[kv.token_seq]
+        lengths = torch.where(token[:-1] < kv.cu_seqlens_q[-1], lengths, 0).to(torch.int32)
+        return _Rows(token, lengths, kv.token_seq, 1)
+    of_table = pad(torch.arange(sequences, dtype=torch.int32, device=device), (0, 1))
+    return _Rows(pad(kv.cu_seqlens_q, (0, 1), value=tokens), pad(kv.seq_lens, (0, 1)), of_table, tokens)
+
+
+def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
+    """Keys to the left and right of a query that stands `shift` places left of its true position."""
+    if isinstance(spec.mask, Bidirectional):
+        return -1, -1
+    window = spec.mask.window()
+    if window is None:
+        return -1, shift
+    if window < shift:
+        raise ValueError(f"flash_attn: with {shift} fewer keys than queries and {spec.mask.words()}, queries see no key; {_CURE}")
+    return window - shift, shift
+
+
+def _splits(spec: AttentionSpec, q: torch.Tensor, sequences: int, most_keys: int) -> int:
+    """Most programs that may share one tile. How many do is decided on the device, by the lengths; a long sequence among short
+    ones may have them all. Every one writes a float32 part of the output."""
+    window = spec.mask.window()
+    keys = most_keys if window is None else min(most_keys, window + 1)
+    if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
+        return 1
+    share = -(-_multiprocessors(q.device) // spec.num_kv_heads)
+    memory = _PARTS // max(1, q.shape[0] * spec.num_q_heads * spec.head_dim_v * 4)
+    return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
+
+
+def _vectors(
+    spec: AttentionSpec, captured: Sequence[torch.Tensor], q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Sinks and ALiBi slopes, one a head."""
+    slope = spec.alibi_slope() if spec.bias is not None else None
+    sinks = None if spec.sinks is None else _per_head(spec.sinks, spec.num_q_heads, captured, q).to(q.dtype)
+    return sinks, None if slope is None else _per_head(slope, spec.num_q_heads, captured, q).float()
+
+
+def _per_head(expr: sympy.Expr, heads: int, captured: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    if isinstance(expr, Load) and all(index == H or index.is_Integer for index in expr.args[1:]):
+        places = tuple(slice(None) if index == H else int(index) for index in expr.args[1:])
+        vector = captured[int(expr.args[0])][places]
+        if vector.shape == (heads,):
+            return vector.contiguous()  # as it lies: no launch
+    env = {"h": torch.arange(heads, device=like.device), "captured": captured, "dtype": torch.float32}
+    return constant(evaluator(expr)(env), like.device).expand(heads).contiguous()
+
+
+def _by_head(expr: sympy.Expr) -> bool:
+    return bool(expr.free_symbols <= {H})
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Kernels read 16 bytes at a time along the last axis."""
+    words = 16 // tensor.element_size()
+    if tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % words == 0 for stride in tensor.stride()[:-1]):
+        return tensor
+    return tensor.contiguous()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+
+
+# Which provider?
+
+
+def _against_providers(request: Request) -> tuple[str, ...]:
+    """Nothing if one can serve it; else what is against each that is installed, and how to have one that could."""
+    out: list[str] = []
+    absent: list[Provider] = []
+    against = {provider: provider.reasons(request) for provider in PROVIDERS}
+    for provider, reasons in against.items():
+        if not provider.found():
+            absent += [provider] if not reasons else []
+            continue
+        trouble = None if reasons or request.device.type != "cuda" or not torch.cuda.is_available() else provider.trouble()
+        reasons = reasons if trouble is None else (trouble,)
+        if not reasons:
+            return ()
+        out += [f"{reason} (through {provider.name}); {_CURE}" for reason in reasons]
+    if absent:
+        ways = ", or ".join(f"{provider.name} ({provider.install})" for provider in absent)
+        out.append(f"needs {ways}, not installed here; install one, or {_CURE}")
+    elif not out:
+        out += dict.fromkeys(f"{reason} (through {each.name}); {_CURE}" for each, reasons in against.items() for reason in reasons)
+    return tuple(out)
+
+
+def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None) -> Provider:
+    return _first(spec, device, dtype, page_size, os.environ.get("PAGED_ATTN_FA3"))
+
+
+@functools.lru_cache(maxsize=256)
+def _first(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, named: str | None) -> Provider:
+    """The best provider that serves this. `named`: what the environment says, which may change in a process."""
+    request = Request(spec, device, dtype, page_size)
+    for provider in PROVIDERS:
+        if not provider.reasons(request) and provider.found() and provider.trouble() is None:
+            return provider
+    raise ValueError(f"flash_attn cannot: {'; '.join(_against_providers(request))}. The site: {spec.words()}")
