@@ -243,7 +243,7 @@ def test_opcheck(emulated: Emulated) -> None:
     given = (*where, 4, torch.float32, spec, "flash_attn", 8)
     torch.library.opcheck(torch.ops.paged_attn.plan.default, given, test_utils=OPCHECKS)
     plan = torch.ops.paged_attn.plan(*given)
-    with pytest.raises(ValueError, match="plans of 7 numbers a sequence, 'flash_attn' of 8; compile it again"):
+    with pytest.raises(ValueError, match="plans 7 numbers a sequence, kernel 'flash_attn' 8; compile it again"):
         torch.ops.paged_attn.plan(*given[:-1], 7)
     attended = (batch.q, batch.k_pages, batch.v_pages, *where, [], spec, "flash_attn", None, None, plan)
     torch.library.opcheck(torch.ops.paged_attn.attend.default, attended)
