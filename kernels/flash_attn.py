@@ -166,7 +166,9 @@ def _splits(spec: AttentionSpec, tokens: int, device: torch.device, sequences: i
     keys = most_keys if window is None else min(most_keys, window + 1)
     if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
         return 1
-    share = -(-_multiprocessors(device) // spec.num_kv_heads)
+    share = -(
+        -10 * _multiprocessors(device) // (11 * spec.num_kv_heads)
+    )  # FlashAttention 3 leaves a tenth free, so it asks no more
     memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
     return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
 

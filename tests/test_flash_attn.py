@@ -264,12 +264,12 @@ def test_what_shares_a_plan() -> None:
 @pytest.mark.parametrize(
     ("tokens", "sequences", "keys", "spec", "splits"),
     [
-        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128), 17),  # a KV head has a share of the device
-        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 128),
+        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128), 15),  # a KV head has a share of the device
+        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 120),
         (8, 8, 131_072, AttentionSpec(32, 8, 128, 128, m.Window(1023)), 2),
         (8, 8, 4_096, AttentionSpec(32, 8, 128, 128), 8),
         (8, 8, 1_000, AttentionSpec(32, 8, 128, 128), 1),
-        (512, 512, 131_072, AttentionSpec(32, 8, 128, 128), 16),  # by the memory that parts take
+        (512, 512, 131_072, AttentionSpec(32, 4, 128, 128), 16),  # by the memory that parts take
         (8192, 4, 131_072, AttentionSpec(32, 8, 128, 128), 1),
         (1000, 1000, 131_072, AttentionSpec(32, 8, 128, 128), 1),
     ],
