@@ -5,7 +5,7 @@ different pages, and called one by one; the share of the floor (bytes over copy 
 both measured first); and the others, where installed.
 
     python -m bench.general [--json FILE]            the table
-    python -m bench.general --sweep decode|prefill   tiles and splits, from which those of triton_launch.py are chosen
+    python -m bench.general --sweep decode|prefill   tiles and splits, from which triton_launch.py's are chosen
 """
 
 from __future__ import annotations

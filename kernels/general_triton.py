@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+SEQUENCES = tl.constexpr(256)  # looked through at once
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,11 +34,13 @@ class Plan:
     v_scaled: bool
     whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
     dot: tl.dtype  # of the operands of both products
+    few: int  # n: only sequences of at most n new tokens, a tile each; -n: only the others; 0: all
     block_q: int  # tokens of a tile; its rows: block_q * group, padded to
     block_m: int
     block_n: int  # keys of a tile
     block_d: int  # head sizes, padded to a power of two
     block_dv: int
+    together: bool  # one loop over the blocks of keys, not one without a mask and another
     split: bool  # several programs share the keys of a tile of queries
 
 
@@ -60,12 +64,14 @@ class Batch(NamedTuple):
     width: int
     lengths: Any
     starts: Any
-    positions: Any
     token_seq: Any
 
 
 class Parts(NamedTuple):
-    """Per row and split: values before normalisation, highest score, sum of weights. Per row: splits used, row of the output."""
+    """Per row and split: values before normalisation, highest score, sum of weights.
+
+    Per tile: how many splits it uses. Per row: its row of the output, or -1.
+    """
 
     acc: Any
     top: Any
@@ -75,48 +81,65 @@ class Parts(NamedTuple):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode.
+def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sequence of a block of tokens, and its first token: every sequence that this launch serves begins a block.
 
-    Every sequence begins a block of its own: it has blocks from starts[b] // block_q + b on, enough and at most one too
-    many. Pad tokens are a sequence without keys, behind the last.
+    Pad tokens are one sequence more, behind the last.
     """
-    if PLAN.block_q == 1:
+    b = num_sequences
+    first = num_tokens
+    done = 0
+    for some in range(0, num_sequences + 1, SEQUENCES):
+        each = some + tl.arange(0, SEQUENCES)
+        begin = tl.load(batch.starts + each, mask=each <= num_sequences, other=num_tokens)
+        end = tl.load(batch.starts + each + 1, mask=each < num_sequences, other=num_tokens)
+        blocks = (end - begin + PLAN.block_q - 1) // PLAN.block_q
+        if PLAN.few < 0:
+            blocks = tl.where((end - begin > -PLAN.few) | (each == num_sequences), blocks, 0)
+        ends = done + tl.cumsum(blocks, 0)
+        mine = (block < ends) & (block >= ends - blocks)
+        b += tl.sum(tl.where(mine, each - num_sequences, 0))
+        first += tl.sum(tl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0))
+        done += tl.sum(blocks)
+    return b, first
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sequence, first token, end of its tokens, number of its keys, and position of token 0, for a block of tokens."""
+    if PLAN.few > 0:
+        b = block
+        first = tl.load(batch.starts + b)
+    elif PLAN.block_q == 1:
         first = block
         b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
         b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
     else:
-        b = 0
-        beyond = num_sequences
-        while b < beyond:  # the last sequence whose blocks begin at or before this one
-            middle = (b + beyond + 1) // 2
-            begun = tl.load(batch.starts + middle) // PLAN.block_q + middle <= block
-            b = tl.where(begun, middle, b)
-            beyond = tl.where(begun, beyond, middle - 1)
-        begin = tl.load(batch.starts + b)
-        first = begin + (block - begin // PLAN.block_q - b) * PLAN.block_q
+        b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
     real = b < num_sequences
     end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
     length = tl.load(batch.lengths + b, mask=real, other=0)
-    return tl.minimum(b, num_sequences - 1), first, end, length
+    origin = length - end  # the last token is the last key: what `positions` holds, without a load that waits for this one
+    if PLAN.few > 0:
+        end = tl.where(end - first > PLAN.few, first, end)
+    return tl.minimum(b, num_sequences - 1), first, end, length, origin
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _share(clears, edges, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the blocks to visit, clear ones before the others, this program's [begin, end) of either; and the splits in use.
+def _share(blocks, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the blocks to visit, this program's [begin, end); and the splits in use.
 
     Splits are for the longest sequence that there may be: a tile with few keys uses as many as are worth it.
     """
     begin = 0
-    end = clears + edges
+    end = blocks
     used = 1
     if PLAN.split:
-        share = tl.maximum((end + splits - 1) // splits, least)
-        used = tl.maximum((end + share - 1) // share, 1)
-        begin = tl.minimum(split * share, end)
-        end = tl.minimum(begin + share, end)
-    edge = tl.maximum(begin - clears, 0)
-    return (tl.minimum(begin, clears), tl.minimum(end, clears), edge, tl.maximum(end - clears, 0)), used
+        share = tl.maximum((blocks + splits - 1) // splits, least)
+        used = tl.maximum((blocks + share - 1) // share, 1)
+        begin = tl.minimum(split * share, blocks)
+        end = tl.minimum(begin + share, blocks)
+    return begin, end, used
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -172,7 +195,7 @@ def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.cons
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    state, page, queries, row, start, length, kv_head, scale, keys, values, captured,
+    state, page, queries, row, start, length, kv_head, scale, keys, values, captured, edge,
     SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
@@ -189,9 +212,15 @@ def _visit(  # type: ignore[no-untyped-def]
     s = tl.dot(queries, tl.trans(k.to(PLAN.dot)), input_precision="tf32x3")
     if PLAN.k_scaled:
         s = s * scale
-    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
-    if MASKED:
-        value = tl.where(owned[None, :], value, float("-inf"))
+    if PLAN.together:
+        if edge:
+            value = tl.where(owned[None, :], SCORE(s, j[None, :].to(PLAN.whole), row, captured, True), float("-inf"))
+        else:
+            value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, False)
+    else:
+        value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
+        if MASKED:
+            value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
     weights = _exp(value * PLAN.factor - against[:, None], PLAN)
@@ -216,11 +245,15 @@ def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):
     return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
 
 
+@triton.jit
+def _tile_number():  # type: ignore[no-untyped-def]
+    return tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the rows of this tile are in `parts`."""
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    return tile * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
+    return _tile_number() * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -241,19 +274,54 @@ def _end(state, place, inside, split, splits, used, scale, out, parts, PLAN: tl.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _walk(  # type: ignore[no-untyped-def]
-    state, begin, end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-    BLOCK: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
+def _block(k, clears, seen, CLEAR: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of the k-th block: clear ones come before the others."""
+    if PLAN.together:
+        n = tl.where(k < clears, CLEAR(k, seen), EDGE(k - clears, seen))
+    else:
+        n = EDGE(k - clears, seen) if MASKED else CLEAR(k, seen)
+    return n * PLAN.block_n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _loop(  # type: ignore[no-untyped-def]
+    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from the begin-th on."""
-    start = BLOCK(begin, seen) * PLAN.block_n
+    start = _block(begin, clears, seen, CLEAR, EDGE, MASKED, PLAN)
     page = _pages(start, tl.where(begin < end, length, 0), b, batch, MASKED, PLAN)
     for k in range(begin, end):
-        following = BLOCK(k + 1, seen) * PLAN.block_n
+        following = _block(k + 1, clears, seen, CLEAR, EDGE, MASKED, PLAN)
         ahead = _pages(following, tl.where(k + 1 < end, length, 0), b, batch, MASKED, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, MASKED, PLAN)
+        state = _visit(
+            state, page, queries, row, start, length, kv_head, scale, keys, values, captured, k >= clears, SCORE, MASKED, PLAN
+        )
         page = ahead
         start = following
+    return state
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _walk(  # type: ignore[no-untyped-def]
+    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys from the begin-th on: clear ones first."""
+    if PLAN.together:
+        state = _loop(
+            state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+            CLEAR, EDGE, SCORE, True, PLAN,
+        )  # fmt: skip
+    else:
+        state = _loop(
+            state, begin, tl.minimum(end, clears), clears, seen, queries, row, b, kv_head, length, scale, keys, values,
+            batch, captured, CLEAR, EDGE, SCORE, False, PLAN,
+        )  # fmt: skip
+        state = _loop(
+            state, tl.maximum(begin, clears), end, clears, seen, queries, row, b, kv_head, length, scale, keys, values,
+            batch, captured, CLEAR, EDGE, SCORE, True, PLAN,
+        )  # fmt: skip
     return state
 
 
@@ -275,77 +343,42 @@ def attend(  # type: ignore[no-untyped-def]
     kv_head = (tl.program_id(1) // PLAN.groups).to(tl.int64)
     split = tl.program_id(2)
     if PLAN.page_size > 0:
-        b, first, end, length = _sequence(block, batch, num_tokens, num_sequences, PLAN)
+        b, first, end, length, origin = _sequence(block, batch, num_tokens, num_sequences, PLAN)
     else:
         blocks = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
         b = block // blocks
         first = block % blocks * PLAN.block_q
         end = num_tokens
         length = num_keys
+        origin = 0
     r = tl.arange(0, PLAN.block_m)
     token = first + r // PLAN.group
     in_tile = r < PLAN.block_q * PLAN.group
     inside = (token < end) & in_tile
     head = tl.program_id(1) * PLAN.group + r % PLAN.group
     num_heads = tl.num_programs(1) * PLAN.group
-    i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32) if PLAN.page_size > 0 else token
-    last = tl.max(tl.where(inside, i, 0))
-    clears, edges, seen = COUNT(tl.min(tl.where(inside, i, last)), last, tl.program_id(1) * PLAN.group, length)
-    blocks, used = _share(clears, edges, split, splits, least, PLAN)
     wide = token.to(tl.int64)
-    place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
-    if PLAN.split:
-        tl.store(parts.used + _rows(PLAN), tl.where(inside, used, 0), mask=in_tile & (split == 0))
-        tl.store(parts.place + _rows(PLAN), place.to(tl.int32), mask=inside & (split == 0))
-    if (first >= end) | (split >= used):
-        return
     channel = tl.arange(0, PLAN.block_d)[None, :]
     at = q + b.to(tl.int64) * q_strides[0] + wide * q_strides[1] + head.to(tl.int64) * q_strides[2]
     queries = tl.load(at[:, None] + channel * q_strides[3], mask=inside[:, None] & (channel < PLAN.dim), other=0.0).to(PLAN.dot)
+    last = tl.maximum(tl.minimum(first + PLAN.block_q, end) - 1 + origin, 0)
+    clears, edges, seen = COUNT(tl.maximum(first + origin, 0), last, tl.program_id(1) * PLAN.group, length)
+    begin, stop, used = _share(clears + edges, split, splits, least, PLAN)
+    place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
+    if PLAN.split:
+        tl.store(parts.used + _tile_number(), used, mask=split == 0)
+        tl.store(parts.place + _rows(PLAN), tl.where(inside, place, -1).to(tl.int32), mask=in_tile & (split == 0))
+    if (first >= end) | (split >= used):
+        return
     b_whole = b.to(PLAN.whole)
-    i = i.to(PLAN.whole)
+    i = tl.maximum(token + origin, 0).to(PLAN.whole)
     head = head.to(PLAN.whole)
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
-    clear, clear_end, edge, edge_end = blocks
     state = _walk(
-        state, clear, clear_end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-        CLEAR, SCORE, False, PLAN,
-    )  # fmt: skip
-    state = _walk(
-        state, edge, edge_end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-        EDGE, SCORE, True, PLAN,
+        state, begin, stop, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        CLEAR, EDGE, SCORE, PLAN,
     )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
-
-
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
-def combine(parts, out, splits, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The parts of one row, one a split of its keys, to their common softmax; for one block of channels."""
-    row = tl.program_id(0).to(tl.int64)
-    used = tl.load(parts.used + row)
-    if used <= 1:  # no row, or written already
-        return
-    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    stored = channel < PLAN.dim_v
-    acc = tl.full((1, BLOCK), 0.0, tl.float32)
-    highest = float("-inf")
-    total = 0.0
-    for first in range(0, used, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        part = row * splits + split
-        top = tl.load(parts.top + part, mask=split < used, other=float("-inf")) * PLAN.factor
-        higher = tl.maximum(highest, tl.max(top, 0))
-        against = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = _exp(top - against, PLAN)
-        fade = _exp(highest - against, PLAN)
-        highest = higher
-        total = total * fade + tl.sum(tl.load(parts.total + part, mask=split < used, other=0.0) * weight, 0)
-        seen = (top > float("-inf"))[:, None] & stored
-        values = tl.load(parts.acc + part[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
-        acc = acc * fade + tl.sum(values * weight[:, None], 0, keep_dims=True)
-    place = tl.load(parts.place + row).to(tl.int64)
-    value = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out + place * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=stored)

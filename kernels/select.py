@@ -12,6 +12,7 @@ import torch
 from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.speeds import speeds
 
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
@@ -19,6 +20,7 @@ _BACKENDS = {
     "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttnBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
     "block_sparse": ("compile_attn.kernels.block_sparse", "BlockSparseBackend"),
+    "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
 }
 
@@ -69,23 +71,24 @@ def choose(
             raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
         return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
     passed_over: dict[str, tuple[str, ...]] = {}
-    taken = ""
-    for name in _preferred(request):
+    taken, order, measured = "", _preferred(request), speeds(request)
+    for name in order if measured is None else measured.best_first(order):
         reasons = _reasons(name, request)
         if not reasons and not taken:
             taken = name
         else:
-            passed_over[name] = reasons or (f"could; {taken!r} is preferred on {device.type}",)
+            slower = measured.against(name, taken) if measured is not None and not reasons else None
+            passed_over[name] = reasons or (slower or f"could; {taken!r} is preferred on {device.type}",)
     return Choice(taken, passed_over)
 
 
 def _preferred(request: Request) -> tuple[str, ...]:
-    """All kernels, best first. "reference" serves everything, so the first that can always exists."""
+    """All kernels, best first where nothing was measured. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
-        return ("sdpa", "reference", "general", "block_sparse", "flash_attn")
+        return ("sdpa", "reference", "general", "block_sparse", "flash_attn", "flashinfer")
     if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and the others compute
-        return ("flash_attn", "general", "block_sparse", "sdpa", "reference")
-    return ("sdpa", "flash_attn", "general", "block_sparse", "reference")
+        return ("flash_attn", "general", "block_sparse", "flashinfer", "sdpa", "reference")
+    return ("sdpa", "flash_attn", "general", "block_sparse", "flashinfer", "reference")
 
 
 def _needs_mask_tensor(spec: AttentionSpec) -> bool:

@@ -13,7 +13,7 @@ import importlib.util
 import linecache
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,13 @@ from compile_attn.kernels.visible import most_keys
 from compile_attn.kernels.visible_print import print_sight
 
 if TYPE_CHECKING:
-    from compile_attn.kernels.general_triton import Batch, Plan, Pool
+    from compile_attn.kernels.general_triton import Batch, Parts, Plan, Pool
 
 _MOST_SPLITS = 128
 _KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
 _KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
 _SPLITS_A_PLACE = 8
+_ROWS_EACH = 8
 _PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
 _CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
@@ -79,7 +80,7 @@ class TritonBackend(Backend):
         out = q.new_empty((*q.shape[:3], v.shape[3]))
         size = _Size(q.shape[0], q.shape[2], k.shape[2], 0)
         pools = Pool(k, *by_token(k), k, 0), Pool(v, *by_token(v), v, 0)
-        self._launch(spec, size, q, by_token(q), pools, Batch(q, 0, q, q, q, q), captured, out, (False, False))
+        _launch(self.tiles, spec, size, q, by_token(q), pools, Batch(q, 0, q, q, q), captured, out, (False, False))
         return out
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
@@ -92,57 +93,13 @@ class TritonBackend(Backend):
             return Pool(pages, page, slot, head, channel, flat, by_head)
 
         table, pages = kv.block_table, kv.k_pages
-        batch = Batch(table, table.stride(0), kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
+        batch = Batch(table, table.stride(0), kv.seq_lens, kv.cu_seqlens_q, kv.token_seq)
         out = q.new_empty((*q.shape[:2], kv.v_pages.shape[3]))
         size = _Size(table.shape[0], q.shape[0], table.shape[1] * pages.shape[1], pages.shape[1])
         pools = pool(pages, kv.k_scale), pool(kv.v_pages, kv.v_scale)
         scaled = (kv.k_scale is not None, kv.v_scale is not None)
-        self._launch(spec, size, q, (0, *q.stride()), pools, batch, captured, out, scaled)
+        _launch(self.tiles, spec, size, q, (0, *q.stride()), pools, batch, captured, out, scaled)
         return out
-
-    def _launch(
-        self,
-        spec: AttentionSpec,
-        size: _Size,
-        q: torch.Tensor,
-        q_strides: tuple[int, ...],
-        pools: tuple[Pool, Pool],
-        batch: Batch,
-        captured: Sequence[torch.Tensor],
-        out: torch.Tensor,
-        scaled: tuple[bool, bool],
-    ) -> None:
-        from compile_attn.kernels import general_triton as kernels
-
-        if out.numel() == 0:
-            return
-        whole = tuple(not tensor.is_floating_point() for tensor in captured)
-        shared, multiprocessors = _device(q.device)
-        wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
-        read = sum(captured[number].element_size() for number in pairwise(spec))
-        tiles = self.tiles(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
-        functions = functions_of(spec, whole)
-        seen = sight_of(spec.mask, tiles.group, tiles.block_n)
-        heads = spec.num_q_heads // tiles.group
-        blocks = size.blocks(tiles.block_q)
-        splits, least = _splits(spec, size, blocks * heads, tiles, multiprocessors)
-        alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
-        plan = _plan(spec, tiles, size.page_size, scaled, alike, splits > 1, wide)
-        parts, rows = kernels.Parts(out, out, out, out, out), blocks * heads * tiles.block_q * tiles.group
-        if splits > 1:
-            highest, totals = q.new_empty((2, rows * splits), dtype=torch.float32).unbind()
-            used, place = q.new_empty((2, rows), dtype=torch.int32).unbind()
-            parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals, used, place)
-        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            kernels.attend[(blocks, heads, splits)](
-                q, q_strides, *pools, batch, _flat(spec, captured), out, parts,
-                size.tokens, size.sequences, size.keys, splits, least,
-                functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge, plan,
-                num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
-            if splits > 1:
-                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
-                kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, at_once, block, plan)
 
 
 @dataclass(frozen=True)
@@ -158,11 +115,68 @@ class _Size:
         """Tokens of a sequence, on average."""
         return self.tokens if self.page_size == 0 else -(-self.tokens // max(1, self.sequences))
 
-    def blocks(self, block_q: int) -> int:
-        """Tiles of tokens. Paged: every sequence begins one, and so do the pad tokens behind the last."""
+    def blocks(self, block_q: int, few: int) -> int:
+        """Tiles of tokens, at most. Paged: every sequence served begins one, and so do the pad tokens behind the last."""
         if self.page_size == 0:
             return self.sequences * -(-self.tokens // block_q)
-        return self.tokens if block_q == 1 else self.tokens // block_q + self.sequences + 1
+        if few > 0 or block_q == 1:
+            return self.sequences if few > 0 else self.tokens
+        return self.tokens // block_q + 1 + (min(self.sequences, self.tokens // (1 - few)) if few else self.sequences)
+
+
+def _launch(
+    tiles_for: Callable[..., Tiles],
+    spec: AttentionSpec,
+    size: _Size,
+    q: torch.Tensor,
+    q_strides: tuple[int, ...],
+    pools: tuple[Pool, Pool],
+    batch: Batch,
+    captured: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    scaled: tuple[bool, bool],
+) -> None:
+    from compile_attn.kernels import general_triton as kernels
+    from compile_attn.kernels.combine_triton import combine
+
+    if out.numel() == 0:
+        return
+    shared, multiprocessors = _device(q.device)
+    whole = tuple(not tensor.is_floating_point() for tensor in captured)
+    functions, flat = functions_of(spec, whole), _flat(spec, captured)
+    wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
+    read = sum(captured[number].element_size() for number in pairwise(spec))
+    alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
+    dot = _dot_dtype(q.dtype, pools[0].at.dtype)
+    for tiles, few in launches(spec, size, lambda tokens: tiles_for(spec, dot, tokens, shared, read)):
+        seen = sight_of(spec.mask, tiles.group, tiles.block_n)
+        grid = size.blocks(tiles.block_q, few), spec.num_q_heads // tiles.group
+        splits, least = _splits(spec, size, grid[0] * grid[1], tiles, multiprocessors)
+        plan = _plan(spec, tiles, few, size.page_size, scaled, alike, splits > 1, wide)
+        parts = _parts(out, grid[0] * grid[1], tiles, splits)
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            kernels.attend[(*grid, splits)](
+                q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences, size.keys, splits, least,
+                functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge, plan,
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            if splits > 1:
+                rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
+                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
+                over = grid[0] * grid[1], -(-rows // rows_each), plan.block_dv // block
+                combine[over](parts, out, splits, at_once, rows_each, block, plan)
+
+
+def _parts(out: torch.Tensor, programs: int, tiles: Tiles, splits: int) -> Parts:
+    """Room for what several programs find for one tile."""
+    from compile_attn.kernels.general_triton import Parts
+
+    if splits == 1:
+        return Parts(out, out, out, out, out)
+    rows, dim = programs * tiles.block_q * tiles.group, out.shape[-1]
+    found = rows * splits
+    acc, top, total = out.new_empty(found * (dim + 2), dtype=torch.float32).split_with_sizes((found * dim, found, found))
+    return Parts(acc, top, total, *out.new_empty(programs + rows, dtype=torch.int32).split_with_sizes((programs, rows)))
 
 
 def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
@@ -210,6 +224,7 @@ class Tiles:
     warps: int
     stages: int
     dot: torch.dtype
+    together: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -252,15 +267,29 @@ def tiles_of(
     return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
 
 
+def launches(spec: AttentionSpec, size: _Size, tiles_for: Callable[[int], Tiles]) -> tuple[tuple[Tiles, int], ...]:
+    """The tiles of every launch, and which sequences it serves (`Plan.few`).
+
+    In a batch of chunks and single tokens a tile fit for a chunk would be empty but for one token: those have a launch of
+    their own. What a batch holds is known on the device alone, so both launches look for theirs.
+    """
+    if size.page_size == 0 or size.sequences == 1 or size.tokens <= size.sequences:
+        return ((tiles_for(size.tokens_each()), 0),)
+    single = tiles_for(max(1, 16 * spec.num_kv_heads // spec.num_q_heads))
+    longest = tiles_for(size.tokens)
+    return ((longest, 0),) if longest.block_m <= single.block_m else ((single, single.block_q), (longest, -single.block_q))
+
+
 def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
     """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
 
     A few sequences would not occupy the whole device; of many, one may be much longer than the others.
     """
     keys = min(size.keys, most_keys(spec.mask, tiles.group, tiles.block_q, 1 << max(0, size.keys - 1).bit_length()))
-    at_once = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
-    least = _KEYS_A_SPLIT if programs < at_once else _KEYS_IN_A_CROWD
-    wanted = -(-at_once * _SPLITS_A_PLACE // max(1, programs)) if tiles.block_m == 16 else at_once // max(1, programs)
+    small = tiles.block_m == 16
+    at_once = multiprocessors * (4 if small else 1)  # small tiles wait for memory: several fit a multiprocessor
+    least = _KEYS_A_SPLIT if small and programs < at_once else _KEYS_IN_A_CROWD
+    wanted = -(-at_once * (_SPLITS_A_PLACE if small else 4) // max(1, programs))
     splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
     return splits, -(-least // tiles.block_n)
 
@@ -269,6 +298,7 @@ def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multi
 def _plan(
     spec: AttentionSpec,
     tiles: Tiles,
+    few: int,
     page_size: int,
     scaled: tuple[bool, bool],
     alike: bool,
@@ -293,11 +323,13 @@ def _plan(
         v_scaled=scaled[1],
         whole=tl.int64 if wide else tl.int32,
         dot=dots[tiles.dot],
+        few=few,
         block_q=tiles.block_q,
         block_m=tiles.block_m,
         block_n=tiles.block_n,
         block_d=_padded(spec.head_dim),
         block_dv=_padded(spec.head_dim_v),
+        together=tiles.together,
         split=split,
     )
 
