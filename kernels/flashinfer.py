@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -71,11 +72,12 @@ class FlashInferBackend(Backend):
         if out.numel() == 0:
             return out
         problem = Problem.of(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
-        plan = self._paged.plan(problem, kv, q.shape[0])
-        if kv.k_scale is not None:
-            q = _by_kv_head(q, kv.k_scale)
+        plans = self._paged.plans(problem, kv, q.shape[0])
+        q = aligned(q if kv.k_scale is None else _by_kv_head(q, kv.k_scale))
+        sinks = _sinks(spec, captured, q.device)
         with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            plan.run(aligned(q), kv.k_pages, kv.v_pages, _sinks(spec, captured, q.device), out)
+            for plan, tokens in plans:
+                plan.run(q[tokens], kv.k_pages, kv.v_pages, sinks, out[tokens])
         return out if kv.v_scale is None else _by_kv_head(out, kv.v_scale)
 
     def attention(
@@ -84,74 +86,93 @@ class FlashInferBackend(Backend):
         return self._ragged.attention(aligned(q), aligned(k), aligned(v), Problem.of(spec, q.dtype, k.dtype, 0))
 
 
+_Shape = tuple[int, int, int]  # rows, tokens, page size
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that was planned and may run: once, or as the replay of a graph."""
+
+    table: TensorWeakRef  # says whether an address still is this table's
+    shape: _Shape
+    steps: tuple[Step, ...]  # with fixed addresses: one
+    plans: dict[Any, Plan]
+
+
 class _PagedPlans:
-    """The step under way of every block table, and the plans of graphs by block table and shapes."""
+    """The step under way of every block table, by its address, and what the graphs of that table hold, by their shapes too."""
 
     def __init__(self) -> None:
-        # By address; the reference to the table says whether the address still is that table's.
-        self._steps: dict[int, tuple[TensorWeakRef, tuple[int, int, int], Step]] = {}
-        self._captured: dict[tuple[int, tuple[int, int, int]], tuple[TensorWeakRef, Step, dict[Problem, Plan]]] = {}
+        self._under_way: dict[int, _UnderWay] = {}
+        self._graphs: dict[tuple[int, _Shape], _UnderWay] = {}
         self._rooms: dict[int, tuple[TensorWeakRef, torch.Tensor]] = {}
-        self._plans: dict[tuple[torch.device, Problem, str], Plan] = {}
+        self._plans: dict[Any, Plan] = {}
 
     def begin(self, host: HostStep, problems: set[Problem]) -> None:
         """Take a step under way, and plan it for all problems."""
         self._forget_the_dead()
-        table = host.block_table
+        table, lengths = host.block_table, (host.seq_lens, host.query_lens, host.num_tokens, host.page_size)
         shape = (table.shape[0], host.num_tokens, host.page_size)
-        pinned = table.device.type == "cuda"
-        asked = Requests(host.seq_lens, host.query_lens, host.num_tokens, host.page_size, fixed=host.captured, pinned=pinned)
-        kept = self._captured.get((table.data_ptr(), shape)) if host.captured else None
-        if kept is not None and kept[1].requests.single != asked.single:
-            raise ValueError(
-                f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
-                f"{'one token a row' if kept[1].requests.single else 'rows of several tokens'}; give its other steps the same form"
-            )
-        owner = kept[0] if kept is not None else _reference(table)
-        packed, indices = (None, None) if kept is None else (kept[1].packed, kept[1].indices)
-        if host.captured and kept is None:
-            indices = self._room(table, owner, asked.count)
-        step = _sent(asked, table, packed, indices, fixed=host.captured)
+        asked = Requests.of(*lengths, fixed=host.captured, pinned=table.device.type == "cuda")
         if host.captured:
-            self._captured[table.data_ptr(), shape] = (owner, step, kept[2] if kept is not None else {})
-        self._steps[table.data_ptr()] = (owner, shape, step)
+            now = self._graphs[table.data_ptr(), shape] = self._replayed(asked[0], table, shape)
+        else:
+            steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
+            now = _UnderWay(_reference(table), shape, steps, self._plans)
+        self._under_way[table.data_ptr()] = now
         for problem in problems:
-            self._prepared(problem, table, shape, step)
+            self._prepared(problem, table, now)
 
-    def plan(self, problem: Problem, kv: Paged, tokens: int) -> Plan:
-        """The plan of the step under way; for a step that nobody began, one made here, which waits for the device."""
+    def plans(self, problem: Problem, kv: Paged, tokens: int) -> list[tuple[Plan, slice]]:
+        """Of the step under way, with the tokens of each; for a step that nobody began, made here after waiting for the device."""
         table, shape = kv.block_table, (kv.block_table.shape[0], tokens, kv.k_pages.shape[1])
-        owner, planned, step = self._steps.get(table.data_ptr(), (None, None, None))
+        now = self._under_way.get(table.data_ptr())
         recording = table.is_cuda and torch.cuda.is_current_stream_capturing()
-        if step is not None and planned == shape and owner is not None and owner() is not None and (step.fixed or not recording):
-            return self._prepared(problem, table, shape, step, recording)
+        if now is not None and now.shape == shape and now.table() is not None and (now.steps[0].fixed or not recording):
+            return self._prepared(problem, table, now, recording)
         if recording:
             raise RuntimeError(
                 f"flashinfer has no plan for a CUDA graph of {tokens} tokens in {shape[0]} rows; "
                 "call plan_on_host with captured=True before the graph is recorded, and before every replay"
             )
         seq_lens, starts = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu()
-        asked = Requests(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
-        return self._prepared(problem, table, shape, _sent(asked, table, None, None, fixed=False))
+        asked = Requests.of(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
+        steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
+        return self._prepared(problem, table, _UnderWay(_reference(table), shape, steps, self._plans))
 
-    def _prepared(
-        self, problem: Problem, table: torch.Tensor, shape: tuple[int, int, int], step: Step, recording: bool = False
-    ) -> Plan:
-        asked = step.requests
-        each = 0 if step.fixed or asked.pads else asked.tokens // asked.count  # FA3's plans are not for graphs, nor for no keys
-        kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
-        plans: Any = self._captured[table.data_ptr(), shape][2] if step.fixed else self._plans
-        key = problem if step.fixed else (table.device, problem, kernel)
-        plan: Plan | None = plans.get(key)
-        if recording and (plan is None or plan.step is not step):
-            raise RuntimeError(
-                f"flashinfer was not told of {problem} before a CUDA graph is recorded; name every site in plan_on_host"
+    def _replayed(self, asked: Requests, table: torch.Tensor, shape: _Shape) -> _UnderWay:
+        """In the buffers and by the plans that a graph of this table and shape was recorded with."""
+        kept = self._graphs.get((table.data_ptr(), shape))
+        if kept is None:
+            owner = _reference(table)
+            step = _sent(asked, table, None, self._room(table, owner, asked.count), fixed=True)
+            return _UnderWay(owner, shape, (step,), {})
+        last = kept.steps[0]
+        if last.requests.single != asked.single:
+            raise ValueError(
+                f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
+                f"{'one token a row' if last.requests.single else 'rows of several tokens'}; give its other steps the same form"
             )
-        with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
-            if plan is None:
-                plans[key] = plan = Plan(problem, kernel, step)
-            plan.prepare(step)
-        return plan
+        return _UnderWay(kept.table, shape, (_sent(asked, table, last.packed, last.indices, fixed=True),), kept.plans)
+
+    def _prepared(self, problem: Problem, table: torch.Tensor, now: _UnderWay, recording: bool = False) -> list[tuple[Plan, slice]]:
+        found = []
+        for step in now.steps:
+            asked = step.requests
+            each = 0 if step.fixed else len(asked.tokens) // asked.count  # no graph can hold a plan of FA3
+            kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
+            key = (problem, kernel, asked.single, table.device)
+            plan = now.plans.get(key)
+            if recording and (plan is None or plan.step is not step):
+                raise RuntimeError(
+                    f"flashinfer was not told of {problem} before a CUDA graph is recorded; name every site in plan_on_host"
+                )
+            with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+                if plan is None:
+                    now.plans[key] = plan = Plan(problem, kernel, step)
+                plan.prepare(step)
+            found.append((plan, slice(asked.tokens.start, asked.tokens.stop)))
+        return found
 
     def _room(self, table: torch.Tensor, owner: TensorWeakRef, count: int) -> torch.Tensor:
         """For the pages of any step of this table. One step of a table is under way at a time, so its graphs share it."""
@@ -163,8 +184,8 @@ class _PagedPlans:
         return kept[1]
 
     def _forget_the_dead(self) -> None:
-        self._steps = {at: kept for at, kept in self._steps.items() if kept[0]() is not None}
-        self._captured = {key: kept for key, kept in self._captured.items() if kept[0]() is not None}
+        self._under_way = {at: kept for at, kept in self._under_way.items() if kept.table() is not None}
+        self._graphs = {key: kept for key, kept in self._graphs.items() if kept.table() is not None}
         self._rooms = {at: kept for at, kept in self._rooms.items() if kept[0]() is not None}
 
 

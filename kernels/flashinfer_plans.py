@@ -16,6 +16,7 @@ import torch
 
 from compile_attn.kernels.spec import AttentionSpec
 
+_Array = np.ndarray[Any, np.dtype[np.int32]]
 _WORKSPACE = 64 << 20  # bytes for the parts of split requests: no more are needed outside a CUDA graph
 # Decode on CUDA cores exists for more groups, but from 4 heads on tensor cores are faster (an H200, 8 KV heads of 128), and
 # only they skip what is before a window. fp8 pages are converted faster there, too.
@@ -97,29 +98,27 @@ class Problem:
 
 
 class Requests:
-    """The rows of a step that have new tokens, as four int32 arrays in one host buffer, so that one copy moves all.
+    """Rows of a step that have new tokens, as four int32 arrays in one host buffer, so that one copy moves all.
 
     Pad tokens belong to requests that hold one page and no key, so that no page is read for them and their output is 0.
     """
 
-    def __init__(
-        self, seq_lens: torch.Tensor, query_lens: torch.Tensor, tokens: int, page_size: int, *, fixed: bool, pinned: bool
-    ) -> None:
-        lengths, new = seq_lens.numpy(), query_lens.numpy()
-        self.pads = tokens - int(new.sum())
+    def __init__(self, lengths: _Array, new: _Array, tokens: range, page_size: int, *, fixed: bool, pinned: bool) -> None:
+        """`tokens`: which of the step's tokens are these rows' new ones and, behind them, pads."""
+        pads, self.tokens = len(tokens) - int(new.sum()), tokens
         # A graph of as many tokens as rows is one of decoding; else its rows may have several tokens at the next replay.
-        self.single = int(new.max(initial=0)) <= 1 and (not fixed or tokens == len(new))
+        self.single = int(new.max(initial=0)) <= 1 and (not fixed or len(tokens) == len(new))
         if self.single:  # a request a token
-            rows = np.concatenate([np.flatnonzero(new), np.full(self.pads, -1, dtype=np.int64)])
+            rows = np.concatenate([np.flatnonzero(new), np.full(pads, -1, dtype=np.int64)])
             queries = np.ones_like(rows)
         else:  # a request a row, and one for all pad tokens; as many at every step, where addresses are fixed
             rows = np.where(new > 0, np.arange(len(new)), -1) if fixed else np.flatnonzero(new)
-            queries = new[rows] * (rows >= 0)
-            if self.pads or fixed:
-                rows, queries = np.append(rows, -1), np.append(queries, self.pads)
+            queries = np.where(rows >= 0, new[rows], 0)
+            if pads or fixed:
+                rows, queries = np.append(rows, -1), np.append(queries, pads)
         length = np.where(rows >= 0, lengths[rows], 0)
         pages = np.maximum(1, -(-length // page_size))
-        self.count, self.most_pages, self.tokens = len(rows), int(pages.max(initial=1)), tokens
+        self.count, self.most_pages = len(rows), int(pages.max(initial=1))
         self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, pin_memory=pinned)
         self.rows, self.qo_indptr, self.kv_indptr, self.last_page_len = parts(self.packed)
         self.rows.numpy()[:] = rows
@@ -128,6 +127,23 @@ class Requests:
             indptr[0] = 0
             np.cumsum(counts, out=indptr.numpy()[1:])
         self.pages = int(self.kv_indptr[-1])
+
+    @classmethod
+    def of(
+        cls, seq_lens: torch.Tensor, query_lens: torch.Tensor, tokens: int, page_size: int, *, fixed: bool, pinned: bool
+    ) -> list[Requests]:
+        """A step's requests; those of the rows behind the last one with several tokens apart, for a kernel of their own."""
+        lengths, new = seq_lens.numpy(), query_lens.numpy()
+        several = np.flatnonzero(new > 1)
+        cut = int(several[-1]) + 1 if len(several) and not fixed else 0
+        first = int(new[:cut].sum())
+        if first in (0, tokens):
+            return [cls(lengths, new, range(tokens), page_size, fixed=fixed, pinned=pinned)]
+        behind = np.where(np.arange(len(new)) < cut, 0, new)
+        return [
+            cls(lengths[:cut], new[:cut], range(first), page_size, fixed=False, pinned=pinned),
+            cls(lengths, behind, range(first, tokens), page_size, fixed=False, pinned=pinned),
+        ]
 
     def planned_alike(self, other: Requests) -> bool:
         """A plan divides queries and pages: how full the last page is, it does not ask."""
