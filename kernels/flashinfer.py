@@ -159,7 +159,7 @@ class _PagedPlans:
         found = []
         for step in now.steps:
             asked = step.requests
-            each = 0 if step.fixed else len(asked.tokens) // asked.count  # no graph can hold a plan of FA3
+            each = len(asked.tokens) // (now.shape[0] if step.fixed else asked.count)  # as many at every replay
             kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
             key = (problem, kernel, asked.single, table.device)
             plan = now.plans.get(key)

@@ -146,7 +146,7 @@ class Requests:
         ]
 
     def planned_alike(self, other: Requests) -> bool:
-        """A plan divides queries and pages: how full the last page is, it does not ask."""
+        """Have both as many queries and pages each? That is all that a plan divides, but for one of FA3."""
         same = torch.equal(self.qo_indptr, other.qo_indptr) and torch.equal(self.kv_indptr, other.kv_indptr)
         return same and self.single == other.single
 
@@ -176,7 +176,7 @@ class Plan:
         self._fixed, device = step.fixed, step.packed.device
         self._decode = kernel in ("cuda cores", "tensor cores")
         self._wrapper: Any = self._make(step, device)
-        if step.fixed:  # what a graph needs is known, and less than the 8 MiB that the library takes to be sure
+        if step.fixed and kernel != "fa3":  # what a graph needs is known, and less than the library takes to be sure: 8 MiB
             sizes = self._wrapper.workspace_size(*self._arguments(step), **self._keywords(step))
             plan_bytes = torch.empty(-(-sizes[1] // 256) * 256, dtype=torch.uint8, device=device)
             self._wrapper.reset_workspace_buffer(workspace(device, sizes[0]), plan_bytes)
@@ -189,7 +189,8 @@ class Plan:
             return
         last, self.step = self.step, step
         # With fixed addresses the arrays are already where the kernel reads them; the last plan may still be right.
-        if not (self._fixed and last is not None and last.requests.planned_alike(step.requests)):
+        kept = self._fixed and self.kernel != "fa3" and last is not None and last.requests.planned_alike(step.requests)
+        if not kept:
             self._turns.begin()
             self._wrapper.plan(*self._arguments(step), **self._keywords(step))
             self._turns.end()
