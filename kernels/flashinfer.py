@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -24,6 +24,7 @@ from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
 from compile_attn.kernels.flashinfer_ragged import RaggedPlans
+from compile_attn.kernels.flashinfer_score import variant
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.text import print_expr
@@ -48,11 +49,7 @@ class FlashInferBackend(Backend):
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, cure = request.spec, "choose kernel='auto'"
-        out = [f"{reason}, or {cure}" for reason in _library()]
-        if (0, 0) < capability(request.device) < (8, 0):
-            out.append(f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}")
-        if not is_bounds(spec.mask):
-            out.append(f"knows masks that are a causal bound and a window, not '{spec.mask.words()}'; {cure}")
+        out = list(_common_limits(request))
         slope = spec.alibi_slope()
         if slope is not None and not is_standard(slope, spec.num_q_heads):
             out.append(f"knows the standard ALiBi slopes of {spec.num_q_heads} heads, not {print_expr(slope)}; {cure}")
@@ -64,14 +61,14 @@ class FlashInferBackend(Backend):
         return tuple(out)
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        problems = {Problem.of(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
+        problems = {self._problem(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
         self._paged.begin(step, problems)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         out = q.new_empty(q.shape)
         if out.numel() == 0:
             return out
-        problem = Problem.of(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
+        problem = self._problem(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
         plans = self._paged.plans(problem, kv, q.shape[0])
         q = aligned(q if kv.k_scale is None else _by_kv_head(q, kv.k_scale))
         sinks = _sinks(spec, captured, q.device)
@@ -84,6 +81,40 @@ class FlashInferBackend(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
     ) -> torch.Tensor:
         return self._ragged.attention(aligned(q), aligned(k), aligned(v), Problem.of(spec, q.dtype, k.dtype, 0))
+
+    def _problem(self, spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
+        return Problem.of(spec, dtype, kv_dtype, page_size)
+
+
+class FlashInferJitBackend(FlashInferBackend):
+    """The same with any score of numbers, head and positions, as a variant that the library compiles: a minute at first use.
+
+    Where the library has a kernel for the score, that one is faster.
+    """
+
+    name = "flashinfer_jit"
+    features = frozenset({*_FEATURES, Feature.BIAS, Feature.SCORE})
+    phases = frozenset({"paged"})
+
+    def limits(self, request: Request) -> tuple[str, ...]:
+        out = list(_common_limits(request))
+        try:
+            variant(request.spec)
+        except ValueError as error:
+            out.append(f"cannot print the score: {error}; choose kernel='auto'")
+        return tuple(out)
+
+    def _problem(self, spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
+        return Problem.of(spec, dtype, kv_dtype, page_size, printed=True)
+
+
+def _common_limits(request: Request) -> Iterator[str]:
+    cure = "choose kernel='auto'"
+    yield from (f"{reason}, or {cure}" for reason in _library())
+    if (0, 0) < capability(request.device) < (8, 0):
+        yield f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}"
+    if not is_bounds(request.spec.mask):
+        yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
 
 
 _Shape = tuple[int, int, int]  # rows, tokens, page size

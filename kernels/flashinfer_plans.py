@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compile_attn.kernels.flashinfer_score import variant
 from compile_attn.kernels.spec import AttentionSpec
 
 _Array = np.ndarray[Any, np.dtype[np.int32]]
@@ -40,11 +41,12 @@ class Problem:
     softcap: float  # 0: none
     alibi: bool
     sinks: bool
+    score: tuple[str, str] | None = None  # name and declaration of a variant that computes it; then scale and softcap say nothing
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
-    def of(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
-        """What of a spec that `FlashInferBackend.limits` lets pass matters to the library."""
+    def of(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int, printed: bool = False) -> Problem:
+        """What of a spec that `FlashInferBackend.limits` lets pass matters to the library. `printed`: compile the score."""
         window = spec.mask.window()
         return Problem(
             spec.num_q_heads,
@@ -53,17 +55,23 @@ class Problem:
             dtype,
             kv_dtype,
             page_size,
-            float(spec.scale),
+            1.0 if printed else float(spec.scale),
             spec.mask.causal(),
             -1 if window is None else window,
-            float(spec.softcap or 0),
-            spec.bias is not None,
+            0.0 if printed else float(spec.softcap or 0),
+            spec.bias is not None and not printed,
             spec.sinks is not None,
+            variant(spec) if printed else None,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Does it need a variant, compiled at first use?"""
+        return self.sinks or self.score is not None
 
     def for_single(self) -> str:
         """The library's kernel for one token a request."""
-        if self.sinks:
+        if self.compiled:
             return "fa2"
         cores = self.num_q_heads // self.num_kv_heads in _CUDA_CORES and self.kv_dtype.itemsize == 2 and self.window < 0
         return "cuda cores" if cores else "tensor cores"
@@ -71,7 +79,7 @@ class Problem:
     def for_many(self, tokens_each: int, device: torch.device) -> str:
         """The library's kernel for about that many tokens a request. FA3 splits no keys, and only Hopper has it."""
         # A template of FA3 takes minutes to compile: it is used for plain attention alone.
-        plain = not (self.alibi or self.sinks or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
+        plain = not (self.alibi or self.compiled or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
         return "fa3" if plain and tokens_each >= _LONG and capability(device) == (9, 0) else "fa2"
 
     def options(self) -> dict[str, Any]:
@@ -85,16 +93,21 @@ class Problem:
             "kv_data_type": self.kv_dtype,
         }
 
-    def sink_variant(self) -> tuple[list[Any], dict[str, Any]]:
-        """jit_args and jit_kwargs of the library's variant with sinks, which its plain kernels do not know."""
-        variants = importlib.import_module("flashinfer.jit.attention.variants")
-        # The name says what the module is compiled for: the library's own wrapper leaves out what it is not told apart by.
+    def variant(self) -> tuple[list[Any], dict[str, Any]]:
+        """jit_args and jit_kwargs of the variant: the printed score's, or the library's own with sinks."""
+        if self.score is not None:
+            label, (name, source) = self.score[0], self.score
+        else:
+            found = importlib.import_module("flashinfer.jit.attention.variants").attention_sink_decl
+            label, name, source = "sink", "AttentionSink", found["fa2"]
+        # The module's name tells apart what it is compiled for: the library's own wrapper for sinks names less.
         names = [str(dtype).removeprefix("torch.").replace("float", "f") for dtype in (self.dtype, self.kv_dtype)]
-        kind = f"{'_'.join(names)}_{self.head_dim}_swa_{self.window >= 0}"
+        module = f"paged_attn_{label}_{'_'.join(names)}_{self.head_dim}_swa_{self.window >= 0}"
+        tensors = (["sink"], ["float"]) if self.sinks else ([], [])
         dtypes = (self.dtype, self.kv_dtype, self.dtype, torch.int32)
-        extra = (["sink"], ["float"], ["sm_scale"], ["double"], "AttentionSink", variants.attention_sink_decl["fa2"])
-        swa = {"use_sliding_window": self.window >= 0, "paged_kv_stride_mode": "equal"}
-        return [f"paged_attn_sink_{kind}", *dtypes, self.head_dim, self.head_dim, *extra], swa
+        extra = (*tensors, ["sm_scale"], ["double"], name, source)
+        options = {"use_sliding_window": self.window >= 0, "paged_kv_stride_mode": "equal"}
+        return [module, *dtypes, self.head_dim, self.head_dim, *extra], options
 
 
 class Requests:
@@ -199,7 +212,8 @@ class Plan:
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """q [T, Hq, D] -> out [T, Hq, D]."""
-        extra = () if sinks is None else (sinks, self.problem.scale)
+        extra: tuple[Any, ...] = () if sinks is None else (sinks,)
+        extra += (self.problem.scale,) if self.problem.compiled else ()
         self._wrapper.run(q, (k_pages, v_pages), *extra, out=out)
 
     def _make(self, step: Step, device: torch.device) -> Any:
@@ -216,8 +230,8 @@ class Plan:
         if step.fixed:
             places = ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
             options |= dict(zip(places, buffers, strict=True))
-        if self.problem.sinks:
-            options["jit_args"], options["jit_kwargs"] = self.problem.sink_variant()
+        if self.problem.compiled:
+            options["jit_args"], options["jit_kwargs"] = self.problem.variant()
         return library.BatchPrefillWithPagedKVCacheWrapper(room, "NHD", backend=self.kernel, **options)
 
     def _arguments(self, step: Step) -> tuple[Any, ...]:

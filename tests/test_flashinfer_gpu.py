@@ -17,6 +17,7 @@ from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 from tests.paged import PagedBatch, paged_batch
+from tests.scores import SCORES
 from tests.test_general import PHASES, close, fp8, on_gpu, paged, stateless
 
 # The library warns of its own use of torch when it is imported and when it compiles.
@@ -65,13 +66,13 @@ def kernels(run: fi.FlashInferBackend) -> set[str]:
     return {plan.kernel for plan in run._paged._plans.values()}  # those of graphs are not among them
 
 
-def check(batch: PagedBatch) -> set[str]:
+def check(batch: PagedBatch, made: type[fi.FlashInferBackend] = fi.FlashInferBackend) -> set[str]:
     """A call that nobody planned, a planned one, and one in buffers that a graph could hold; the kernels that served them."""
     spec, dtype = batch.spec, batch.q.dtype
-    assert fi.FlashInferBackend().reasons(Request(spec, batch.q.device, dtype, batch.k_pages.shape[1])) == ()
+    assert made().reasons(Request(spec, batch.q.device, dtype, batch.k_pages.shape[1])) == ()
     expected, served = expected_of(batch), set[str]()
     for how in ("direct", "planned", "captured"):
-        run = fi.FlashInferBackend()
+        run = made()
         if how != "direct":
             run.plan_on_host(host(batch, captured=how == "captured"), [PlannedSite(spec, dtype, dtype)])
         found = run.attend(batch.q, paged(batch), captured_of(spec), spec)
@@ -126,6 +127,12 @@ def test_groups(group: int, phase: str) -> None:
 )
 def test_scores_and_masks(spec: AttentionSpec, page_size: int, phase: str) -> None:
     check(on_gpu(spec, PHASES[phase], BF16, page_size))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", SCORES)
+def test_printed_scores(name: str, phase: str) -> None:
+    check(on_gpu(SCORES[name], PHASES[phase], BF16), fi.FlashInferJitBackend)
 
 
 def test_long_prompts_take_fa3() -> None:
