@@ -271,7 +271,7 @@ def test_names(asked: Any, dtype: torch.dtype | None) -> None:
     cache = small_cache(kv_dtype=asked)
     cache.bind([layer_kv()] * 2, owner=0)
     assert cache.fp8 == cache.kv_dtype == dtype and cache.k_pages[1].dtype == cache.v_pages[0].dtype == (dtype or torch.float32)
-    assert [each.shape for each in cache.kept()] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
+    assert [each.shape for each in cache.kept] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
     assert all(scale == 1 for scale in (*cache.k_scales, *cache.v_scales))
 
 
@@ -337,3 +337,5 @@ def test_a_kernel_without_fp8_pages_says_so() -> None:
     assert not Whole().reasons(Request(spec, cpu, torch.float16, 16)) and not Whole().reasons(Request(spec, cpu, E4M3, 16, E4M3))
     choice = choose(spec, cpu, torch.float32, 16, kv_dtype=E5M2)
     assert choice.kernel == "reference" and "reads no pages of float8_e5m2" in " ".join(choice.passed_over["sdpa"])
+    report = ca.explain(tiny(), paged=True, kv_dtype="fp8")
+    assert "reads no pages of float8_e4m3fn" in " ".join(report.sites[0].passed_over["sdpa"]) and "k_scale_1" in report.after
