@@ -13,7 +13,7 @@ import torch
 from bench import attend, decode, direct, floor, speeds, steady, workload
 from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
-from bench.paged_case import MIXED, Case, Inputs, Pool, plain, prefill
+from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
 from bench.sides import llama_config, ours
 from compile_attn.kernels.speeds import STATELESS, Point
@@ -61,14 +61,14 @@ def test_work_of_a_case() -> None:
 
 def fake(inputs: Inputs, captured: bool) -> direct.Ways:
     """A library that answers as ours does, one that is wrong, and one that fails."""
-    reference = attend.attend_layers("reference", SPEC, "eager")
+    reference = attend_layers("reference", SPEC)
 
     def broken() -> Sequence[torch.Tensor]:
         raise RuntimeError("no kernel image")
 
     ways: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
-        "right": lambda: reference(inputs),
-        "wrong": lambda: [-each for each in reference(inputs)],
+        "right": lambda: reference(inputs, None),
+        "wrong": lambda: [-each for each in reference(inputs, None)],
     }
     return {**{name: (lambda call=call: call) for name, call in ways.items()}, "broken": broken}
 
