@@ -84,7 +84,7 @@ def build_metadata(
     slot_mapping, token_seq = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)
     tokens, at_a_time = _tile(rows, num_tokens)
     with torch.cuda.device_of(seq_lens):  # type: ignore[no-untyped-call]
-        metadata[(max(1, triton.cdiv(num_tokens, tokens)),)](
+        metadata[(max(1, -(-num_tokens // tokens)),)](
             block_table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq,
             block_table.stride(0), rows, num_tokens, page_size, tokens, at_a_time,
         )  # fmt: skip
@@ -95,4 +95,4 @@ def advance_step(tokens: torch.Tensor, positions: torch.Tensor, seq_lens: torch.
     """As `batch.advance_step`, of flat tensors."""
     rows = seq_lens.shape[0]
     with torch.cuda.device_of(seq_lens):  # type: ignore[no-untyped-call]
-        advance[(triton.cdiv(rows, _ROWS),)](tokens, positions, seq_lens, sampled, rows, _ROWS)
+        advance[(-(-rows // _ROWS),)](tokens, positions, seq_lens, sampled, rows, _ROWS)

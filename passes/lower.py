@@ -166,7 +166,7 @@ def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Nod
 
 
 def page(
-    module: fx.GraphModule, step: StepNodes, num_pages: int, page_size: int, kv_dtype: torch.dtype | None = None
+    module: fx.GraphModule, step: StepNodes, num_pages: int | torch.SymInt, page_size: int, kv_dtype: torch.dtype | None = None
 ) -> tuple[LayerKV, ...]:
     """Turn every fused node into write_kv and attend over pages of its own, placeholders `k_pages_n` and `v_pages_n`.
 
