@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama; `head_dim` is `width // heads`."""
+    """Sizes of a Llama. `tied`: the embedding is the output projection too."""
 
     width: int
     inner: int
@@ -23,13 +23,24 @@ class Shape:
     kv_heads: int
     vocabulary: int
     theta: float = 500_000.0
+    tied: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one layer."""
+        return self.width * (2 * (self.heads + self.kv_heads) * self.head_dim + 3 * self.inner)
 
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B and Llama-3.2-1B: config.json
 SHAPES = {
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256),
-    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256),
+    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),
     "tiny-32-layers": Shape(256, 512, 32, 8, 2, 1024),
+    "tiny": Shape(64, 128, 2, 4, 2, 256),
 }
 
 
@@ -51,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.dim = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.heads, self.kv_heads, self.dim = shape.heads, shape.kv_heads, shape.head_dim
         self.q_proj = nn.Linear(shape.width, self.heads * self.dim, bias=False)
         self.k_proj = nn.Linear(shape.width, self.kv_heads * self.dim, bias=False)
         self.v_proj = nn.Linear(shape.width, self.kv_heads * self.dim, bias=False)
@@ -96,13 +107,31 @@ class NaiveLlama(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        if shape.tied:
+            self.lm_head.weight = self.embed.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
-        dim = self.shape.width // self.shape.heads
+        dim = self.shape.head_dim
         frequency = self.shape.theta ** (-torch.arange(0, dim, 2, device=x.device).float() / dim)
         angle = torch.arange(input_ids.shape[1], device=x.device).float()[:, None] * frequency
         cos, sin = (torch.cat([part, part], -1).to(x.dtype) for part in (angle.cos(), angle.sin()))
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.lm_head(self.norm(x))
+
+
+def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> NaiveLlama:
+    """With weights as before any training, made where they will be used."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = NaiveLlama(shape)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0, 0.02)
+    return model.eval()

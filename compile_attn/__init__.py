@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
+    from compile_attn.calibrating import calibrate
     from compile_attn.explaining import explain
     from compile_attn.lm import Output, PagedLM
     from compile_attn.options import Options
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
+    "calibrating": ("calibrate",),
     "explaining": ("explain",),
     "lm": ("Output", "PagedLM"),
     "options": ("Options",),
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "Rewritten",
     "Sampling",
+    "calibrate",
     "explain",
 ]
 

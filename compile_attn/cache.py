@@ -7,52 +7,24 @@ place into buffers whose addresses never change. Shape letters as in `kernels/sp
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from compile_attn.step import Batch, Chunk, StepBuffers, token_array
+from compile_attn.kernels.backend import Backend, HostStep, PlannedSite
+from compile_attn.kernels.select import backend
+from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
+from compile_attn.pages import OutOfPages, PageAllocator
+from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
 
 if TYPE_CHECKING:
+    from compile_attn.kernels.spec import AttentionSpec
     from compile_attn.passes.pipeline import LayerKV
     from compile_attn.passes.report import Report
 
 __all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
-
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class OutOfPages(RuntimeError):
-    """The free pages do not hold the new tokens. Nothing was changed."""
-
-
-class PageAllocator:
-    """A stack of free pages: O(1) a page, and the page freed last is used first (a stale read then shows soonest)."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._taken = bytearray(num_pages)  # becomes a reference count when sequences share pages
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages are needed, {len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
-        for page in pages:
-            self._taken[page] = 1
-        return pages
-
-    def give_back(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            assert self._taken[page], f"page {page} is given back twice"
-            self._taken[page] = 0
-            self._free.append(page)
 
 
 class CachedSequence:
@@ -81,46 +53,65 @@ class PagedKVCache:
     page_size     tokens in a page
     max_seqs      most sequences in one batch (any number may be alive)
     device        where it lives; default: torch's default device. It must be the model's.
-    kv_dtype      "auto" (the model's own), or the dtype that the model's keys must have
+    kv_dtype      "auto": the model's own; "fp8_e4m3" (or "fp8") or "fp8_e5m2": half the memory of a 16-bit dtype; or the dtype
+                  that the model's keys must have
     max_seq_len   longest sequence; default: kv_tokens
+    kv_scales     fp8 only: a pair of numbers a site, by which keys and values are divided before they are kept, such as
+                  `calibrate()` finds. Default: 1. What is then beyond 448 (e5m2: 57344) is kept as that
     poison        fill pages with NaN when they are freed, so that a stale read cannot go unseen; for tests
     """
 
     def __init__(
         self,
-        kv_tokens: int | None = 65_536,
+        kv_tokens: int = 65_536,
         page_size: int = 16,
         max_seqs: int = 64,
         device: torch.device | str | None = None,
         kv_dtype: torch.dtype | str = "auto",
         max_seq_len: int | None = None,
         *,
+        kv_scales: Scales | None = None,
         poison: bool = False,
     ) -> None:
-        self.page_size = _at_least_one("page_size", page_size)
-        self.max_seqs = _at_least_one("max_seqs", max_seqs)
-        self.num_pages = _page_count(kv_tokens, self.page_size)
-        self.kv_tokens = self.num_pages * self.page_size
-        self.max_seq_len = self.kv_tokens
-        if max_seq_len is not None:
-            self.max_seq_len = min(_at_least_one("max_seq_len", max_seq_len), self.kv_tokens)
-        self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
+        self.page_size = at_least_one("page_size", page_size)
+        self.max_seqs = at_least_one("max_seqs", max_seqs)
         self.device = _indexed(torch.get_default_device() if device is None else torch.device(device))
-        self.kv_dtype = _kv_dtype(kv_dtype)
+        self.kv_dtype = read_kv_dtype(kv_dtype)
+        self.fp8 = fp8_of(self.kv_dtype, self.device)
         self.poison = poison
         self.k_pages: list[torch.Tensor] = []
         self.v_pages: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []  # what the paged graph takes after the step's inputs
+        self.k_scales: list[torch.Tensor] = []  # by site, where pages are fp8
+        self.v_scales: list[torch.Tensor] = []
         self.max_positions: int | None = None  # length of the model's shortest position table
         self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
         self.report: Report | None = None  # of the last compilation against this cache
         self.current: Batch | None = None
         self.steps_run = 0
-        self._allocator = PageAllocator(self.num_pages)
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
+        self._planned: dict[str, list[PlannedSite]] = {}
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
+        self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
-        self._buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
+        self._asked_seq_len = None if max_seq_len is None else at_least_one("max_seq_len", max_seq_len)
+        self.resize(kv_tokens)
+
+    def resize(self, kv_tokens: int) -> None:
+        """Hold so many tokens from now on, in empty pages. ValueError while any sequence is alive."""
+        if self._alive:
+            raise ValueError(f"{len(self._alive)} sequences are in the cache; free them before it is resized")
+        self.num_pages = _page_count(kv_tokens, self.page_size)
+        self.kv_tokens = self.num_pages * self.page_size
+        self.max_seq_len = min(self._asked_seq_len or self.kv_tokens, self.kv_tokens)
+        self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
+        self._allocator = PageAllocator(self.num_pages)
+        # At least 2: torch.compile specialises sizes 0 and 1, and one compilation serves caches of every size.
+        self.buffers = StepBuffers(self.max_seqs, max(2, self.max_pages_per_seq), self.kv_tokens, self.device)
+        self.current = None
+        if self._bound is not None:
+            self._make_pools(self._bound[0])
 
     # Pages and sequences
 
@@ -163,17 +154,20 @@ class PagedKVCache:
     def close(self) -> None:
         """Drop the pages' memory. Every later use is an error."""
         self._closed = True
-        self.k_pages, self.v_pages = [], []
+        self.kept, self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], [], []
         self._alive.clear()
         self.current = None
 
     # One step
 
-    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None, advanced: bool = False) -> Batch:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
         The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
+
+        pad_to: the least B, T and R, for a step that a CUDA graph replays. advanced: the device has brought everything but the
+        block table from the batch before to this one (`advance_step`), and it stays.
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
@@ -192,9 +186,42 @@ class PagedKVCache:
             chunk.seq.length += len(new)
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
-        self.current = self._buffers.write(tables, starts, tokens, [chunk.logits for chunk in chunks])
+        if advanced:
+            assert self.current is not None
+            self.buffers.write_table(tables)
+        else:
+            logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
+            self.current = self.buffers.write(tables, starts, tokens, logits, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
+        self._plan_on_host(chunks, captured=pad_to is not None)
         return self.current
+
+    def _plan_on_host(self, chunks: Sequence[Chunk], captured: bool) -> None:
+        """Let kernels plan that do so on the host, from the lengths that it knows."""
+        if not self._planned or self.current is None:
+            return
+        rows = self.current.shape[0]
+        seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device="cpu") for _ in range(2))
+        seq_lens[: len(chunks)] = torch.tensor([chunk.seq.length for chunk in chunks])
+        query_lens[: len(chunks)] = torch.tensor([len(chunk.tokens) for chunk in chunks])
+        table = self.buffers.views(self.current)[0]
+        step = HostStep(table, seq_lens, query_lens, self.current.shape[1], self.page_size, captured)
+        for kernel, sites in self._planned.items():
+            backend(kernel).plan_on_host(step, sites)
+
+    def dead_batch(self, rows: int) -> Batch:
+        """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
+        self._check_open()
+        self.current = self.buffers.write([], [], [], [], pad_to=rows)
+        self._in_batch = ()
+        self._plan_on_host([], captured=True)
+        return self.current
+
+    def replayed(self) -> None:
+        """The current batch was run by a CUDA graph, which asks for no inputs."""
+        for seq in self._in_batch:
+            seq.unrun = False
+        self.steps_run += 1
 
     def step_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of this batch: block_table [B, max_pages], seq_lens [B], query_lens [B], all int32; logits_rows [R] int64.
@@ -204,10 +231,8 @@ class PagedKVCache:
         self._check_open()
         if self.current is None:
             raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
-        for seq in self._in_batch:
-            seq.unrun = False
-        self.steps_run += 1
-        return self._buffers.views(self.current)
+        self.replayed()
+        return self.buffers.views(self.current)
 
     def check_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Refuse a call with other tensors than those of the current batch."""
@@ -230,19 +255,37 @@ class PagedKVCache:
         owner: object,
         max_positions: int | None = None,
         max_tokens: int | None = None,
+        kernels: Sequence[tuple[str, AttentionSpec]] = (),
     ) -> None:
-        """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers."""
+        """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers.
+
+        kernels: by site, the kernel and what it computes.
+        """
         self._check_open()
         asked = tuple(layers)
         if self._bound is not None:
             self._check_same(asked, owner)
         else:
             self._check_layers(asked)
-            self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in asked]
-            self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in asked]
+            if self.fp8 is not None:
+                self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
+            self._make_pools(asked)
             self._bound = (asked, owner)
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
+        self._planned = {}
+        for (kernel, spec), layer in zip(kernels, asked, strict=False):
+            if type(backend(kernel)).plan_on_host is not Backend.plan_on_host:
+                sites = self._planned.setdefault(kernel, [])
+                sites.append(PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype))
+        self._planned = {kernel: list(dict.fromkeys(sites)) for kernel, sites in self._planned.items()}
+
+    def _make_pools(self, layers: tuple[LayerKV, ...]) -> None:
+        self.kept, self.k_pages, self.v_pages = [], [], []  # the old ones go first: both may not fit
+        self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in layers]
+        self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in layers]
+        sites = zip(self.k_pages, self.v_pages, *([self.k_scales, self.v_scales] if self.fp8 else []), strict=True)
+        self.kept = [tensor for site in sites for tensor in site]
 
     def _check_same(self, layers: tuple[LayerKV, ...], owner: object) -> None:
         assert self._bound is not None
@@ -266,21 +309,18 @@ class PagedKVCache:
                     f"attention site {at} of the model is on {device}, the cache on {self.device}; "
                     f"make it with PagedKVCache(device={str(device)!r}) or move the model"
                 )
-            wanted = layer.dtype if self.kv_dtype is None else self.kv_dtype
-            if layer.dtype != wanted or layer.dtype not in KV_DTYPES:
-                raise ValueError(
-                    f"attention site {at} of the model has keys of {layer.dtype}, the cache holds {wanted}; "
-                    f"supported are {', '.join(map(str, KV_DTYPES))}: use kv_dtype='auto' or convert the model"
-                )
+            check_site_dtype(at, layer.dtype, self.kv_dtype)
 
     def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        value = float("nan") if self.poison else 0.0
-        return torch.full((self.num_pages, self.page_size, heads, dim), value, dtype=dtype, device=self.device)
+        pool = torch.zeros((max(2, self.num_pages), self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
+        if self.poison:
+            fill_nan(pool, torch.arange(self.num_pages, device=self.device))
+        return pool
 
     def _poison(self, pages: list[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         for pool in (*self.k_pages, *self.v_pages):
-            pool.index_fill_(0, index, float("nan"))
+            fill_nan(pool, index)
 
     # Checks
 
@@ -300,6 +340,7 @@ class PagedKVCache:
         if len({id(chunk.seq) for chunk in chunks}) < len(chunks):
             raise ValueError("a sequence occurs twice in one batch; give all its new tokens in one Chunk")
         tokens = [token_array(chunk.tokens) for chunk in chunks]
+        limit = self.length_limit
         for chunk, new in zip(chunks, tokens, strict=True):
             self._check_mine(chunk.seq)
             if chunk.seq.unrun:
@@ -307,9 +348,9 @@ class PagedKVCache:
                     f"{chunk.seq!r} was in a batch that was never run, so its newest keys and values are missing; "
                     "call the compiled model once a batch, or free the sequence"
                 )
-            if chunk.seq.length + len(new) > self.length_limit:
+            if chunk.seq.length + len(new) > limit:
                 raise ValueError(
-                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {self.length_limit} tokens "
+                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "
                     f"(max_seq_len {self.max_seq_len}, position table {self.max_positions or 'unlimited'}); "
                     "pass fewer tokens or make the cache larger"
                 )
@@ -319,29 +360,17 @@ class PagedKVCache:
         return tokens
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
     return value
 
 
-def _page_count(kv_tokens: int | None, page_size: int) -> int:
-    if kv_tokens is None:
-        raise ValueError("kv_tokens=None: sizing the cache from free memory is not supported yet; give a number")
-    if _at_least_one("kv_tokens", kv_tokens) % page_size:
+def _page_count(kv_tokens: int, page_size: int) -> int:
+    if at_least_one("kv_tokens", kv_tokens) % page_size:
         near = max(1, round(kv_tokens / page_size)) * page_size
         raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
     return kv_tokens // page_size
-
-
-def _kv_dtype(asked: torch.dtype | str) -> torch.dtype | None:
-    if asked == "auto":
-        return None
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in KV_DTYPES}
-    found = known.get(str(asked).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"kv_dtype={asked!r} is not supported; choose 'auto' or one of {', '.join(known)}")
-    return found
 
 
 def _indexed(device: torch.device) -> torch.device:

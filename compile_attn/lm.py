@@ -6,6 +6,7 @@ logits, sampling makes tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,18 +16,24 @@ from typing import Self
 import torch
 from torch import nn
 
-from compile_attn.cache import Chunk, PagedKVCache
-from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, logits_of, position_cure, vocabulary_of
+from compile_attn.cache import Chunk, PagedKVCache, at_least_one
+from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
+from compile_attn.cuda_graph import Recorded
+from compile_attn.kv_dtype import Scales
+from compile_attn.memory import tokens_that_fit
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.report import RefusedError, Report
-from compile_attn.sampling import NOT_FINITE, Sampling, sample
-from compile_attn.scheduler import Plan, Reason, Request, Scheduler
+from compile_attn.running import Runner, Sent
+from compile_attn.sampling import NOT_FINITE, Sampling, SamplingRows, sample
+from compile_attn.scheduler import Reason, Request, Scheduler
 from compile_attn.step import token_array
 
 Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
 WARM_UP_TOKENS = 3
+# A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
+_BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,15 @@ class PagedLM:
     """A language model that keeps keys and values in pages: many ragged requests at once, only new tokens computed.
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
-    kv_tokens, page_size, max_seqs, kv_dtype, poison    as in PagedKVCache; more requests than max_seqs wait their turn
-    kernel, inner     as in Options
-    cuda_graphs       "auto" or False; nothing is captured yet
+    kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
+    kernel, inner, merge_linears    as in Options
+    cuda_graphs       decode steps are replayed from CUDA graphs: "auto" where that can be, True or an error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
-    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks
+    max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
+
+    memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
     """
@@ -65,26 +74,43 @@ class PagedLM:
         cuda_graphs: str | bool = "auto",
         inner: Inner = "inductor",
         call: Call | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         poison: bool = False,
+        kv_scales: Scales | None = None,
+        memory_fraction: float = 0.9,
+        merge_linears: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
-        if cuda_graphs not in ("auto", False):
-            raise ValueError(f"cuda_graphs={cuda_graphs!r} is not supported yet; choose 'auto' or False")
-        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1")
+        if cuda_graphs not in ("auto", True, False):
+            raise ValueError(f"cuda_graphs={cuda_graphs!r}; choose 'auto', True or False")
+        if max_batch_tokens is not None and (type(max_batch_tokens) is not int or max_batch_tokens < 1):
+            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1, or None")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
-        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device_of(self._model), kv_dtype, poison=poison)
-        options = Options(kernel=kernel, cache=cache, inner=inner)
+        device = device_of(self._model)
+        on_gpu = device.type == "cuda"
+        budget = max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"]
+        measured = kv_tokens is None
+        if kv_tokens is None:
+            _check_can_measure(device, memory_fraction)
+            size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
+            kv_tokens = (-(-budget // size) + most) * size  # for one full step
+        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
+        options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None
-        self._run = OneGraph(self._model, options, call)
-        self._scheduler = Scheduler(cache, max_batch_tokens)
+        if cuda_graphs is True and not on_gpu:
+            raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
+        self._runner = Runner(OneGraph(self._model, options, call), cache, on_gpu and cuda_graphs)
+        self._scheduler = Scheduler(cache, budget)
+        self._sent: deque[Sent] = deque()
+        self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False
         self._vocabulary = self._warm_up()
+        if measured:
+            cache.resize(tokens_that_fit(cache, self._full_step, memory_fraction))
 
     # Requests
 
@@ -140,18 +166,33 @@ class PagedLM:
         return self._scheduler.preemptions
 
     def step(self) -> list[Output]:
-        """Run one batch; the tokens it made. After an error every request starts over with the next step."""
+        """Run one batch; tokens that were made. After an error every request starts over with the next step.
+
+        On a GPU the tokens are those of the batch before, so that it never waits for the host: the first call returns none.
+        """
         self._check_open()
         plan = self._scheduler.plan()
-        if plan is None:
-            return []
         try:
-            tokens = self._tokens(plan)
+            if plan is not None:
+                self._sent.append(self._runner.send(plan))
+                self._scheduler.sent(plan)
+            if plan is not None and len(self._sent) <= self._ahead:
+                return []
+            return self._read(self._sent.popleft()) if self._sent else []
         except BaseException:
+            self._sent.clear()
             self._scheduler.abandon()
             raise
-        self._scheduler.commit(plan, tokens)
-        made = zip(plan.sampled, tokens, strict=True)
+
+    def _read(self, sent: Sent) -> list[Output]:
+        tokens = sent.read()
+        for request, token in zip(sent.plan.sampled, tokens, strict=True):
+            if token == NOT_FINITE and not request.finished:
+                raise RuntimeError(
+                    f"the logits of request {request.id} after {request.length - 1} tokens are not finite; "
+                    "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
+                )
+        made = self._scheduler.commit(sent.plan, tokens)
         return [Output(request.id, token, request.finished, request.reason) for request, token in made]
 
     # Life
@@ -160,6 +201,11 @@ class PagedLM:
     def report(self) -> Report | None:
         """What the compiler did: sites, specs, kernels and reasons, token rewrites, the graph before and after."""
         return self.cache.report
+
+    @property
+    def cuda_graphs(self) -> tuple[Recorded, ...]:
+        """The decode steps that were recorded so far, with seconds and bytes."""
+        return () if self._runner.graphs is None else tuple(self._runner.graphs.recorded)
 
     @property
     def vocab_size(self) -> int:
@@ -180,12 +226,24 @@ class PagedLM:
 
     # One step
 
+    def _full_step(self) -> None:
+        """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random."""
+        count = min(self.cache.max_seqs, self._scheduler.budget)
+        length = min(self._scheduler.budget // count, self.cache.length_limit)
+        seqs = [self.cache.add() for _ in range(count)]
+        logits = self._runner.logits([Chunk(seq, [0] * length) for seq in seqs])
+        with torch.no_grad():
+            how = [Sampling(temperature=1.0)] * count
+            sample(logits, SamplingRows.of(how, [(0, 0)] * count).to(logits.device))
+        for seq in seqs:
+            self.cache.free(seq)
+
     def _warm_up(self) -> int:
         """Compile with a first call, so that a refusal and the model's limits are known before any request."""
         seq = self.cache.add()
         try:
             try:
-                logits = self._logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
+                logits = self._runner.logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
             except RefusedError as refused:
                 cure = None if self._own_call else position_cure(self._model)
                 if cure is not None:
@@ -196,32 +254,6 @@ class PagedLM:
         finally:
             self.cache.free(seq)
         return vocabulary_of(self._model, logits.shape[-1])
-
-    def _tokens(self, plan: Plan) -> list[int]:
-        logits = self._logits(plan.chunks)
-        if not plan.sampled:
-            return []
-        with torch.no_grad():
-            tokens: list[int] = sample(logits, plan.how, plan.draws).tolist()
-        for request, token in zip(plan.sampled, tokens, strict=True):
-            if token == NOT_FINITE:
-                raise RuntimeError(
-                    f"the logits of request {request.id} after {request.length} tokens are not finite; "
-                    "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
-                )
-        return tokens
-
-    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Run the model over new tokens; the logits rows they asked for."""
-        batch = self.cache.batch(chunks)
-        before = self.cache.steps_run
-        logits = logits_of(self._run(batch.input_ids, batch.position_ids))
-        if self.cache.steps_run == before:
-            raise RuntimeError(
-                "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
-                "look for @torch.compiler.disable or TORCH_COMPILE_DISABLE around the model"
-            )
-        return batch.rows(logits)
 
     def _stream(self, work: list[tuple[list[int], Sampling]]) -> Iterator[Output]:
         self._check_open()
@@ -275,10 +307,17 @@ class PagedLM:
         return plain
 
 
+def _check_can_measure(device: torch.device, fraction: float) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"kv_tokens=None sizes the cache from a GPU's memory, and the model is on {device}; give a number")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction={fraction!r}; it must be above 0 and at most 1")
+
+
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
     """A kv_dtype that cannot be the model's is refused before the compilation."""
     own = dtype_of(model)
-    if cache.kv_dtype is not None and own is not None and own != cache.kv_dtype:
+    if cache.kv_dtype is not None and cache.fp8 is None and own is not None and own != cache.kv_dtype:
         raise ValueError(
             f"kv_dtype={cache.kv_dtype}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model"
         )

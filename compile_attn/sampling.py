@@ -54,52 +54,102 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
-def uniform(seed: int, count: int) -> float:
-    """A number in [0, 1) that depends on the two numbers only.
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-    SplitMix64: constants from Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+
+def uniform(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), float64, each of which depends on its seed (see `mixed`) and count only; int64 of one shape both.
+
+    SplitMix64: constants from Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Products of
+    int64 wrap in torch, on every device, as those of unsigned numbers do.
     """
+    z = seeds + (counts + 1) * _signed(_GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
+    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
+    return _shifted(z ^ _shifted(z, 31), 11).double() / 2.0**53  # the 53 bits that a float keeps
+
+
+def mixed(seed: int) -> int:
+    """A seed as `uniform` takes it: near seeds are far apart."""
     mask = 2**64 - 1
-    z = (_mix(seed & mask) + (count + 1) * 0x9E3779B97F4A7C15) & mask
-    return (_mix(z) >> 11) / 2.0**53  # the 53 bits that a float keeps
+    z = seed & mask
+    z = ((z ^ (z >> 30)) * _FIRST) & mask
+    z = ((z ^ (z >> 27)) * _SECOND) & mask
+    return _signed(z ^ (z >> 31))
 
 
-def _mix(z: int) -> int:
-    mask = 2**64 - 1
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
 
 
-def sample(logits: torch.Tensor, how: Sequence[Sampling], draws: Sequence[float]) -> torch.Tensor:
+def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shifted right as unsigned numbers are: zeros come in."""
+    shifted: torch.Tensor = (words >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """`Sampling` of R rows as tensors [R]: temperature and top_p float64, top_k int64 (0: all), and for `uniform` int64 both."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    seeds: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, how: Sequence[Sampling], draws: Sequence[tuple[int, int]]) -> SamplingRows:
+        """On the CPU, from what is asked and each row's seed and number of draws made."""
+        real = torch.tensor([(one.temperature, one.top_p) for one in how], dtype=torch.float64, device="cpu")
+        whole = [(one.top_k or 0, mixed(seed), count) for one, (seed, count) in zip(how, draws, strict=True)]
+        top_k, seeds, counts = torch.tensor(whole, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
+        return cls(real[:, 0], top_k, real[:, 1], seeds, counts)
+
+    @classmethod
+    def idle(cls, rows: int) -> SamplingRows:
+        """Of rows that nobody asked for."""
+        return cls.of([Sampling()] * rows, [(0, 0)] * rows)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.temperature, self.top_k, self.top_p, self.seeds, self.counts
+
+    def to(self, device: torch.device) -> SamplingRows:
+        """On that device, without waiting for it."""
+        pinned = device.type == "cuda"
+        return SamplingRows(*((t.pin_memory() if pinned else t).to(device, non_blocking=True) for t in self.tensors()))
+
+    def first(self, rows: int) -> SamplingRows:
+        """Views of the first rows."""
+        return SamplingRows(*(tensor[:rows] for tensor in self.tensors()))
+
+
+def sample(logits: torch.Tensor, how: SamplingRows | None = None, draws: torch.Tensor | None = None) -> torch.Tensor:
     """One token per row of logits [R, V]: [R] int64 on the same device; NOT_FINITE where the logits are unusable.
 
-    `draws` holds one number in [0, 1) per row, read where that row's temperature is above 0.
+    Without `how` each row's largest logit is taken. `draws` [R] float64 in [0, 1) stands in for `uniform` of its seeds.
     """
     best, tokens = logits.max(dim=-1)
-    random = [row for row, one in enumerate(how) if one.temperature > 0]
-    if random:
-        place = torch.tensor(random, device=logits.device)
-        tokens = tokens.index_copy(0, place, _draw(logits[place], [how[r] for r in random], [draws[r] for r in random]))
+    if how is not None:
+        points = uniform(how.seeds, how.counts) if draws is None else draws
+        tokens = torch.where(how.temperature > 0, _draw(logits, how, points), tokens)
     return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
 
-def _draw(logits: torch.Tensor, how: Sequence[Sampling], draws: Sequence[float]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, how: SamplingRows, draws: torch.Tensor) -> torch.Tensor:
     """Inverse of the cumulated distribution at each row's draw, likeliest token first."""
     vocab = logits.shape[-1]
-
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
-
-    ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
-    scaled = (ordered - ordered[:, :1]) / column([one.temperature for one in how])
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.double()
+    temperature = torch.where(how.temperature > 0, how.temperature, 1.0)  # of greedy rows nothing is read
+    scaled = (ordered - ordered[:, :1]) / temperature[:, None]
     rank = torch.arange(vocab, device=logits.device)
-    cut = rank >= column([min(one.top_k or vocab, vocab) for one in how])
-    probs = scaled.masked_fill(cut, -math.inf).softmax(dim=-1)
+    most = torch.where(how.top_k > 0, how.top_k, vocab)
+    probs = scaled.masked_fill(rank >= most[:, None], -math.inf).softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
-    out = (before >= column([one.top_p for one in how])) & column([one.top_p < 1 for one in how]).bool()
+    out = (before >= how.top_p[:, None]) & (how.top_p < 1)[:, None]
     kept = probs.masked_fill(out, 0.0).cumsum(dim=-1)
-    chosen = torch.searchsorted(kept, column(draws) * kept[:, -1:], right=True)
+    chosen = torch.searchsorted(kept, draws[:, None] * kept[:, -1:], right=True)
     last = (kept < kept[:, -1:]).sum(dim=-1, keepdim=True)  # the last token that still adds probability
     return order.gather(1, torch.minimum(chosen, last)).squeeze(1)
 

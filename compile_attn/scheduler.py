@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache
-from compile_attn.sampling import Sampling, draw_seed, uniform
+from compile_attn.sampling import Sampling, draw_seed
 
 Reason = Literal["stop", "length", "cancelled"]
 
@@ -28,6 +28,8 @@ class Request:
     new_tokens: list[int] = field(default_factory=list)
     reason: Reason | None = None
     seq: CachedSequence | None = None
+    pending: int = 0  # tokens sampled by steps that were sent, and not read yet; at most 1 when a step is planned
+    row: int = 0  # among the sampled rows of the step that made the last one
 
     @property
     def finished(self) -> bool:
@@ -35,20 +37,23 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens known so far: the prompt and what was made."""
-        return len(self.prompt) + len(self.new_tokens)
+        """Tokens so far: the prompt and what was made, read or not."""
+        return len(self.prompt) + len(self.new_tokens) + self.pending
 
     @property
     def missing(self) -> int:
-        """Known tokens whose keys and values are not in the cache: 1 while decoding."""
+        """Tokens whose keys and values are not in the cache: 1 while decoding."""
         return self.length - (0 if self.seq is None else self.seq.length)
 
-    def tokens(self, start: int, count: int) -> list[int]:
-        """Known tokens from a position on."""
-        prompt = len(self.prompt)
-        if start >= prompt:
-            return self.new_tokens[start - prompt : start - prompt + count]
-        return [*self.prompt[start : start + count], *self.new_tokens[: max(0, start + count - prompt)]]
+    def chunk(self, count: int) -> Chunk:
+        """The next `count` tokens for the cache; the pending one stands in as 0, and says where the device has it."""
+        assert self.seq is not None
+        start, prompt = self.seq.length, len(self.prompt)
+        last = count == self.length - start
+        made = self.new_tokens[max(0, start - prompt) : max(0, start + count - prompt)]
+        carried = self.row if last and self.pending else None
+        tokens = [*self.prompt[start : start + count], *made, *([] if carried is None else [0])]
+        return Chunk(self.seq, tokens, "last" if last else "none", carried)
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,14 @@ class Plan:
         return [request.sampling for request in self.sampled]
 
     @property
-    def draws(self) -> list[float]:
-        return [uniform(request.seed, len(request.new_tokens)) for request in self.sampled]
+    def draws(self) -> list[tuple[int, int]]:
+        """Seed and number of the draw of each sampled row; see `sampling.uniform`."""
+        return [(request.seed, len(request.new_tokens) + request.pending) for request in self.sampled]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every row has one new token, and every row's next token comes out."""
+        return len(self.sampled) == len(self.chunks) == sum(len(chunk.tokens) for chunk in self.chunks)
 
 
 class Scheduler:
@@ -76,11 +87,12 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._ending: list[Request] = []  # their last token was sampled, and is not read yet
         self._count = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._ending)
 
     @property
     def budget(self) -> int:
@@ -109,15 +121,28 @@ class Scheduler:
         """End a request now; its pages come back. A finished one stays as it is."""
         if request.finished:
             return
-        if request in self._running:
-            self._running.remove(request)
-            self._release(request)
-        else:
-            self._waiting.remove(request)
+        self._drop(request)
         request.reason = "cancelled"
 
     def plan(self) -> Plan | None:
         """Choose the next step, oldest request first; None without work."""
+        running = self._running
+        if len(running) <= min(self.budget, self.cache.free_pages) and all(one.missing == 1 for one in running):
+            picked, preempted = [(one, 1) for one in running], False  # what follows would say the same, in more time
+            left = self.cache.free_pages - sum(self._pages_wanted(one, 1) for one in running) if self._waiting else 0
+        else:
+            picked, preempted, left = self._pick_running()
+        if not preempted:
+            self._admit(picked, self.budget - sum(count for _, count in picked), left)
+        if not picked and self._waiting and not self._waiting[0].pending:
+            raise OutOfPages(
+                f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
+                f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
+            )
+        return self._as_plan(picked) if picked else None
+
+    def _pick_running(self) -> tuple[list[tuple[Request, int]], bool, int]:
+        """How many tokens of each running request; whether any was preempted; the pages then free."""
         picked: list[tuple[Request, int]] = []
         budget, free = self.budget, self.cache.free_pages
         at, preempted = 0, False
@@ -136,39 +161,60 @@ class Scheduler:
             budget -= fits
             picked.append((request, fits))
             at += 1
-        if not preempted:
-            self._admit(picked, budget, free)
-        if not picked and self._waiting:
-            raise OutOfPages(
-                f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
-                f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
-            )
-        return self._as_plan(picked) if picked else None
+        return picked, preempted, free
 
-    def commit(self, plan: Plan, tokens: Sequence[int]) -> None:
-        """Give each sampled request its token, and let go of those that end."""
+    def sent(self, plan: Plan) -> None:
+        """The step was handed to the device; the next one can be planned before its tokens are read.
+
+        A request that this step brings to its end gives its pages back now: what is sent later runs later.
+        """
+        for row, request in enumerate(plan.sampled):
+            request.pending, request.row = request.pending + 1, row
+            if (
+                len(request.new_tokens) + request.pending >= request.sampling.max_new_tokens
+                or request.length > self.cache.length_limit
+            ):
+                self._running.remove(request)  # a token past the limit could not be fed back
+                self._release(request)
+                self._ending.append(request)
+
+    def commit(self, plan: Plan, tokens: Sequence[int]) -> list[tuple[Request, int]]:
+        """Give each sampled request its token, and let go of those that end. Returns who got which."""
+        made = []
         for request, token in zip(plan.sampled, tokens, strict=True):
+            if request.finished:  # stopped or cancelled after this step was sent
+                continue
+            request.pending -= 1
             request.new_tokens.append(token)
+            made.append((request, token))
             if token in request.sampling.stop_ids:
                 request.reason = "stop"
-            elif len(request.new_tokens) >= request.sampling.max_new_tokens or request.length > self.cache.length_limit:
-                request.reason = "length"  # a token past the limit could not be fed back
+            elif request in self._ending and not request.pending:
+                request.reason = "length"
             if request.finished:
-                self._running.remove(request)
-                self._release(request)
+                self._drop(request)
+        return made
 
     def abandon(self) -> None:
-        """After a step that failed: give all pages back and let every running request start over."""
+        """After a step that failed: give all pages back and let every unfinished request start over."""
         while self._running:
             self._preempt_youngest()
+        self._waiting.extendleft(reversed(self._ending))
+        self._ending.clear()
+        for request in self._waiting:
+            request.pending = 0
 
     def _admit(self, picked: list[tuple[Request, int]], budget: int, free: int) -> None:
         """Let waiting requests in while their known tokens fit beside what the running ones still have to load."""
+        most = min(self.cache.max_seqs, self.budget)
+        if not self._waiting or len(self._running) >= most:
+            return
         free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
         free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
-        most = min(self.cache.max_seqs, self.budget)
         while self._waiting and len(self._running) < most and budget > 0:
             request = self._waiting[0]
+            if request.pending:  # preempted in the plan before this one: its newest token is still being read
+                break
             wanted = self._pages_wanted(request, request.missing)
             if wanted > free - len(self._running):  # each running one keeps a page to grow into
                 break
@@ -189,6 +235,13 @@ class Scheduler:
         self.preemptions += 1
         return self.cache.free_pages - before
 
+    def _drop(self, request: Request) -> None:
+        """Take a request out of wherever it is."""
+        for queue in (self._running, self._ending, self._waiting):
+            if request in queue:
+                queue.remove(request)
+        self._release(request)
+
     def _release(self, request: Request) -> None:
         if request.seq is not None:
             self.cache.free(request.seq)
@@ -207,12 +260,6 @@ class Scheduler:
     @staticmethod
     def _as_plan(picked: list[tuple[Request, int]]) -> Plan:
         ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
-        chunks, sampled = [], []
-        for request, count in ordered:
-            assert request.seq is not None
-            last = count == request.missing
-            tokens = request.tokens(request.seq.length, count)
-            chunks.append(Chunk(request.seq, tokens, "last" if last else "none"))
-            if last:
-                sampled.append(request)
+        chunks = [request.chunk(count) for request, count in ordered]
+        sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits == "last"]
         return Plan(chunks, sampled)

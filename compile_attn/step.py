@@ -1,6 +1,7 @@
 """What does one step look like to the compiled model?
 
-Packed new tokens of many sequences, in static buffers: written in place every step, pad rows cleared every time.
+Packed new tokens of many sequences, in static buffers: written in place every step, pad rows cleared every time. Nothing
+here waits for the device: what is written comes from pinned memory that torch's allocator keeps until it has arrived.
 """
 
 from __future__ import annotations
@@ -21,19 +22,27 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 # Sizes 0 and 1 are specialised by torch.compile, so a step never has them: B, T and R are padded to 2.
 MIN_SIZE = 2
+_LOGITS = get_args(Logits)
+_NO_TOKENS = np.zeros(0, dtype=np.int64)
+_NO_PAGES: array[int] = array("i")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """New tokens of one sequence, in order, and for which of them logits come back."""
+    """New tokens of one sequence, in order, and for which of them logits come back.
+
+    `carried`: the last of the tokens, whatever stands for it here, is the one that row of the step before has sampled
+    (`StepBuffers.recent`); the host need not know it yet.
+    """
 
     seq: CachedSequence
     tokens: Sequence[int] | torch.Tensor
     logits: Logits = "last"
+    carried: int | None = None
 
     def __post_init__(self) -> None:
-        if self.logits not in get_args(Logits):
-            raise ValueError(f"logits={self.logits!r}; choose one of {', '.join(map(repr, get_args(Logits)))}")
+        if self.logits not in _LOGITS:
+            raise ValueError(f"logits={self.logits!r}; choose one of {', '.join(map(repr, _LOGITS))}")
 
 
 @dataclass(frozen=True)
@@ -45,98 +54,117 @@ class Batch:
     num_tokens: int  # without padding; likewise below
     num_rows: int
     num_seqs: int
+    shape: tuple[int, int, int]  # B, T and R as the model sees them
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The real rows [num_rows, V] of what the model returned ([1, R, V] or [R, V])."""
+        return self.all_rows(logits)[: self.num_rows]
+
+    def all_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same with pad rows, [R, V]."""
         flat = logits[0] if logits.dim() == 3 and logits.shape[0] == 1 else logits
-        if flat.dim() != 2 or flat.shape[0] != _padded(self.num_rows):
+        if flat.dim() != 2 or flat.shape[0] != self.shape[2]:
             raise ValueError(
-                f"the model returned logits of shape {tuple(logits.shape)}; expected [1, {_padded(self.num_rows)}, "
+                f"the model returned logits of shape {tuple(logits.shape)}; expected [1, {self.shape[2]}, "
                 "vocabulary] for this batch: return logits of every token, [1, T, vocabulary], from the model's forward"
             )
-        return flat[: self.num_rows]
+        return flat
 
 
 class StepBuffers:
-    """The buffers on the device and their mirrors on the host (on the CPU they are the same memory)."""
+    """The buffers on the device, at addresses that never change."""
 
     def __init__(self, max_seqs: int, max_pages: int, max_tokens: int, device: torch.device) -> None:
         rows, tokens = max(max_seqs, MIN_SIZE), max(max_tokens, MIN_SIZE)
         self._device = device
-        self._mirrors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._block_table = self._make("block_table", (rows, max_pages), torch.int32)
-        self._seq_lens = self._make("seq_lens", (rows,), torch.int32)
-        self._query_lens = self._make("query_lens", (rows,), torch.int32)
-        self._input_ids = self._make("input_ids", (tokens,), torch.int64)
-        self._position_ids = self._make("position_ids", (tokens,), torch.int64)
-        self._logits_rows = self._make("logits_rows", (tokens,), torch.int64)
-        self._written = (0, 0)  # rows and pages of the block table that the last batch wrote
+        self.block_table = torch.zeros((rows, max_pages), dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.query_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.input_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.position_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.logits_rows = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.recent = torch.zeros(tokens, dtype=torch.int64, device=device)  # what the last step sampled, by row
+        self._held: list[tuple[array[int], int]] = []  # by row of the block table: the pages it shows, and how many
 
-    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
-        pinned = self._device.type == "cuda"
-        host = torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
-        there = host if self._device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=self._device)
-        self._mirrors[name] = (there, host)
-        array_of: np.ndarray[Any, Any] = host.numpy()
-        return array_of
-
-    def write(self, tables: Sequence[array[int]], starts: list[int], tokens: list[Ints], logits: list[Logits]) -> Batch:
+    def write(
+        self,
+        tables: Sequence[array[int]],
+        starts: list[int],
+        tokens: list[Ints],
+        logits: list[Logits],
+        carried: Sequence[int | None] = (),
+        pad_to: int = MIN_SIZE,
+    ) -> Batch:
         """Write one batch: per sequence its pages, the tokens it had before, its new tokens, the rows wanted."""
-        lengths = [len(new) for new in tokens]
-        ends = np.cumsum(lengths)
+        lengths = np.array([len(new) for new in tokens], dtype=np.int64)
+        ends, before, real = np.cumsum(lengths), np.array(starts, dtype=np.int64), int(lengths.sum())
         rows = _wanted_rows(ends, lengths, logits)
-        seqs, total = _padded(len(tokens)), _padded(int(ends[-1]))
-        self._write_table(tables, seqs)
-        self._fill("seq_lens", self._seq_lens, np.add(starts, lengths), seqs)
-        self._fill("query_lens", self._query_lens, lengths, seqs)
-        self._fill("input_ids", self._input_ids, np.concatenate(tokens), total)
-        places = [np.arange(start, start + count) for start, count in zip(starts, lengths, strict=True)]
-        self._fill("position_ids", self._position_ids, np.concatenate(places), total)
-        self._fill("logits_rows", self._logits_rows, _repeat_last(rows), _padded(len(rows)))
-        ids, positions = (self._packed(name, total) for name in ("input_ids", "position_ids"))
-        return Batch(ids, positions, int(ends[-1]), len(rows), len(tokens))
+        seqs, total, wanted = (max(size, pad_to) for size in (len(tokens), real, len(rows)))
+        self.write_table(tables)
+        self._send(self.seq_lens, before + lengths, seqs)
+        self._send(self.query_lens, lengths, seqs)
+        self._send(self.input_ids, np.concatenate([_NO_TOKENS, *tokens]), total)
+        self._send(self.position_ids, np.arange(real) + np.repeat(before + lengths - ends, lengths), total)
+        self._send(self.logits_rows, _repeat_last(rows, wanted), wanted)
+        self._carry([(int(end) - 1, row) for end, row in zip(ends, carried, strict=False) if row is not None])
+        ids, positions = (self._packed(buffer, total) for buffer in (self.input_ids, self.position_ids))
+        return Batch(ids, positions, real, len(rows), len(tokens), (seqs, total, wanted))
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """block_table [B, max_pages], seq_lens [B], query_lens [B], logits_rows [R] of this batch."""
-        seqs, rows = _padded(batch.num_seqs), _padded(batch.num_rows)
-        there = {name: pair[0] for name, pair in self._mirrors.items()}
-        return (
-            there["block_table"][:seqs],
-            there["seq_lens"][:seqs],
-            there["query_lens"][:seqs],
-            there["logits_rows"][:rows],
-        )
+        seqs, _, rows = batch.shape
+        return self.block_table[:seqs], self.seq_lens[:seqs], self.query_lens[:seqs], self.logits_rows[:rows]
 
-    def _write_table(self, tables: Sequence[array[int]], seqs: int) -> None:
-        rows, pages = self._written
-        self._block_table[:rows, :pages] = 0
-        for row, table in enumerate(tables):
-            self._block_table[row, : len(table)] = table
-        self._written = (len(tables), max(map(len, tables)))
-        self._send("block_table", max(rows, seqs))
+    def write_table(self, tables: Sequence[array[int]]) -> None:
+        """Bring the block table to these pages, a row each. Only what changed is sent; what a row shows no more is 0."""
+        width = self.block_table.shape[1]
+        places: list[int] = []
+        pages: list[int] = []
+        rows = [*tables, *[_NO_PAGES] * (len(self._held) - len(tables))]
+        held = [*self._held, *[(_NO_PAGES, 0)] * (len(tables) - len(self._held))]
+        for row, (table, (shown, count)) in enumerate(zip(rows, held, strict=True)):
+            size = len(table)
+            if table is shown and size == count:
+                continue
+            begin = count if table is shown else 0
+            end = max(size, count)
+            places.extend(range(row * width + begin, row * width + end))
+            pages.extend([*table[begin:], *[0] * (end - size)])
+        self._held = [(table, len(table)) for table in tables]
+        if places:
+            values = self._sent(np.array(pages, dtype=np.int32))
+            self.block_table.view(-1).index_copy_(0, self._sent(np.array(places)), values)
 
-    def _fill(self, name: str, into: np.ndarray[Any, Any], values: Any, size: int) -> None:
+    def _carry(self, carried: list[tuple[int, int]]) -> None:
+        """Token ids that only the device knows: (place among the packed tokens, row of the step before) each."""
+        if carried:
+            places, rows = self._sent(np.array(carried).T.copy())
+            self.input_ids.index_copy_(0, places, self.recent.index_select(0, rows).clamp_(min=0))
+
+    def _send(self, there: torch.Tensor, values: Any, size: int) -> None:
         """Write the values and zeros after them, up to the padded size."""
-        into[: len(values)] = values
-        into[len(values) : size] = 0
-        self._send(name, size)
+        host = torch.zeros(size, dtype=there.dtype, device="cpu", pin_memory=self._device.type == "cuda")
+        host.numpy()[: len(values)] = values
+        there[:size].copy_(host, non_blocking=True)
 
-    def _send(self, name: str, size: int) -> None:
-        there, host = self._mirrors[name]
-        if there is not host:
-            there[:size].copy_(host[:size])
+    def _sent(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        """The values in a tensor of their own on the device."""
+        host = torch.from_numpy(values)
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
 
-    def _packed(self, name: str, total: int) -> torch.Tensor:
+    def _packed(self, buffer: torch.Tensor, total: int) -> torch.Tensor:
         """The first tokens of a buffer as [1, T], not marked as a view (Dynamo would guard on its base)."""
         from torch._dynamo import maybe_mark_dynamic  # documented under torch.compiler's dynamic shapes
 
-        packed = self._mirrors[name][0][:total].unsqueeze(0).detach()
+        packed = buffer[:total].unsqueeze(0).detach()
         maybe_mark_dynamic(packed, 1)
         return packed
 
 
 def token_array(tokens: Sequence[int] | torch.Tensor) -> Ints:
     """Token ids as a checked int64 vector: at least one, whole numbers, none negative."""
+    if isinstance(tokens, list) and len(tokens) == 1 and type(tokens[0]) is int and tokens[0] >= 0:
+        return np.array(tokens)  # a decode: the common case, and the checks below take ten times as long
     given = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
     if given.ndim != 1:
         raise ValueError(f"token ids of shape {given.shape}; a sequence takes a flat list of whole numbers")
@@ -149,20 +177,15 @@ def token_array(tokens: Sequence[int] | torch.Tensor) -> Ints:
     return given.astype(np.int64)
 
 
-def _padded(size: int) -> int:
-    return max(size, MIN_SIZE)
-
-
-def _wanted_rows(ends: Any, lengths: list[int], logits: list[Logits]) -> list[int]:
+def _wanted_rows(ends: Ints, lengths: Ints, logits: list[Logits]) -> list[int]:
     """Packed places of the tokens whose logits are wanted, in order."""
     rows: list[int] = []
-    for end, length, wanted in zip(ends.tolist(), lengths, logits, strict=True):
+    for end, length, wanted in zip(ends.tolist(), lengths.tolist(), logits, strict=True):
         first = {"last": end - 1, "all": end - length, "none": end}[wanted]
         rows.extend(range(first, end))
     return rows
 
 
-def _repeat_last(rows: list[int]) -> list[int]:
+def _repeat_last(rows: list[int], size: int) -> list[int]:
     """Pad rows repeat a real one; without any they read token 0."""
-    missing = MIN_SIZE - len(rows)
-    return rows if missing <= 0 else rows + (rows[-1:] or [0]) * missing
+    return [*rows, *(rows[-1:] or [0]) * (size - len(rows))]

@@ -12,20 +12,26 @@ import torch
 
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
+FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
 
 @dataclass(frozen=True)
 class Request:
-    """What a site asks of a kernel. `page_size` is None for a stateless call."""
+    """What a site asks of a kernel. `page_size` is None for a stateless call, `kv_dtype` where pages are of the queries' dtype."""
 
     spec: AttentionSpec
     device: torch.device
     dtype: torch.dtype
     page_size: int | None
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class Paged:
-    """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`."""
+    """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`.
+
+    With a scale, float32 of shape [], [1] or [Hkv], a page holds keys or values divided by it.
+    """
 
     k_pages: torch.Tensor
     v_pages: torch.Tensor
@@ -36,6 +42,20 @@ class Paged:
     token_seq: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step, where the graph holds it
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What `Backend.plan` may know of a step, the same for all layers. Tensors as in the op `paged_attn::attend`."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    positions: torch.Tensor
+    token_seq: torch.Tensor
+    page_size: int
+    dtype: torch.dtype  # of queries
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,11 @@ class PlannedSite:
     kv_dtype: torch.dtype  # of pages
 
 
+def plan_size(sequences: int, numbers: int) -> int:
+    """Numbers in a plan of so many a sequence: with room for a few more sequences than there are (which may be a symbol)."""
+    return numbers * (sequences + 8)
+
+
 class Backend:
     """One provider of kernels. Meaning it does not declare is refused, with a reason (Law 4)."""
 
@@ -71,8 +96,11 @@ class Backend:
     features: frozenset[Feature]
     phases: frozenset[str] = frozenset({"stateless", "paged"})
     devices: frozenset[str] | None = None  # torch device types; None: any
-    dtypes: frozenset[torch.dtype] | None = None
+    dtypes: frozenset[torch.dtype] | None = None  # of queries
+    kv_dtypes: frozenset[torch.dtype] = frozenset()  # of pages, beside the queries' own; with FP8 go scales
     head_dims: frozenset[int] | None = None
+
+    plan_numbers: int = 0  # that a plan holds for each sequence
 
     def limits(self, request: Request) -> tuple[str, ...]:
         """Reasons that the tables above cannot give: a shape, a library that is not installed. Empty: none."""
@@ -87,6 +115,8 @@ class Backend:
             out.append(f"runs on {_listed(self.devices)}, not on {request.device.type}; move the model, or {cure}")
         if self.dtypes is not None and request.dtype not in self.dtypes:
             out.append(f"computes in {_listed(self.dtypes)}, not in {_name(request.dtype)}; cast the model, or {cure}")
+        if request.kv_dtype not in {None, request.dtype, *self.kv_dtypes}:
+            out.append(f"reads no pages of {_name(request.kv_dtype)}; use kv_dtype='auto', or {cure}")
         wrong = {spec.head_dim, spec.head_dim_v} - (self.head_dims or {spec.head_dim, spec.head_dim_v})
         if wrong:
             out.append(f"has no head size {_listed(wrong)} (only {_listed(self.head_dims or ())}); pad the heads, or {cure}")
@@ -96,6 +126,14 @@ class Backend:
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
+        return None
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """What all sites of that `planned` spec need of a step, computed on the device: int32 [plan_size(B, plan_numbers)]."""
+        raise NotImplementedError(f"{self.name} makes no plans")
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec

@@ -107,6 +107,10 @@ def build_metadata(
     block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """cu_seqlens_q, positions, slot_mapping, token_seq: see `AttentionMetadata`. Shapes depend on num_tokens only."""
+    if block_table.is_cuda:
+        from compile_attn.kernels import batch_triton
+
+        return batch_triton.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
     ends = query_lens.cumsum(0, dtype=torch.int32)
     cu_seqlens_q = torch.nn.functional.pad(ends, (1, 0))
     token = torch.arange(num_tokens, device=ends.device, dtype=torch.int32)
@@ -130,8 +134,13 @@ def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: 
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
         if given.numel() < rows:
             raise ValueError(f"advance_step: {name} holds {given.numel()} values, the batch {rows} rows; give one a row")
-    tokens, positions = input_ids.view(-1)[:rows], position_ids.view(-1)[:rows]
+    tokens, positions, sampled = input_ids.view(-1)[:rows], position_ids.view(-1)[:rows], sampled.reshape(-1)[:rows]
+    if seq_lens.is_cuda:
+        from compile_attn.kernels import batch_triton
+
+        batch_triton.advance_step(tokens, positions, seq_lens, sampled)
+        return
     live = seq_lens > 0
-    tokens.copy_(torch.where(live, sampled.reshape(-1)[:rows], tokens))
+    tokens.copy_(torch.where(live, sampled, tokens))
     positions.copy_(torch.where(live, seq_lens, positions))
     seq_lens.add_(live)

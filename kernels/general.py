@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.expr import I, J
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
@@ -47,6 +47,7 @@ class GeneralBackend(Backend):
     features = frozenset(Feature)
     devices = frozenset({"cuda", "cpu"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    kv_dtypes = FP8
 
     def limits(self, request: Request) -> tuple[str, ...]:
         out = []

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from compile_attn.kernels.backend import Backend, Paged
+from compile_attn.kernels.backend import FP8, Backend, Paged
 from compile_attn.kernels.evaluate import Evaluate, constant, evaluator
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
@@ -30,6 +30,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     features = frozenset(Feature)
+    kv_dtypes = FP8
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec

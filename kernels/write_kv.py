@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from compile_attn.kernels.backend import FP8
 
 
 def write_kv(
@@ -25,14 +25,13 @@ def write_kv(
     if k.is_cuda:
         from compile_attn.kernels.write_kv_triton import write_pages
 
-        for new, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
-            write_pages(new, pages, slot_mapping, scale)
+        write_pages(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
         return
     keep = (slot_mapping >= 0).nonzero()[:, 0]
     slots = slot_mapping[keep]
     for new, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         stored = _stored(new[keep], pages.dtype, scale)
-        if pages.dtype in _FP8:  # bytes: index_copy_ knows no fp8
+        if pages.dtype in FP8:  # bytes: index_copy_ knows no fp8
             stored, pages = stored.view(torch.uint8), pages.view(torch.uint8)
         pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, stored)
 
@@ -40,7 +39,7 @@ def write_kv(
 def _stored(new: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is not None:
         new = new.float() / scale.reshape(-1, 1)
-    if dtype in _FP8:
+    if dtype in FP8:
         limit = torch.finfo(dtype).max
         new = new.clamp(-limit, limit)
     return new.to(dtype)

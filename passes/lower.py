@@ -15,7 +15,7 @@ from torch import fx
 
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
 from compile_attn.kernels.mask import Bidirectional, Causal
-from compile_attn.kernels.select import Choice, choose
+from compile_attn.kernels.select import Choice, backend, choose
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes import emit
 from compile_attn.passes.graph import is_tensor, placeholders, same_size, val
@@ -29,7 +29,7 @@ STEP_INPUTS = ("block_table", "seq_lens", "query_lens", "logits_rows")  # what a
 
 @dataclass(frozen=True)
 class LayerKV:
-    """What one attention site keeps per token: pages K [P, PS, Hkv, D] and V [P, PS, Hkv, Dv] of this dtype and device."""
+    """What one attention site keeps per token: pages K [P, PS, Hkv, D] and V [P, PS, Hkv, Dv]. dtype: that of the model's keys."""
 
     num_kv_heads: int
     head_dim: int
@@ -51,10 +51,10 @@ class StepNodes:
     token_seq: fx.Node
 
 
-def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None) -> Choice:
-    """The kernel for one site; `page_size` is None for a stateless call."""
+def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None, kv_dtype: torch.dtype | None = None) -> Choice:
+    """The kernel for one site; `page_size` is None for a stateless call, `kv_dtype` for pages of the model's own dtype."""
     query = val(site.q[0].node)
-    return choose(site.spec, query.device, query.dtype, page_size, kernel)
+    return choose(site.spec, query.device, query.dtype, page_size, kernel, kv_dtype)
 
 
 def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
@@ -165,33 +165,64 @@ def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Nod
     return node
 
 
-def page(module: fx.GraphModule, step: StepNodes, num_pages: int, page_size: int) -> tuple[LayerKV, ...]:
+def page(
+    module: fx.GraphModule, step: StepNodes, num_pages: int | torch.SymInt, page_size: int, kv_dtype: torch.dtype | None = None
+) -> tuple[LayerKV, ...]:
     """Turn every fused node into write_kv and attend over pages of its own, placeholders `k_pages_n` and `v_pages_n`.
 
+    With a kv_dtype pages are of that dtype, by a scale each: `k_scale_n` and `v_scale_n` follow, float32 [].
     Returns what each site keeps, in the order of the new placeholders (K and V of site 0, of site 1, ...).
     """
     graph = module.graph
     layers: list[LayerKV] = []
+    plans: dict[tuple[str, str, torch.dtype], fx.Node] = {}
     for fused in [n for n in graph.nodes if n.target is _ops.attention.default]:
         q, k, v, captured, spec, kernel = fused.args
         key, value = val(k), val(v)
         layer = LayerKV(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), key.dtype, key.device)
         number = len(layers)
-        pool = key.new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim))
-        k_pages = add_placeholder(graph, f"k_pages_{number}", pool)
-        pool = value.new_empty((num_pages, page_size, layer.num_kv_heads, layer.head_dim_v))
-        v_pages = add_placeholder(graph, f"v_pages_{number}", pool)
+        pools = []
+        for name, like in (("k", key), ("v", value)):
+            pool = like.new_empty((num_pages, page_size, layer.num_kv_heads, like.shape[3]), dtype=kv_dtype)
+            pools.append(add_placeholder(graph, f"{name}_pages_{number}", pool))
+        scales = []
+        if kv_dtype is not None:
+            one = key.new_empty((), dtype=torch.float32)
+            scales = [add_placeholder(graph, f"{name}_scale_{number}", one) for name in ("k", "v")]
         with graph.inserting_before(fused):
             q, k, v = (_token_major(graph, node, fused) for node in (q, k, v))
-            emit.call(graph, _ops.write_kv.default, k, v, k_pages, v_pages, step.slot_mapping, like=fused)
+            emit.call(graph, _ops.write_kv.default, k, v, *pools, step.slot_mapping, *scales, like=fused)
             where = (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
-            out = emit.call(graph, _ops.attend.default, q, k_pages, v_pages, *where, captured, spec, kernel, like=fused)
-            out = emit.call(graph, _aten.transpose.int, out, 0, 1, like=fused)
+            planned = _plan(graph, where, page_size, fused, plans)
+            more = scales if planned is None else [*(scales or (None, None)), planned]
+            out = emit.call(graph, _ops.attend.default, q, *pools, *where, captured, spec, kernel, *more, like=fused)
+            # In this order the result is [1, T, H, D] laid out as if new, so that a model's own contiguous() after it is no copy.
             out = emit.call(graph, _aten.unsqueeze.default, out, 0, like=fused)
+            out = emit.call(graph, _aten.transpose.int, out, 1, 2, like=fused)
         fused.replace_all_uses_with(out)
         graph.erase_node(fused)
         layers.append(layer)
     return tuple(layers)
+
+
+def _plan(
+    graph: fx.Graph,
+    where: tuple[fx.Node, ...],
+    page_size: int,
+    fused: fx.Node,
+    plans: dict[tuple[str, str, torch.dtype], fx.Node],
+) -> fx.Node | None:
+    """The plan that this site shares with others, made where the first of them stands; None if its kernel makes none."""
+    kernel = str(fused.args[5])
+    run = backend(kernel)
+    shared = run.planned(spec_of(fused))
+    if shared is None:
+        return None
+    key = (kernel, shared.encode(), val(fused.args[0]).dtype)  # type: ignore[arg-type]
+    if key not in plans:
+        more = (page_size, key[2], key[1], kernel, run.plan_numbers)
+        plans[key] = emit.call(graph, _ops.plan.default, *where, *more, like=fused)
+    return plans[key]
 
 
 def _token_major(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:

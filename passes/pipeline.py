@@ -19,24 +19,25 @@ from compile_attn.passes import lower
 from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
+from compile_attn.passes.merge_linears import Merged, merge_linears
 from compile_attn.passes.normalize import Normalized, normalize
 from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
-from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
+from compile_attn.passes.report import LinearMerge, RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.terms import Unreadable
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
 from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
+from compile_attn.passes.weights import JoinedWeights
 
 __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
 
 
 @dataclass(frozen=True)
 class PagedGeometry:
-    """Pages of a cache: P pages of PS tokens, and at most max_pages of them for one sequence."""
+    """Pages of a cache, PS tokens each, of the model's dtype or of kv_dtype. How many there are a graph does not know."""
 
-    num_pages: int
     page_size: int
-    max_pages: int
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,28 @@ class Rewriting:
     inputs: FreshInputs | None = None
     max_tokens: int | None = None  # most packed tokens that one call may hold, where the model itself limits it
     constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
+    weights: JoinedWeights = field(default_factory=JoinedWeights)  # called with the model's inputs, it gives the last ones
 
     def verify(self) -> None:
         """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
         assert self.inputs is not None
         verify(self.module, self.inputs)
 
-    def most_tokens(self, max_seqs: int, own_inputs: int) -> int | None:
+    def most_tokens(self, own_inputs: int, max_seqs: int, max_pages: int, num_pages: int) -> int | None:
         """The most tokens of a step: the model's own limit, and what compiling it has assumed. Rows are tokens too.
 
-        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where too few sequences fit.
+        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where the cache is too large.
         """
         assert self.inputs is not None
         bounds = assumed_bounds(self.inputs)
         block_table = self.inputs.values[own_inputs]
-        sequences = bounds.pop(block_table.shape[0].node.expr, max_seqs)
-        if sequences < max_seqs:
-            raise ValueError(f"max_seqs={max_seqs}; the compiled graph takes at most {sequences} sequences a step: lower it")
+        sizes = [("max_seqs", block_table.shape[0], max_seqs), ("pages of a sequence", block_table.shape[1], max_pages)]
+        if self.layers:
+            sizes.append(("pages", self.inputs.values[own_inputs + len(STEP_INPUTS)].shape[0], num_pages))
+        for name, size, asked in sizes:
+            most = bounds.pop(size.node.expr, asked)
+            if most < asked:
+                raise ValueError(f"{name}={asked}; the compiled graph takes at most {most}: make the cache smaller")
         return min((*bounds.values(), *([] if self.max_tokens is None else [self.max_tokens])), default=None)
 
 
@@ -82,8 +88,10 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
-def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False) -> Rewriting:
-    """Replace every attention that can be read by a fused op; the rest of the graph stays."""
+def rewrite_stateless(
+    gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False, merge: bool = False
+) -> Rewriting:
+    """Replace every attention that can be read by a fused op; the rest of the graph stays, but for linears to `merge`."""
     clock = _Clock()
     try:
         with clock.phase("normalize"):
@@ -99,13 +107,21 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         rewritten, refused = _fuse_all(normalized, sites, kernel, None, needs_grad)
         if rewritten:
             cleanup(normalized.module.graph)
-    normalized.module.recompile()
     if normalized.flex and (rejected or refused or len(rewritten) < normalized.flex):
         return Rewriting(gm, Report("stateless", (), (*rejected, *refused), (), clock.seconds, before, before))
+    with clock.phase("lower"):
+        merged = _merge(normalized, needs_grad) if merge else Merged()
+    normalized.module.recompile()
     with clock.phase("report"):
         after = _text(normalized)
-    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after)
-    return Rewriting(normalized.module, report)
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after, tuple(merged.entries))
+    return Rewriting(normalized.module, report, weights=JoinedWeights(merged.joined))
+
+
+def _merge(normalized: Normalized, needs_grad: bool) -> Merged:
+    if needs_grad:
+        return Merged([LinearMerge("apart", Location(), "gradients are asked for, and they are the separate weights'")])
+    return merge_linears(normalized)
 
 
 def rewrite_paged(
@@ -116,10 +132,11 @@ def rewrite_paged(
     geometry: PagedGeometry,
     token_ids: int,
     positions: int | None,
+    merge: bool = True,
 ) -> Rewriting:
     """Make the graph take packed new tokens of many sequences, keys and values in pages. Raises RefusedError.
 
-    `token_ids` and `positions` are the places of those inputs among the examples.
+    `token_ids` and `positions` are the places of those inputs among the examples. `merge`: linears that read one tensor become one.
     """
     clock = _Clock()
     _unify_lengths(gm, [token_ids, *([] if positions is None else [positions])])
@@ -140,22 +157,24 @@ def rewrite_paged(
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=True, positions=position_inputs)
     with clock.phase("lower"):
-        rewritten, refused = _fuse_all(normalized, sites, kernel, geometry.page_size, needs_grad=False)
+        rewritten, refused = _fuse_all(normalized, sites, kernel, geometry, needs_grad=False)
         cleanup(graph)
-        step = lower.add_step_inputs(module, tokens[0], _step_examples(tokens[0], geometry), geometry.page_size)
+        step_inputs, num_pages = _step_examples(tokens[0])
+        step = lower.add_step_inputs(module, tokens[0], step_inputs, geometry.page_size)
     rejected = [*rejected, *refused]
     report = replace(report, sites=rewritten, rejected=tuple(rejected))
     proof = _prove(normalized, tokens, step, position_inputs, rejected, report, clock)
     with clock.phase("lower"):
-        layers = lower.page(module, step, geometry.num_pages, geometry.page_size)
+        layers = lower.page(module, step, num_pages, geometry.page_size, geometry.kv_dtype)
         cleanup(graph)
         for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
             node.meta.pop("unbacked_bindings", None)
+        merged = merge_linears(normalized) if merge else Merged()
     module.recompile()
     with clock.phase("report"):
         after = _text(normalized)
-    report = replace(report, tokens=proof.rewrites, after=after, max_positions=proof.max_positions)
-    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens)
+    report = replace(report, tokens=proof.rewrites, after=after, linears=tuple(merged.entries), max_positions=proof.max_positions)
+    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens, weights=JoinedWeights(merged.joined))
 
 
 def _prove(
@@ -196,13 +215,14 @@ def _where(where: Location) -> str:
 
 
 def _fuse_all(
-    normalized: Normalized, sites: Sequence[AttentionSite], kernel: str, page_size: int | None, needs_grad: bool
+    normalized: Normalized, sites: Sequence[AttentionSite], kernel: str, geometry: PagedGeometry | None, needs_grad: bool
 ) -> tuple[tuple[Rewritten, ...], list[Rejected]]:
-    """Fuse what a kernel serves; returns what was rewritten and what was not."""
+    """Fuse what a kernel serves; returns what was rewritten and what was not. Without a geometry: stateless."""
     rewritten, refused = [], []
+    page_size, kv_dtype = (None, None) if geometry is None else (geometry.page_size, geometry.kv_dtype)
     graph = normalized.module.graph
     for site in sites:
-        choice = lower.choose_kernel(site, kernel, page_size)
+        choice = lower.choose_kernel(site, kernel, page_size, kv_dtype)
         if needs_grad and choice.kernel != "sdpa":
             why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
             refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))
@@ -271,24 +291,25 @@ def _fixed_at(node: fx.Node) -> str | None:
     return next((str(line.maybe_user_loc or "") for line in fixed if line is not None), None)
 
 
-def _step_examples(tokens: fx.Node, geometry: PagedGeometry) -> list[torch.Tensor]:
-    """Fake tensors for the step's inputs in the graph's own fake mode, with symbols for B and R."""
+def _step_examples(tokens: fx.Node) -> tuple[list[torch.Tensor], torch.SymInt]:
+    """Fake tensors for the step's inputs in the graph's own fake mode, with symbols for B, R and max_pages; a symbol for P."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     mode = tokens.meta["val"].fake_mode
     env = mode.shape_env
     made = []
-    for name, hint in (("sequences", 17), ("rows", 19)):
+    for name, hint in (("sequences", 17), ("rows", 19), ("max_pages", 23), ("pages", 29)):
         source = ConstantSource(f"paged_attn_{name}")
         symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         made.append(env.create_symintnode(symbol, hint=hint, source=source))
-    sequences, rows = made
+    sequences, rows, max_pages, num_pages = made
     device = tokens.meta["val"].device
     with mode:
-        return [
-            torch.empty((sequences, geometry.max_pages), dtype=torch.int32, device=device),
+        examples = [
+            torch.empty((sequences, max_pages), dtype=torch.int32, device=device),
             torch.empty((sequences,), dtype=torch.int32, device=device),
             torch.empty((sequences,), dtype=torch.int32, device=device),
             torch.empty((rows,), dtype=torch.int64, device=device),
         ]
+    return examples, num_pages

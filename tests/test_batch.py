@@ -1,5 +1,7 @@
 """Does a step know where its tokens stand, whatever the batch, and does advancing equal rebuilding?"""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import compile_attn.kernels.ops  # noqa: F401
 from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, build_metadata
+from tests.test_general import interpreted
 
 SEQUENCES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=7)
 
@@ -133,6 +136,63 @@ def test_bad_input_is_named() -> None:
         torch.ops.paged_attn.advance_step(ids, ids.clone(), lengths, torch.zeros(3, dtype=torch.int64))
 
 
+def metadata_by_triton(sequences: list[tuple[int, int]], page_size: int, pad_tokens: int, device: str) -> None:
+    from compile_attn.kernels import batch_triton
+
+    expected = make(sequences, page_size, pad_tokens)
+    table = torch.nn.functional.pad(expected.block_table, (0, 3), value=-7)[:, : expected.block_table.shape[1]]  # rows apart
+    given = [each.to(device) for each in (table, expected.seq_lens, expected.query_lens)]
+    found = batch_triton.build_metadata(*given, expected.positions.shape[0], page_size)
+    for name, tensor in zip(("cu_seqlens_q", "positions", "slot_mapping", "token_seq"), found, strict=True):
+        wanted = getattr(expected, name)
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor.cpu(), wanted), name
+
+
+@interpreted
+@settings(max_examples=60, deadline=None)
+@given(SEQUENCES, st.integers(1, 8), st.integers(0, 40))
+def test_triton_agrees_on_any_batch(sequences: list[tuple[int, int]], page_size: int, pad_tokens: int) -> None:
+    metadata_by_triton(sequences, page_size, pad_tokens, "cpu")
+
+
+def ragged(rows: int, most: int) -> list[tuple[int, int]]:
+    draw = random.Random(rows)
+    return [(draw.randint(0, 50), draw.choice((0, 1, 1, draw.randint(0, most)))) for _ in range(rows)]
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "most"), [(64, 3), (65, 3), (700, 2), (70, 200)])
+def test_triton_agrees_on_many_rows_and_tokens(rows: int, most: int) -> None:
+    metadata_by_triton(ragged(rows, most), 4, 5, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_triton_advances_alike(rows: int) -> None:
+    advances_alike(rows, "cpu")
+
+
+def advances_alike(rows: int, device: str) -> None:
+    from compile_attn.kernels import batch_triton
+
+    lengths = torch.arange(rows, dtype=torch.int32) % 4  # 0: a pad row
+    ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 1000
+    there = [each.clone().to(device) for each in (ids, positions, lengths, sampled)]
+    batch_triton.advance_step(*there)
+    torch.ops.paged_attn.advance_step(ids, positions, lengths, sampled)
+    for found, expected in zip(there, (ids, positions, lengths, sampled), strict=True):
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_triton_agrees_on_a_gpu() -> None:
+    for rows, most in ((1, 9), (2, 0), (64, 3), (65, 3), (512, 1), (700, 40), (70, 900), (3, 8000)):
+        for page_size in (1, 16, 256):
+            metadata_by_triton(ragged(rows, most), page_size, rows % 3, "cuda")
+    for rows in (1, 5, 512):
+        advances_alike(rows, "cuda")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_in_a_cuda_graph() -> None:
     """No host read, no shape from data: captured once, right for another batch in the same buffers."""
@@ -151,3 +211,32 @@ def test_on_a_gpu_in_a_cuda_graph() -> None:
         graph.replay()
         for a, b in zip(found, build_metadata(table, metadata.seq_lens, metadata.query_lens, 10, 4), strict=True):
             assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.gpu
+def test_decoding_in_a_cuda_graph() -> None:
+    """Advance, then the metadata of the step, replayed: after n steps as if built at those lengths."""
+    lengths = [5, 16, 1, 30, 0]
+    live = [int(length > 0) for length in lengths]
+    tables = [list(range(row * 20, row * 20 + 20)) if alive else [] for row, alive in enumerate(live)]
+    at = build(tables, lengths, live, 16, 5)
+    table, seq_lens, query_lens = (each.cuda() for each in (at.block_table, at.seq_lens, at.query_lens))
+    ids, positions, sampled = (torch.zeros(1, 5, dtype=torch.int64, device="cuda") for _ in range(3))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        torch.ops.paged_attn.advance_step(ids, positions, seq_lens, sampled)
+        return build_metadata(table, seq_lens, query_lens, 5, 16)
+
+    step()
+    seq_lens.copy_(at.seq_lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for count in range(1, 20):
+        sampled.fill_(count)
+        graph.replay()
+        final = build(tables, [length + count * alive for length, alive in zip(lengths, live, strict=True)], live, 16, 5)
+        assert torch.equal(seq_lens.cpu(), final.seq_lens) and ids.tolist() == [[count] * 4 + [0]]
+        for name, tensor in zip(("cu_seqlens_q", "positions", "slot_mapping", "token_seq"), found, strict=True):
+            assert torch.equal(tensor.cpu(), getattr(final, name)), name
+        assert torch.equal(positions.cpu()[0], final.positions)

@@ -13,7 +13,7 @@ import pytest
 from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from compile_attn.scheduler import Request
-from tests.tiny import alone, prompts_of, tiny
+from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
 
 SCHEDULES = 500
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 4, 2, 15, 16, 6, 3, 22, 5, 1, 6, 10]
@@ -63,16 +63,20 @@ def play(lm: PagedLM, draw: random.Random) -> None:
     assert lm.cache.pages_in_use == 0
 
 
+@pytest.mark.parametrize("way", ["one by one", "as on a GPU"])
 @pytest.mark.parametrize("at", range(len(GEOMETRIES)))
-def test_every_output_equals_the_request_run_alone(at: int) -> None:
+def test_every_output_equals_the_request_run_alone(at: int, way: str) -> None:
     with PagedLM(tiny(), inner="eager", poison=True, **GEOMETRIES[at]) as lm:
-        for seed in range(at, SCHEDULES, len(GEOMETRIES)):
+        if way == "as on a GPU":
+            as_on_a_gpu(lm)
+        for seed in range(at, SCHEDULES if way == "one by one" else SCHEDULES // 4, len(GEOMETRIES)):
             try:
                 play(lm, random.Random(seed))
             except BaseException as error:
                 error.add_note(f"schedule {seed} of geometry {GEOMETRIES[at]}")
                 raise
-        assert lm.preemptions > 50
+        assert lm.preemptions > 10
+        assert (len({one.rows for one in lm.cuda_graphs}) > 1) == (way == "as on a GPU")
 
 
 def test_the_cases_are_worth_running() -> None:

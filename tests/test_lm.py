@@ -151,7 +151,7 @@ def test_the_position_table_ends_a_request(shared: PagedLM) -> None:
 
 
 def test_a_failing_step_leaks_nothing(shared: PagedLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = shared._run
+    whole = shared._runner._run
     left = [5]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ def test_a_failing_step_leaks_nothing(shared: PagedLM, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(shared, "_run", failing)
+    monkeypatch.setattr(shared._runner, "_run", failing)
     with pytest.raises(KeyboardInterrupt):
         shared.generate(PROMPTS, max_new_tokens=12)
     assert shared.cache.pages_in_use == 0 and not shared.has_work
@@ -184,7 +184,7 @@ def test_useless_logits_are_an_error() -> None:
 
 
 def test_a_model_that_ran_unpaged_is_caught(shared: PagedLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_run", lambda ids, positions: tiny()(ids))
+    monkeypatch.setattr(shared._runner, "_run", lambda ids, positions: tiny()(ids))
     with pytest.raises(RuntimeError, match="the model ran, but not as its paged graph"):
         shared.generate(PROMPTS[:1])
 

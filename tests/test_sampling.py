@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from compile_attn.sampling import NOT_FINITE, Sampling, draw_seed, sample, uniform
+from compile_attn.sampling import NOT_FINITE, Sampling, SamplingRows, draw_seed, mixed, uniform
+from compile_attn.sampling import sample as sample_rows
+
+MASK = 2**64 - 1
+
+
+def sample(logits: torch.Tensor, how: list[Sampling], draws: list[float]) -> torch.Tensor:
+    rows = SamplingRows.of(how, [(0, 0)] * len(how))
+    return sample_rows(logits, rows, torch.tensor(draws, dtype=torch.float64))
+
+
+def mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def by_hand(seed: int, count: int) -> float:
+    """SplitMix64 in whole numbers of any size."""
+    return (mix((mix(seed & MASK) + (count + 1) * 0x9E3779B97F4A7C15) & MASK) >> 11) / 2.0**53
 
 
 def counts(logits: torch.Tensor, how: Sampling, draws: int = 4000) -> torch.Tensor:
@@ -16,7 +35,7 @@ def counts(logits: torch.Tensor, how: Sampling, draws: int = 4000) -> torch.Tens
 
 def test_greedy_is_the_first_maximum() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 4.0, 5.0, 1.0]])
-    assert sample(logits, [Sampling()] * 2, [0.0, 0.0]).tolist() == [1, 0]
+    assert sample(logits, [Sampling()] * 2, [0.0, 0.0]).tolist() == sample_rows(logits).tolist() == [1, 0]
 
 
 def test_temperature_scales_the_distribution() -> None:
@@ -81,12 +100,14 @@ def test_unusable_logits_are_marked() -> None:
 
 
 def test_uniform_is_uniform_and_fixed() -> None:
-    numbers = torch.tensor([uniform(seed, count) for seed in range(50) for count in range(100)], dtype=torch.float64)
+    seeds = torch.tensor([mixed(seed) for seed in range(50)]).repeat_interleave(100)
+    numbers = uniform(seeds, torch.arange(100).repeat(50))
     assert numbers.min() >= 0 and numbers.max() < 1
     assert (torch.histc(numbers, 10, 0, 1) / 5000 - 0.1).abs().max() < 0.015  # 3.5 standard deviations of 1/10 in 5000
     pairs = torch.corrcoef(numbers.view(50, 100))
     assert (pairs - torch.eye(50)).abs().max() < 0.45  # 4.5 standard deviations of a correlation over 100 numbers
-    assert uniform(0, 0) == uniform(0, 0) != uniform(0, 1) != uniform(1, 0)
+    assert numbers[0] == by_hand(0, 0) and numbers[107] == by_hand(1, 7) and numbers[0] != numbers[1] != numbers[100]
+    assert uniform(torch.tensor([mixed(2**70 + 3)]), torch.tensor([5])).item() == by_hand(2**70 + 3, 5)
 
 
 def test_seed_follows_torch() -> None:

@@ -21,6 +21,7 @@ def run(scheduler: Scheduler, token: int = 7) -> Plan | None:
     if plan is not None:
         scheduler.cache.batch(plan.chunks)
         scheduler.cache.step_inputs()
+        scheduler.sent(plan)
         scheduler.commit(plan, [token] * len(plan.sampled))
     return plan
 
@@ -98,6 +99,7 @@ def test_preempted_requests_reload_what_they_made() -> None:
         reloaded += [list(c.tokens) for c in plan.chunks if c.seq is young.seq and c.seq.length == 0]
         scheduler.cache.batch(plan.chunks)
         scheduler.cache.step_inputs()
+        scheduler.sent(plan)
         scheduler.commit(plan, [9] * len(plan.sampled))
     assert reloaded[0] == [2] * 4 and all(one == [2] * 4 + [9] * (len(one) - 4) for one in reloaded)
     assert len(reloaded) == 2 and len(reloaded[1]) > 4

@@ -9,6 +9,7 @@ import torch
 
 import compile_attn.kernels.ops  # noqa: F401
 from compile_attn.kernels.write_kv import write_kv
+from tests.test_general import NO_TRITON, interpreted
 
 SLOTS = torch.tensor([-1, 3, 15, 7, -1, 0, 2, 9])
 SCALES = (None, torch.tensor(0.01), torch.tensor([0.01, 0.02, 0.5]))
@@ -64,36 +65,115 @@ def test_shapes_that_do_not_fit() -> None:
         write_kv(k, v, k_pages.transpose(0, 1), v_pages, SLOTS)
 
 
-def compare_with_triton(device: str) -> None:
-    """Triton's pages against torch's, for every dtype and scale."""
+def numbers(exact: bool, *shape: int) -> torch.Tensor:
+    """Random numbers, some beyond fp8; where asked, such as every dtype holds, as the interpreter rounds wrongly."""
+    make = torch.Generator().manual_seed(len(shape) + shape[0])
+    small = torch.randint(-7, 8, shape, generator=make).float() if exact else torch.randn(shape, generator=make)
+    found = small * 2.0 ** torch.randint(-3, 4, shape, generator=make) * torch.where(small.round() == 1, 2.0**14, 1.0)
+    return found if exact else found.index_fill(0, torch.tensor([0]), torch.nan)
+
+
+def joined(tokens: int, heads: int, dim: int, dim_v: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v as slices of one projection of queries, keys and values: [T, (q | k | v)]."""
+    whole = numbers(device == "cpu", tokens, 2 * heads * dim + heads * dim_v).to(dtype).to(device)
+    k = whole[:, heads * dim : 2 * heads * dim].view(tokens, heads, dim)
+    return k, whole[:, 2 * heads * dim :].view(tokens, heads, dim_v)
+
+
+def compare(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    stored: torch.dtype,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    page_size: int = 4,
+) -> None:
+    """Triton's pages are torch's, bit for bit, where some slots are -1 and one is beyond the pages."""
     from compile_attn.kernels.write_kv_triton import write_pages
 
-    for dtype in DTYPES:
-        for scale in SCALES:
-            k, v, k_pages, v_pages = example(dtype)
-            beyond = SLOTS.clone()
-            beyond[7] = 16  # not in these pages: skipped, as nothing can be raised from there
-            there = [each.to(device) for each in (k, v, k_pages, v_pages)]
-            by = None if scale is None else scale.to(device)
-            write_pages(there[0], there[2], beyond.to(device), by)
-            write_pages(there[1], there[3], beyond.to(device), by)
-            kept = SLOTS.clone()
-            kept[7] = -1
-            write_kv(k, v, k_pages, v_pages, kept, scale, scale)
-            for found, expected in ((there[2].cpu(), k_pages), (there[3].cpu(), v_pages)):
-                # The interpreter rounds bf16 and fp8 towards zero: one unit in the last place, at most 2^-mantissa.
-                unit = {2: 2**-7, 1: 2**-2}.get(dtype.itemsize, 0.0) if device == "cpu" else 0.0
-                torch.testing.assert_close(found.float(), expected.float(), rtol=unit, atol=0.0, equal_nan=True)
+    tokens, heads, device = k.shape[0], k.shape[1], k.device
+    count = -(-2 * tokens // page_size)
+    slots = torch.randperm(count * page_size, generator=torch.Generator().manual_seed(1))[:tokens]
+    slots[1::5] = -1
+    kept = slots.clone()
+    slots[3:4], kept[3:4] = count * page_size, -1  # skipped: nothing can be raised from there
+    ours, theirs = (
+        [torch.full((count, page_size, heads, each.shape[2]), torch.nan).to(stored).to(at) for each in (k, v)]
+        for at in (device, "cpu")
+    )
+    write_pages(k, v, ours[0], ours[1], slots.to(device), *(None if by is None else by.to(device) for by in scales))
+    write_kv(k.cpu(), v.cpu(), theirs[0], theirs[1], kept, *scales)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def any_dtype_and_scale(device: str) -> None:
+    one, each = torch.tensor(0.25), torch.tensor([0.5, 2.0, 0.125])
+    if device == "cuda":
+        one, each = one * 0.3, each * 0.7
+    for stored in DTYPES:
+        for scales in ((None, None), (one, one), (each, one.view(1)), (None, each)):
+            for dtype in (torch.float32, torch.bfloat16 if stored.itemsize == 1 else stored):
+                k, v = joined(9, 3, 16, 24, dtype, device)
+                compare(k, v, stored, scales)
+
+
+def any_size(device: str) -> None:
+    """Heads and channels that fill no tile, that need several; keys of a joined projection, values with the heads outside."""
+    for heads, dim, dim_v in ((1, 8, 8), (1, 72, 40), (3, 80, 80), (8, 192, 128), (32, 64, 64), (1, 576, 512)):
+        for tokens, page_size in ((1, 16), (7, 1), (33, 64)):
+            k, v = joined(tokens, heads, dim, dim_v, torch.bfloat16, device)
+            v = v.transpose(0, 1).contiguous().transpose(0, 1)
+            compare(k, v, torch.bfloat16, (None, None), page_size)
+            compare(k, v, torch.float8_e4m3fn, (2.0 ** -torch.arange(heads), torch.tensor([0.5])), page_size)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy's, of what becomes infinite in float16
 def test_triton_in_its_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = "from tests.test_write_kv import compare_with_triton; compare_with_triton('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    any_dtype_and_scale("cpu")
+
+
+@interpreted
+def test_triton_in_its_interpreter_on_any_size() -> None:
+    any_size("cpu")
 
 
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
-    compare_with_triton("cuda")
+    any_dtype_and_scale("cuda")
+    any_size("cuda")
+
+
+@pytest.mark.skipif(NO_TRITON, reason="no Triton for this platform")
+def test_the_kernels_of_a_step_compile_for_an_h200() -> None:
+    """The interpreter accepts what the compiler refuses; see tests/hopper_step.py."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.hopper_step"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # 16 bytes an access: two reads and two writes of K and V, in the decode of a common model.
+    assert "write, decode" in done.stdout and "; 4 vector accesses" in done.stdout.splitlines()[0], done.stdout
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    """One capture; other keys and other slots, pads among them, at every replay."""
+    k, v = joined(8, 8, 128, 128, torch.bfloat16, "cuda")
+    pages = [torch.zeros(4, 16, 8, 128, dtype=torch.float8_e4m3fn, device="cuda") for _ in range(2)]
+    scales = [torch.tensor(0.05, device="cuda"), torch.tensor(0.1, device="cuda")]
+    slots = torch.full((8,), -1, device="cuda")
+    torch.ops.paged_attn.write_kv(k, v, *pages, slots, *scales)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.paged_attn.write_kv(k, v, *pages, slots, *scales)
+    expected = [each.cpu() for each in pages]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        k.normal_()
+        v.normal_()
+        scales[0].mul_(1.5)  # a scale is read at the replay
+        slots.copy_(torch.randperm(64)[:8] - 6 * seed)
+        graph.replay()
+        write_kv(k.cpu(), v.cpu(), *expected, slots.cpu(), *(scale.cpu() for scale in scales))
+        for found, wanted in zip(pages, expected, strict=True):
+            assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))

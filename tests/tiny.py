@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
 from compile_attn.cache import PagedKVCache
 from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.lm import PagedLM
 from compile_attn.passes.lower import LayerKV
-from compile_attn.sampling import Sampling, sample, uniform
+from compile_attn.running import Runner
+from compile_attn.sampling import Sampling, SamplingRows, sample
 
 VOCAB, WIDTH, HEADS, POSITIONS = 31, 16, 2, 64
 GAIN = 1.5
@@ -76,10 +78,16 @@ def alone(model: nn.Module, prompt: Sequence[int], sampling: Sampling, limit: in
         with torch.no_grad():
             logits = model(torch.tensor([tokens]))[0, -1:]
         count = len(tokens) - len(prompt)
-        draws = [0.0 if sampling.seed is None else uniform(sampling.seed, count)]
-        tokens.append(int(sample(logits, [sampling], draws)))
+        tokens.append(int(sample(logits, SamplingRows.of([sampling], [(sampling.seed or 0, count)]))))
         if tokens[-1] in sampling.stop_ids or count + 1 >= sampling.max_new_tokens or len(tokens) > limit:
             return tokens[len(prompt) :]
+
+
+def as_on_a_gpu(lm: PagedLM) -> PagedLM:
+    """With steps sent ahead of their tokens, and decode steps that advance by themselves: a CPU runs anew what a GPU replays."""
+    lm._ahead = 1
+    lm._runner = Runner(lm._runner._run, lm.cache, True)
+    return lm
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

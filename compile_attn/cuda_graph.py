@@ -1,0 +1,127 @@
+"""How does a decode step run without its host?
+
+A CUDA graph holds the model, sampling, and `advance_step`, which brings the step's buffers to the next token. There is one for each
+number of rows and way of sampling, recorded when first needed; they share one memory pool, since no two run at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compile_attn.cache import Batch, PagedKVCache
+from compile_attn.kernels.batch import advance_step
+from compile_attn.sampling import SamplingRows, sample
+
+Forward = Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One graph: how many rows it decodes, whether it draws at random, and what recording it took."""
+
+    rows: int
+    random: bool
+    seconds: float
+    bytes: int  # of GPU memory that torch reserved meanwhile
+
+
+class DecodeGraphs:
+    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows. On a CPU a step is run anew where a GPU replays it.
+
+    `forward` runs the model on the cache's current batch and returns one row of logits a row.
+    """
+
+    def __init__(self, forward: Forward, cache: PagedKVCache) -> None:
+        self._forward, self._cache = forward, cache
+        self._steps: dict[tuple[int, bool], Callable[[], None]] = {}
+        self.recorded: list[Recorded] = []
+        self._on_gpu = cache.device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._how = SamplingRows.idle(max(2, cache.max_seqs)).to(cache.device)
+
+    def size(self, rows: int) -> int | None:
+        """Rows of the graph that serves so many; None where the model takes fewer tokens a step."""
+        most = max(2, self._cache.max_seqs)
+        steps = (2, 4, 8, 16)
+        size = next((step for step in steps if rows <= step), -(-rows // 16) * 16 if rows <= 128 else -(-rows // 32) * 32)
+        size = min(size, most)
+        limit = self._cache.max_tokens
+        return size if limit is None or size <= limit else None
+
+    def prepare(self, size: int, random: bool) -> None:
+        """Record the graph if it is missing. The current batch is another one afterwards."""
+        if (size, random) in self._steps:
+            return
+        begin, held = time.perf_counter(), self._reserved()
+        buffers = self._cache.buffers
+        recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
+        batch = self._cache.dead_batch(size)
+        step = self._body(batch, random)
+        self._steps[size, random] = self._record(step) if self._on_gpu else step
+        buffers.recent[:size].copy_(recent)
+        self.recorded.append(Recorded(size, random, time.perf_counter() - begin, self._reserved() - held))
+
+    def replay(self, size: int, random: bool) -> None:
+        """Run the step on the current batch; its tokens are in `buffers.recent`, and the buffers stand one token further."""
+        self._steps[size, random]()
+
+    def set_sampling(self, how: SamplingRows) -> None:
+        """How the first rows of the next random step are sampled; later ones, being pads, in any way."""
+        there = self._how.first(how.seeds.shape[0]).tensors()
+        for old, new in zip(there, how.to(self._cache.device).tensors(), strict=True):
+            old.copy_(new)
+
+    def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
+        """The step, reading and writing nothing but buffers whose addresses stay."""
+        rows, buffers = batch.shape[0], self._cache.buffers
+        how = self._how.first(rows) if random else None
+        recent, seq_lens = buffers.recent[:rows], buffers.seq_lens[:rows]
+
+        def step() -> None:
+            with torch.no_grad():
+                recent.copy_(sample(self._forward(batch), how))
+                advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent.clamp(min=0))
+                if how is not None:
+                    how.counts.add_(1)
+
+        return step
+
+    def _record(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        here: Any = torch.cuda.current_stream(self._cache.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream), _no_garbage():
+            step()  # whatever is compiled, tuned or allocated at first use
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the recording failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        here.wait_stream(self._stream)
+        return graph.replay
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self._cache.device) if self._on_gpu else 0
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """No collection meanwhile: one that frees another graph or event would break the recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,114 @@
+"""How does a planned step reach the device, and how do its tokens come back?
+
+Sending never waits: what a step needs is written behind the steps before it, a token that only the device knows is carried over
+there, and the tokens are copied to the host while the next step runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compile_attn.cache import Batch, Chunk, PagedKVCache
+from compile_attn.calling import logits_of
+from compile_attn.cuda_graph import DecodeGraphs
+from compile_attn.sampling import SamplingRows, sample
+from compile_attn.scheduler import Plan, Request
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step on its way: its plan, and its tokens, which are the host's to read after the event."""
+
+    plan: Plan
+    tokens: torch.Tensor
+    arrived: Any  # torch.cuda.Event, or None where nothing is asynchronous
+
+    def read(self) -> list[int]:
+        """The token of each sampled row; waits for this step, not for later ones."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        tokens: list[int] = self.tokens.tolist()
+        return tokens
+
+
+class Runner:
+    """Runs plans on a compiled model and its cache, decode steps from graphs where they are wanted.
+
+    cuda_graphs: "auto" goes on without them, with a warning, where a step cannot be recorded; True raises; False: never.
+    """
+
+    def __init__(self, run: Callable[[torch.Tensor, torch.Tensor], Any], cache: PagedKVCache, cuda_graphs: str | bool) -> None:
+        self._run, self._cache = run, cache
+        self._strict = cuda_graphs is True
+        self.graphs = DecodeGraphs(self._rows, cache) if cuda_graphs else None
+        self._steady: tuple[int, bool, list[Request], Batch] | None = None  # the step that the device can repeat by itself
+
+    def send(self, plan: Plan) -> Sent:
+        """Hand the step to the device."""
+        size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
+        random = any(how.temperature > 0 for how in plan.how)
+        if size is not None and self._prepared(size, random):
+            self._replay(plan, size, random)
+        else:
+            self._run_once(plan, random)
+        tokens = self._cache.buffers.recent[: len(plan.sampled)]
+        if tokens.device.type != "cuda":
+            return Sent(plan, tokens.clone(), None)
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return Sent(plan, host, arrived)
+
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Run the model over new tokens; the logits rows they asked for."""
+        self._steady = None
+        batch = self._cache.batch(chunks)
+        return self._rows(batch)[: batch.num_rows]
+
+    def _prepared(self, size: int, random: bool) -> bool:
+        assert self.graphs is not None
+        try:
+            self.graphs.prepare(size, random)
+        except (RuntimeError, ValueError) as error:
+            if self._strict:
+                raise
+            why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            warnings.warn(f"decode steps run without CUDA graphs: one could not be recorded: {why}", stacklevel=4)
+            self.graphs = None
+            return False
+        return True
+
+    def _replay(self, plan: Plan, size: int, random: bool) -> None:
+        assert self.graphs is not None
+        last = self._steady
+        again = last is not None and last[:3] == (size, random, plan.sampled) and last[3] is self._cache.current
+        batch = self._cache.batch(plan.chunks, pad_to=size, advanced=again)
+        if random and not again:
+            self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
+        self.graphs.replay(size, random)
+        self._cache.replayed()
+        self._steady = (size, random, plan.sampled, batch)
+
+    def _run_once(self, plan: Plan, random: bool) -> None:
+        logits = self.logits(plan.chunks)
+        if plan.sampled:
+            how = SamplingRows.of(plan.how, plan.draws).to(logits.device) if random else None
+            with torch.no_grad():
+                self._cache.buffers.recent[: len(plan.sampled)].copy_(sample(logits, how))
+
+    def _rows(self, batch: Batch) -> torch.Tensor:
+        """The logits of the current batch, [R, V], pad rows included."""
+        before = self._cache.steps_run
+        logits = logits_of(self._run(batch.input_ids, batch.position_ids))
+        if self._cache.steps_run == before:
+            raise RuntimeError(
+                "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
+                "look for @torch.compiler.disable or TORCH_COMPILE_DISABLE around the model"
+            )
+        return batch.all_rows(logits)

@@ -1,0 +1,68 @@
+"""Do the kernels of a step (metadata, writing, advancing) compile for an H200 without spilling registers? See hopper.py."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import torch
+
+from tests.hopper import H200, Compiled
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+WRITES = {  # tokens, KV heads, D, Dv, dtype, dtype of pages, shapes of the scales
+    "decode": (8, 8, 128, 128, BF16, BF16, (None, None)),
+    "fp8": (8, 8, 128, 128, BF16, FP8, ((), (8,))),
+    "latent": (512, 1, 576, 512, torch.float16, torch.float8_e5m2, ((1,), (1,))),
+    "odd sizes": (100, 3, 80, 40, torch.float32, BF16, (None, None)),
+}
+STEPS = {"small": (8, 8), "many rows": (512, 512), "many tokens": (16384, 512)}  # tokens, rows
+
+
+def resources(kernel: Any) -> str:
+    """Registers, spills and widest accesses, by NVIDIA's own tool that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(kernel.asm["ptx"])
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(file), "-o", "/dev/null"]
+        done = run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    return next(line.split("info    : ")[1] for line in said.splitlines() if "registers" in line)
+
+
+def main() -> None:
+    from triton.runtime import driver
+
+    from compile_attn.kernels import batch_triton, write_kv_triton
+
+    driver.set_active(H200())
+    found: list[Any] = []
+    for module, name in ((write_kv_triton, "write"), (batch_triton, "metadata"), (batch_triton, "advance")):
+        setattr(module, name, Compiled(getattr(module, name), found))
+    for name, (tokens, heads, dim, dim_v, dtype, stored, scales) in WRITES.items():
+        joined = torch.empty(tokens, 4 * heads, dim + dim_v, dtype=dtype)
+        k, v = joined[:, heads : 2 * heads, :dim], joined[:, 2 * heads : 3 * heads, dim:]
+        pages = (torch.empty(9, 16, heads, size, dtype=stored) for size in (dim, dim_v))
+        by = (None if shape is None else torch.ones(shape) for shape in scales)
+        write_kv_triton.write_pages(k, v, *pages, torch.zeros(tokens, dtype=torch.int64), *by)
+        ptx = found[-1].asm["ptx"]
+        wide = sum(ptx.count(f"{op}.global.{each}") for op in ("ld", "st") for each in ("v4.b32", "v2.b32", "v2.b64"))
+        print(f"write, {name}: {resources(found[-1])}; {wide} vector accesses")
+    for name, (tokens, rows) in STEPS.items():
+        lengths = torch.zeros(rows, dtype=torch.int32)
+        batch_triton.build_metadata(torch.zeros(rows, 64, dtype=torch.int32), lengths, lengths, tokens, 16)
+        print(f"metadata, {name}: {resources(found[-1])}")
+    ids = torch.zeros(64, dtype=torch.int64)
+    batch_triton.advance_step(ids, ids, torch.zeros(64, dtype=torch.int32), ids)
+    print(f"advance: {resources(found[-1])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Do the measuring scripts run, are their ratios the right way up, and do their tables have every row?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import attend, decode, direct, floor, speeds, steady, workload
+from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
+from bench.naive_llama import SHAPES, random_llama
+from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
+from bench.paged_case import decode as decode_case
+from bench.sides import llama_config
+from compile_attn.kernels.speeds import STATELESS, Point
+
+CPU = torch.device("cpu")
+SPEC = plain(16, heads=4, kv_heads=2)
+CASES = [decode_case(3, 24), decode_case(1, 20), prefill(2, 33), Case("mixed", ((5, 6), (20, 1)))]
+
+
+def test_numbers() -> None:
+    assert [number(each) for each in (None, 0.1234, 1.024, 37.21, 12345.6)] == [MISSING, "0.12", "1.02", "37.2", "12,346"]
+    assert (ratio(3.0, 2.0), ratio(None, 2.0), ratio(1.0, None)) == (1.5, None, None)
+    assert (percent(0.704), percent(None)) == ("70 %", MISSING)
+
+
+def test_comparing_keeps_names_apart() -> None:
+    slow = torch.randn(200, 200)
+    times = compare({"slow": lambda: slow @ slow @ slow, "fast": lambda: None}, CPU, 0.005)
+    assert times["fast"] < times["slow"]
+
+
+def test_floor() -> None:
+    found = floor.measure(CPU, copied=1 << 16, side=32, seconds=0.001)
+    assert found.bytes > 0 and found.operations > 0
+    least = floor.Floor(bytes=100.0, operations=1000.0)
+    assert (least.seconds(200, 1000), least.seconds(200, 5000)) == (2.0, 5.0)
+
+
+def test_a_page_of_results(tmp_path: Path) -> None:
+    table = Table("Numbers", ["a", "b"], [["1", "2"]], "Noted.")
+    publish("page", "Results", [table], {"x": 1}, stamp(CPU), tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# Results\n\n20") and f"torch {torch.__version__}" in text
+    assert text.endswith("## Numbers\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nNoted.\n")
+    assert json.loads((tmp_path / "page.json").read_text())["x"] == 1
+
+
+def test_work_of_a_case() -> None:
+    """One sequence of 5 keys, 2 of them new: 4 + 5 pairs; keys, values, queries, outputs once."""
+    case, spec = Case("", ((3, 2),)), plain(16, heads=4, kv_heads=2)
+    assert case.operations(spec) == 2 * 9 * 4 * 32
+    assert case.bytes(spec) == (5 * 2 * 32 + 2 * 4 * 32) * 2
+    assert MIXED.tokens == 2048 + 31 and MIXED.longest == 4096 and MIXED.pages == 32 * 256
+
+
+def fake(inputs: Inputs, captured: bool) -> direct.Ways:
+    """A library that answers as ours does, one that is wrong, and one that fails."""
+    reference = attend_layers("reference", SPEC)
+
+    def broken() -> Sequence[torch.Tensor]:
+        raise RuntimeError("no kernel image")
+
+    ways: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
+        "right": lambda: reference(inputs, None),
+        "wrong": lambda: [-each for each in reference(inputs, None)],
+    }
+    return {**{name: (lambda call=call: call) for name, call in ways.items()}, "broken": broken}
+
+
+def test_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "LIBRARIES", {"reference": fake, "flashinfer": direct.flashinfer})
+    kernels = ["reference", "sdpa"]
+    bench = attend.Bench(SPEC, kernels, CASES, CPU, inner="eager")
+    assert "does not serve paged calls" in bench.missing["sdpa"]
+    found = [bench.run(case, seconds=0.0) for case in CASES]
+    for one in found:
+        assert set(one["graph"]) == set(one["eager"]) == {"reference", "reference: right", "reference: wrong"}
+        assert one["off"]["reference: right"] == 0 and one["off"]["reference: wrong"] == pytest.approx(2)
+        assert "no kernel image" in one["errors"]["reference: broken"] and "flashinfer" in one["errors"]["flashinfer: direct"]
+    made = attend.table(found, kernels, SPEC, floor.Floor(1e9, 1e12), CASES)
+    assert [row[0] for row in made.rows] == [case.name for case in CASES]
+    assert all(row[3] != MISSING and row[6:] == [MISSING] * 4 for row in made.rows)
+
+
+def test_direct_is_the_fastest_way_of_the_library() -> None:
+    times = {"flashinfer": 3.0, "flashinfer: a": 2.0, "flashinfer: b": 4.0, "flash_attn: c": 1.0, "general": 6.0}
+    assert attend.direct(times, "flashinfer") == 2.0
+    assert attend.direct(times, "general") == 1.0, "a kernel of ours alone is held against all"
+    assert attend.direct({"general": 6.0}, "general") is None
+    found = {"case": CASES[0].name, "graph": times, "eager": {"general": 1.0}}
+    [row] = attend.table([found], ["flashinfer", "general"], SPEC, floor.Floor(1e30, 1e30), CASES).rows
+    assert (row[3], row[4], row[7], row[8]) == ("1.50", MISSING, "6.00", MISSING)
+
+
+def test_pages_of_a_pool_are_distinct_by_layer() -> None:
+    pool = Pool(8, SPEC, CPU, torch.float32, apart=1 << 14)
+    inputs = Inputs(decode_case(3, 24), pool, max_pages=10)
+    assert inputs.metadata.block_table.shape == (3, 10)
+    assert sorted(page for table in inputs.tables for page in table) == list(range(6))
+    assert not torch.equal(inputs.layers[0][0], inputs.layers[1][0])
+    with pytest.raises(ValueError, match="needs 16 pages, the pool has 8"):
+        Inputs(decode_case(8, 24), pool)
+
+
+def test_speeds() -> None:
+    points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1))
+    found, against = speeds.measure(SPEC, ["reference", "sdpa"], CPU, Clock(60), points, seconds=0.0)
+    assert list(found) == [("decode", 16, 2, 3, 24), ("prefill", 16, 2, 1, 20), ("stateless", 16, 2, 2, 9)]
+    assert [set(times) for times in found.values()] == [{"reference"}, {"reference"}, {"reference", "sdpa"}]
+    assert list(against) == ["sdpa, paged"]
+    made: dict[str, object] = {}
+    text = speeds.as_module(found, "a device")
+    exec(text, made)
+    assert made["MICROSECONDS"] == found and made["WHERE"] == "a device" and max(map(len, text.splitlines())) <= 132
+    none, _ = speeds.measure(SPEC, ["reference"], CPU, Clock(0), points)
+    assert not none
+
+
+def test_the_table_of_speeds_names_what_auto_takes() -> None:
+    found = {(p.phase, 64, 1, p.sequences, p.length): {"sdpa": 2.0, "general": 1.0} for p in STATELESS}
+    paged, stateless = speeds.table(found, ["sdpa", "general"]).rows
+    assert paged == ["paged", "64", "1", MISSING, MISSING, ""] and stateless[3:] == ["2.00", "1.00", "general"]
+
+
+def test_work_of_llama() -> None:
+    """The 8B shape reads 15.0 GB of weights and 128 KiB a token; the 1B shape 2.5 GB."""
+    large, small = SHAPES["llama-3.1-8b"], SHAPES["llama-3.2-1b"]
+    assert workload.decode_work(large, 1, 0)[0] == pytest.approx(15.0e9, rel=5e-3)
+    assert workload.decode_work(large, 1, 1)[0] - workload.decode_work(large, 1, 0)[0] == 128 << 10
+    assert workload.decode_work(small, 1, 0)[0] == pytest.approx(2.5e9, rel=2e-2)
+    assert workload.prefill_work(large, 1, 8000)[1] == pytest.approx(2 * 8000 * 6.98e9 + 2 * 0.525e9 + 1.68e13, rel=1e-2)
+
+
+def test_the_models_are_what_their_names_say() -> None:
+    model = random_llama(SHAPES["tiny"], CPU, torch.float32)
+    matrices = sum(each.numel() for each in model.blocks.parameters() if each.dim() == 2)
+    assert matrices == SHAPES["tiny"].layers * SHAPES["tiny"].layer_weights
+    assert SHAPES["llama-3.2-1b"].tied and llama_config(SHAPES["llama-3.2-1b"])["tie_word_embeddings"]
+
+
+def test_the_workload_is_the_same_for_all_and_checked() -> None:
+    asked: list[tuple[int, int]] = []
+    saved: dict[str, dict[str, float]] = {}
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> list[int]:
+        asked.append((len(prompts), lengths[0]))
+        assert all(10 <= token < 50 for prompt in prompts for token in prompt)
+        return lengths
+
+    workload.measure(generate, 50, saved.__setitem__, rows=[(2, 5)], requests=3, new=4)
+    assert asked[:5] == [(4, 8), (2, 1), (2, 1), (2, 5), (2, 5)] and asked[5][0] == 3
+    assert list(saved) == ["first_run", "b2_ctx5", "mixed"]
+    assert workload.Prompts(50).of(2, 3) == workload.Prompts(50).of(2, 3)
+    with pytest.raises(RuntimeError, match="asked for 32 new tokens in 4 answers, got 0 in 0"):
+        workload.measure(lambda prompts, lengths: [], 50, saved.__setitem__, rows=[])
+
+
+def test_decode_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ROWS", [(1, 8), (2, 4)])
+    monkeypatch.setattr(decode, "NEW", 3)
+    options = {"inner": "eager", "kv_tokens": 2048, "kernel": "reference"}
+    chosen = argparse.Namespace(device="cpu", options=options, rows=["b2_ctx4"], requests=0, quick=True)
+    found = decode.run_side("ours", SHAPES["tiny"], chosen, tmp_path / "decode_tiny_ours.json")
+    assert list(found["rows"]) == ["first_run", "b2_ctx4"] and found["start"]["PagedLM"] > 0
+    theirs = {**found, "floor": {"bytes": 1e9, "operations": 1e15}, "rows": {"b2_ctx4": {"decode_ms_per_step": 1e9}}}
+    (tmp_path / "decode_tiny_vllm.json").write_text(json.dumps(theirs))
+    decode.merge(["tiny", "llama-3.2-1b"], tmp_path)
+    page = (tmp_path / "decode.md").read_text()
+    assert "## tiny" in page and "llama-3.2-1b" not in page
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")}
+    assert rows["| 1, 8"][2:] == [MISSING] * 5
+    steps = decode.tables(SHAPES["tiny"], {"ours": found, "vllm": theirs}, floor.Floor(1e9, 1e15))[0].rows[1]
+    assert steps[0] == "2, 4" and float(steps[4]) == 0 and steps[6] == "0 %"
+
+
+STEP = [  # two steps: the host launches a graph and waits for an earlier one; the device multiplies and attends, with a gap
+    {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 4},
+    {"cat": "kernel", "name": "void nvjet_gemm(float)", "ts": 2, "dur": 6},
+    {"cat": "kernel", "name": "attend", "ts": 6, "dur": 4},
+    {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "ts": 5, "dur": 2},
+    {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 8, "dur": 1},
+    {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize", "ts": 9, "dur": 14},
+    {"cat": "cpu_op", "name": "aten::copy_", "ts": 5, "dur": 2},
+    {"cat": "kernel", "name": "triton_red_fused", "ts": 20, "dur": 2},
+    {"cat": "kernel", "name": "no length", "ts": 30},
+]
+
+
+def test_a_trace_is_read(tmp_path: Path) -> None:
+    host, ran = steady.read_trace(STEP)
+    assert [event.name for event in host] == ["cudaGraphLaunch", "cudaEventSynchronize", "cudaLaunchKernel"]
+    assert [steady.kind_of(event.name) for event in ran] == ["matrix products", "attention", steady.OTHER]
+    assert steady.busy(ran) == pytest.approx((8 + 2) / 20)
+    rows = steady.kernels_of(ran, 2).rows
+    assert rows[0] == ["all matrix products", "", "3.00", "50 %"] and rows[3] == ["nvjet_gemm", "0.50", "3.00", "50 %"]
+    assert steady.waits(host, 2).rows[0] == ["cudaGraphLaunch", "0.50", "2.00"]
+
+
+def test_a_trace_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steady.picture(*steady.read_trace(STEP), 2, "Two steps", tmp_path / "steady.png")
+    assert (tmp_path / "steady.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steady_steps_and_churn() -> None:
+    with steady.made(SHAPES["tiny"], CPU, 3, kv_tokens=1024, inner="eager", kernel="reference") as lm:
+        samples = steady.churn(lm, CPU, steps=40, settle=10, most_new=9)
+        assert [one["steps"] for one in samples] == [0, 20, 40]
+        assert [row[0] for row in steady.memory_table(samples).rows] == ["0", "20", "40"]
+        while lm.has_work:
+            lm.step()
+        steady.until_steady(lm, 3, 10, steps=30)
+        assert steady.milliseconds(lm, CPU, 20) > 0
+        host, ran = steady.traced(lm, CPU, 2)
+        assert not host and not ran and lm.has_work, "no one has left"

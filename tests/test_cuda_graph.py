@@ -1,0 +1,105 @@
+"""Do replayed decode steps say what eager ones say, whoever joins and leaves?"""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+
+from compile_attn.lm import PagedLM
+from compile_attn.sampling import Sampling
+from tests.test_fuzz import cases, play
+from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
+
+PROMPTS = prompts_of([5, 1, 9, 14, 2, 7], seed=3)
+SETTINGS = {"kv_tokens": 256, "page_size": 4, "max_seqs": 8, "poison": True}
+
+
+def greedy(count: int) -> list[list[int]]:
+    return [alone(tiny(), prompt, Sampling(max_new_tokens=count)) for prompt in PROMPTS]
+
+
+def test_a_step_that_is_repeated_sends_nothing() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        writes: list[int] = []
+        write = lm.cache.buffers.write
+        lm.cache.buffers.write = lambda *args, **options: writes.append(1) or write(*args, **options)  # type: ignore[assignment, func-returns-value]
+        assert lm.generate(PROMPTS, max_new_tokens=20) == greedy(20)
+        # The prompts, the first decode, and that which records the graph: all others only get new pages.
+        assert len(writes) == 3 and lm.cache.steps_run >= 20
+
+
+def test_sizes_grow_with_the_batch() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        assert [graphs.size(rows) for rows in (1, 2, 3, 5, 8)] == [2, 2, 4, 8, 8]
+        lm.cache.max_seqs, lm.cache.max_tokens = 300, None
+        assert [graphs.size(rows) for rows in (9, 17, 128, 129, 300)] == [16, 32, 128, 160, 300]
+        lm.cache.max_tokens = 100
+        assert graphs.size(100) is None and graphs.size(96) == 96
+
+
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(graphs, "prepare", fail)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            lm.generate(PROMPTS, max_new_tokens=3)
+        lm._runner._strict = False
+        with pytest.warns(UserWarning, match="decode steps run without CUDA graphs: one could not be recorded: operation not"):
+            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == ()
+
+
+def test_a_batch_made_by_hand_between_two_steps_is_noticed() -> None:
+    from compile_attn.cache import Chunk
+
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        stream = lm.stream(PROMPTS, max_new_tokens=20)
+        made = [next(stream) for _ in range(30)]
+        seq = lm.cache.add()
+        lm._runner._run(*(lambda batch: (batch.input_ids, batch.position_ids))(lm.cache.batch([Chunk(seq, [1, 2, 3])])))
+        lm.cache.free(seq)
+        made += stream
+        assert [[out.token for out in made if out.index == at] for at in range(len(PROMPTS))] == greedy(20)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # torch's advice, which would change the tokens
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_random_schedules_on_a_gpu(inner: str) -> None:
+    settings = {"kv_tokens": 48, "page_size": 2, "max_seqs": 6, "max_batch_tokens": 17, "poison": True}
+    with PagedLM(tiny().cuda(), inner=inner, cuda_graphs=True, **settings) as lm:  # type: ignore[arg-type]
+        for seed in range(40):
+            play(lm, random.Random(seed))
+        assert lm.preemptions > 10 and {one.rows for one in lm.cuda_graphs} == {2, 4, 6}
+        assert {one.random for one in lm.cuda_graphs} == {False, True}
+
+
+@pytest.mark.gpu
+def test_a_steady_step_never_waits_for_the_device() -> None:
+    prompts = [case[0] for case in cases()[:6]]
+    with PagedLM(tiny().cuda(), inner="eager", kv_tokens=512, page_size=4, max_seqs=8, cuda_graphs=True) as lm:
+        requests = [lm.submit(prompt, Sampling(max_new_tokens=30)) for prompt in prompts]
+        for _ in range(4):
+            lm.step()
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                lm.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["reserved_bytes.all.current"] > 0 and allocated > 0
+        while lm.has_work:
+            lm.step()
+        assert [one.new_tokens for one in requests] == [alone(tiny(), p, Sampling(max_new_tokens=30)) for p in prompts]
