@@ -19,7 +19,7 @@ from bench.direct import LIBRARIES
 from bench.floor import Floor
 from bench.floor import measure as measure_floor
 from bench.measuring import RESULTS, Call, Clock, Table, compare, number, percent, publish, ratio, stamp
-from bench.paged_case import LAYERS, MIXED, PAGE_SIZE, STEP, Case, Inputs, Pool, attend_layers, decode, plain, prefill
+from bench.paged_case import APART, LAYERS, MIXED, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
@@ -45,7 +45,7 @@ class Bench:
         self.missing = {name: why for name in kernels if (why := why_not(name, spec, device, self.dtype))}
         torch._dynamo.reset()  # type: ignore[no-untyped-call]
         self.ours = {name: attend_layers(name, spec, inner) for name in kernels if name not in self.missing}
-        self.pool = Pool(max(case.pages for case in cases), spec, device, self.dtype, STEP if device.type == "cuda" else 1)
+        self.pool = Pool(max(case.pages for case in cases), spec, device, self.dtype, APART if device.type == "cuda" else 1)
 
     def run(self, case: Case, seconds: float = 0.05) -> Found:
         """Microseconds of each call for one layer: {"graph": {call: time}, "eager": ..., "errors": ..., "off": ...}."""
@@ -91,9 +91,10 @@ def distance(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
 
-def why_not(name: str, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str:
+def why_not(name: str, spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None = PAGE_SIZE) -> str:
+    """What is against a kernel; empty: nothing."""
     try:
-        return "; ".join(backend(name).reasons(Request(spec, device, dtype, PAGE_SIZE)))
+        return "; ".join(backend(name).reasons(Request(spec, device, dtype, page_size)))
     except (ImportError, ValueError) as error:
         return str(error)
 

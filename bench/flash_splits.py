@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+import compile_attn.kernels.ops  # noqa: F401  registers the ops
 from compile_attn.kernels import flash_attn
-from compile_attn.kernels.backend import Paged
-from compile_attn.kernels.flash_providers import Call, HopperExtension
+from compile_attn.kernels.backend import DeviceStep, Paged
+from compile_attn.kernels.flash_providers import Call, Grid, HopperExtension
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -71,15 +72,19 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
 def raw(q: torch.Tensor, kv: Paged, most_queries: int, splits: int, planned: bool) -> Callable[[], Any]:
     """The library itself, told the truth about the batch: rows are sequences."""
     most_keys = kv.block_table.shape[1] * kv.k_pages.shape[1]
-    call = Call(q, kv.k_pages, kv.v_pages, kv.cu_seqlens_q, kv.seq_lens, None, kv.block_table, None, most_queries, most_keys,
-                SPEC.scale, -1, 0, 0.0, None, None, splits)  # fmt: skip
-    if planned:
-        call = replace(call, schedule=FA3.schedule(call))
+    grid = Grid(
+        SPEC, q.dtype, kv.k_pages.shape[1], kv.cu_seqlens_q, kv.seq_lens, None, None, most_queries, most_keys, -1, 0, splits
+    )
+    call = Call(grid, q, kv.k_pages, kv.v_pages, kv.block_table, schedule=FA3.schedule(grid) if planned else None)
     return lambda: FA3.run(call)
 
 
-def ours(q: torch.Tensor, kv: Paged) -> Callable[[], Any]:
-    return lambda: backend("flash_attn").attend(q, kv, [], SPEC)
+def ours(q: torch.Tensor, kv: Paged, planned: bool) -> Callable[[], Any]:
+    run = backend("flash_attn")
+    if planned:
+        at = (kv.block_table, kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
+        kv = replace(kv, plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), run.planned(SPEC) or SPEC))
+    return lambda: run.attend(q, kv, [], SPEC)
 
 
 def compare(name: str, sequences: Sequence[tuple[int, int]], page_size: int, splits: Sequence[int]) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def compare(name: str, sequences: Sequence[tuple[int, int]], page_size: int, spl
         for planned in (False, True):
             row[f"{count}{'p' if planned else ''}"] = microseconds([raw(q, kv, most, count, planned) for q, kv in batches])
     row["T"] = microseconds([raw(q, kv, q.shape[0], 1, False) for q, kv in batches]) if most < batches[0][0].shape[0] else 0.0
-    row["ours"] = microseconds([ours(q, kv) for q, kv in batches])
+    for planned in (False, True):
+        row["oursp" if planned else "ours"] = microseconds([ours(q, kv, planned) for q, kv in batches])
     numbers = " ".join(f"{key}={value:.1f}" for key, value in row.items() if isinstance(value, float))
     print(f"{name:18} page {page_size:3}  floor {keys / 4.27e6:.1f}  {numbers}", flush=True)
     return row

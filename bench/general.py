@@ -252,9 +252,11 @@ def tuned(knobs: dict[str, int]) -> Iterator[None]:
         for name, value in constants.items():
             setattr(general, name, value)
         general.tiles_of = chosen
+        general.launches.cache_clear()
         yield
     finally:
         general.tiles_of = tiles_of
+        general.launches.cache_clear()
         for name, value in before.items():
             setattr(general, name, value)
 

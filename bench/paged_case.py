@@ -15,7 +15,7 @@ from compile_attn.kernels.spec import AttentionSpec
 
 PAGE_SIZE = 16
 LAYERS = 8
-STEP = 4096  # pages between layers, 128 MiB and more: one layer must not find the keys of another in the GPU's cache
+APART = 256 << 20  # bytes between layers: one must not find the keys of another in the GPU's cache
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Pool:
     """Pages with random keys and values, shared by all cases, and by all layers in part."""
 
     def __init__(
-        self, pages: int, spec: AttentionSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16, step: int = STEP
+        self, pages: int, spec: AttentionSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16, apart: int = APART
     ) -> None:
         self.spec, self.device, self.dtype, self.pages = spec, device, dtype, pages
+        page = PAGE_SIZE * spec.num_kv_heads * (spec.head_dim + spec.head_dim_v) * dtype.itemsize
+        step = max(1, apart // page)
         shape = (pages + (LAYERS - 1) * step, PAGE_SIZE, spec.num_kv_heads)
         k = torch.randn(*shape, spec.head_dim, device=device, dtype=dtype)
         v = torch.randn(*shape, spec.head_dim_v, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,16 +39,18 @@ def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Ma
 
 def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) -> Compiled:
     needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
-    rewriting = rewrite_stateless(gm, examples, kernel=options.kernel, needs_grad=needs_grad)
+    rewriting = rewrite_stateless(gm, examples, kernel=options.kernel, needs_grad=needs_grad, merge=options.merges)
     _emit(rewriting.report)
     rejected = rewriting.report.rejected
     if options.on_rejected == "error" and rejected:
         return _raise_when_called(RefusedError(_summary(rewriting.report), rewriting.report))
     if options.on_rejected == "warn" and rejected:
         warnings.warn(_summary(rewriting.report), stacklevel=2)
-    if not rewriting.report.sites:
-        return _compile_inner(gm, examples, options.inner)
-    return _compile_inner(rewriting.module, examples, options.inner)
+    weights = rewriting.weights
+    if weights:
+        compiled = _compile_inner(rewriting.module, [*examples, *weights(examples)], options.inner)
+        return lambda *args: compiled(*args, *weights(args))
+    return _compile_inner(rewriting.module if rewriting.report.sites else gm, examples, options.inner)
 
 
 def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Compiled:
@@ -55,7 +58,10 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     try:
         places = _token_places(gm, examples, cache)
         geometry = PagedGeometry(cache.page_size, cache.fp8)
-        rewriting = rewrite_paged(gm, examples, kernel=options.kernel, geometry=geometry, token_ids=places[0], positions=places[1])
+        ids, positions = places
+        rewriting = rewrite_paged(
+            gm, examples, kernel=options.kernel, geometry=geometry, token_ids=ids, positions=positions, merge=options.merges
+        )
     except RefusedError as refused:
         _emit(refused.report)
         cache.report = refused.report
@@ -65,6 +71,8 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     seconds = {**rewriting.report.seconds, "inner": time.perf_counter() - begin}
     report = replace(rewriting.report, seconds=seconds)
     _emit(report)
+    weights = rewriting.weights
+    weights(examples)
     cache.bind(
         rewriting.layers,
         owner=_owner(gm, examples),
@@ -76,17 +84,17 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
     parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]
-    known = [(place, examples[place].data_ptr()) for place in (*parameters[:1], *parameters[-1:])]
+    known = [(place, weakref.ref(examples[place])) for place in (*parameters[:1], *parameters[-1:])]
 
     def step(*args: Any) -> Any:
-        if any(args[place].data_ptr() != address for place, address in known):
+        if any(args[place] is not parameter() for place, parameter in known):
             raise ValueError(
                 "this cache already serves a model with other parameters, and a cache serves one model; "
                 "make another PagedKVCache for the second one, or after its parameters were replaced"
             )
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
         with torch.no_grad():
-            return compiled(*args, *cache.step_inputs(), *cache.kept)
+            return compiled(*args, *cache.step_inputs(), *cache.kept, *weights(args))
 
     return step
 

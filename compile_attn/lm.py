@@ -51,7 +51,7 @@ class PagedLM:
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
     kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
-    kernel, inner     as in Options
+    kernel, inner, merge_linears    as in Options
     cuda_graphs       decode steps are replayed from CUDA graphs: "auto" where that can be, True or an error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
@@ -78,6 +78,7 @@ class PagedLM:
         poison: bool = False,
         kv_scales: Scales | None = None,
         memory_fraction: float = 0.9,
+        merge_linears: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -96,7 +97,7 @@ class PagedLM:
             size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
             kv_tokens = (-(-budget // size) + most) * size  # for one full step
         cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
-        options = Options(kernel=kernel, cache=cache, inner=inner)
+        options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class OneGraph:
 
         self._call = call_of(model) if call is None else _directly
         whole = model if call is None else _Through(model, call)
-        given: dict[str, Any] = {"kernel": options.kernel, "cache": options.cache, "inner": options.inner}
+        given = {field.name: getattr(options, field.name) for field in fields(options)}
         # fullgraph: code outside the graph would see packed tokens and answer wrongly
         self._compiled = compiled_apart(whole, fullgraph=True, backend=paged_attn, options=given)
 

@@ -22,20 +22,30 @@ class Options:
                  "warn" once (default), or raise ("error"). A paged compilation always raises.
     cache        a `PagedKVCache`: compile the paged form of the model.
     inner        "inductor" (default), or "eager": no inner compiler, for tests and debugging.
+    merge_linears  linears that read one tensor become one; their weights become parts of one tensor, the model's parameters and
+                 state_dict stay what they are. Default (None): with a cache yes, without one no.
     """
 
     kernel: str = "auto"
     on_rejected: OnRejected = "warn"
     cache: PagedKVCache | None = None
     inner: Inner = "inductor"
+    merge_linears: bool | None = None
 
     def __post_init__(self) -> None:
         _check_choice("on_rejected", self.on_rejected, get_args(OnRejected))
         _check_choice("inner", self.inner, get_args(Inner))
+        if self.merge_linears not in (None, True, False):
+            raise ValueError(f"paged_attn: merge_linears={self.merge_linears!r}; choose True, False, or None for the default")
         if self.kernel != "auto":
             from compile_attn.kernels.select import known_kernels
 
             _check_choice("kernel", self.kernel, ("auto", *known_kernels()))
+
+    @property
+    def merges(self) -> bool:
+        """Whether linears are merged."""
+        return self.cache is not None if self.merge_linears is None else self.merge_linears
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:

@@ -42,6 +42,20 @@ class Paged:
     token_seq: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step, where the graph holds it
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What `Backend.plan` may know of a step, the same for all layers. Tensors as in the op `paged_attn::attend`."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    positions: torch.Tensor
+    token_seq: torch.Tensor
+    page_size: int
+    dtype: torch.dtype  # of queries
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,11 @@ class PlannedSite:
     kv_dtype: torch.dtype  # of pages
 
 
+def plan_size(sequences: int, numbers: int) -> int:
+    """Numbers in a plan of so many a sequence: with room for a few more sequences than there are (which may be a symbol)."""
+    return numbers * (sequences + 8)
+
+
 class Backend:
     """One provider of kernels. Meaning it does not declare is refused, with a reason (Law 4)."""
 
@@ -80,6 +99,8 @@ class Backend:
     dtypes: frozenset[torch.dtype] | None = None  # of queries
     kv_dtypes: frozenset[torch.dtype] = frozenset()  # of pages, beside the queries' own; with FP8 go scales
     head_dims: frozenset[int] | None = None
+
+    plan_numbers: int = 0  # that a plan holds for each sequence
 
     def limits(self, request: Request) -> tuple[str, ...]:
         """Reasons that the tables above cannot give: a shape, a library that is not installed. Empty: none."""
@@ -105,6 +126,14 @@ class Backend:
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
+        return None
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """What all sites of that `planned` spec need of a step, computed on the device: int32 [plan_size(B, plan_numbers)]."""
+        raise NotImplementedError(f"{self.name} makes no plans")
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec

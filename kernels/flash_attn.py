@@ -9,22 +9,22 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.nn.functional import pad
 
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels import flash_rows
+from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
-from compile_attn.kernels.expr import H, Load
-from compile_attn.kernels.flash_providers import PROVIDERS, Call, Provider
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
 _CURE = "choose kernel='auto'"
 _MOST_SPLITS = 128
 _KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much as reading the keys
+_LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
 _PARTS = 128 << 20  # bytes that the float32 parts of a call may take
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
 
@@ -38,6 +38,7 @@ class FlashAttnBackend(Backend):
     features = frozenset[Feature]().union(*(provider.features for provider in PROVIDERS))
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
+    plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -69,10 +70,9 @@ class FlashAttnBackend(Backend):
         starts, k_starts = (
             torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
         )
-        call = Call(
-            packed(q, queries), packed(k, keys), packed(v, keys), starts, None, None, None, k_starts, queries, keys,
-            spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q), splits=1,
-        )  # fmt: skip
+        grid = Grid(spec, q.dtype, None, starts, None, None, None, queries, keys, left, right, splits=1)
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(grid, packed(q, queries), packed(k, keys), packed(v, keys), None, k_starts, sinks, slopes)
         return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
@@ -82,37 +82,60 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        rows = _rows(kv, q.shape[0], spec)
-        most_keys = kv.block_table.shape[1] * page_size
-        left, right = _window(spec, 0)
-        call = Call(
-            _aligned(q), kv.k_pages, kv.v_pages, rows.starts, rows.lengths, rows.of_table, kv.block_table, None,
-            rows.most_queries, most_keys, spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q),
-            splits=_splits(spec, q, kv.block_table.shape[0], most_keys),
-        )  # fmt: skip
+        plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
+        grid = _grid(spec, kv.block_table.shape, page_size, q.shape[0], q.dtype, plan)
+        schedule = None
+        if kv.plan is not None and (size := _schedule_size(ours, grid)):
+            schedule = flash_rows.behind(plan, kv.block_table.shape[0])[:size]
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(grid, _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
         return ours.run(call)
 
+    def planned(self, spec: AttentionSpec) -> AttentionSpec:
+        """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
+        softcap = None if spec.softcap is None else 1.0
+        bias, sinks = None if spec.bias is None else J - I, None if spec.sinks is None else sympy.S.Zero
+        sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim_v
+        return AttentionSpec(*sizes, spec.mask, softcap=softcap, bias=bias, sinks=sinks)
 
-@dataclass(frozen=True)
-class _Rows:
-    """The batch as rows that cover every token. The last query of a row stands at its last key; without keys the output is 0."""
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """Rows, and behind them the provider's schedule."""
+        (sequences, _), tokens, device = step.block_table.shape, step.token_seq.shape[0], step.token_seq.device
+        plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
+        if tokens:
+            ours = _chosen(spec, device, step.dtype, step.page_size)
+            schedule = ours.schedule(_grid(spec, step.block_table.shape, step.page_size, tokens, step.dtype, plan))
+            if schedule is not None:
+                flash_rows.behind(plan, sequences)[: schedule.shape[0]] = schedule
+        return plan
 
-    starts: torch.Tensor  # [R + 1] int32
-    lengths: torch.Tensor  # [R] int32
-    of_table: torch.Tensor  # [R] int32
-    most_queries: int
+
+def _grid(spec: AttentionSpec, table: Sequence[int], page_size: int, tokens: int, dtype: torch.dtype, built: torch.Tensor) -> Grid:
+    """What a schedule is made for, and what a call must then say too."""
+    (sequences, most_pages), (left, right) = table, _window(spec, 0)
+    rows, most_keys = flash_rows.read(built, tokens, sequences), most_pages * page_size
+    left_pads = rows.zeros if page_size >= _LARGE_PAGES else None
+    at = (rows.starts, rows.lengths, rows.of_table, left_pads, rows.most_queries, most_keys)
+    return Grid(spec, dtype, page_size, *at, left, right, _splits(spec, tokens, built.device, sequences, most_keys))
 
 
-def _rows(kv: Paged, tokens: int, spec: AttentionSpec) -> _Rows:
-    """As many tokens as sequences: a row a token, so that nothing need be known of their lengths. Else pads are one more row."""
-    sequences, device = kv.block_table.shape[0], kv.block_table.device
-    if tokens == sequences:
-        token = torch.arange(tokens + 1, dtype=torch.int32, device=device)
-        lengths = kv.positions + 1 if spec.mask.causal() else kv.seq_lens[kv.token_seq]
-        lengths = torch.where(token[:-1] < kv.cu_seqlens_q[-1], lengths, 0).to(torch.int32)
-        return _Rows(token, lengths, kv.token_seq, 1)
-    of_table = pad(torch.arange(sequences, dtype=torch.int32, device=device), (0, 1))
-    return _Rows(pad(kv.cu_seqlens_q, (0, 1), value=tokens), pad(kv.seq_lens, (0, 1)), of_table, tokens)
+def _schedule_size(provider: Provider, grid: Grid) -> int:
+    """Numbers in a schedule. It is the same for all lengths, so a schedule of nothing tells it."""
+    rows = grid.starts.shape[0] - 1
+    key = (grid.spec, grid.dtype, grid.page_size, grid.left, grid.right, grid.starts.device)
+    return _size_of_schedule(provider, rows, min(grid.most_queries, 2), grid.most_keys, min(grid.splits, 2), *key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _size_of_schedule(
+    provider: Provider, rows: int, most_queries: int, most_keys: int, splits: int, spec: AttentionSpec, dtype: torch.dtype,
+    page_size: int | None, left: int, right: int, device: torch.device,
+) -> int:  # fmt: skip
+    none = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    pads = none[1:] if page_size is not None and page_size >= _LARGE_PAGES else None
+    grid = Grid(spec, dtype, page_size, none, none[1:], none[1:], pads, most_queries, most_keys, left, right, splits)
+    schedule = provider.schedule(grid)
+    return 0 if schedule is None else schedule.shape[0]
 
 
 def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
@@ -127,15 +150,15 @@ def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
     return window - shift, shift
 
 
-def _splits(spec: AttentionSpec, q: torch.Tensor, sequences: int, most_keys: int) -> int:
+def _splits(spec: AttentionSpec, tokens: int, device: torch.device, sequences: int, most_keys: int) -> int:
     """Most programs that may share one tile. How many do is decided on the device, by the lengths; a long sequence among short
     ones may have them all. Every one writes a float32 part of the output."""
     window = spec.mask.window()
     keys = most_keys if window is None else min(most_keys, window + 1)
     if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
         return 1
-    share = -(-_multiprocessors(q.device) // spec.num_kv_heads)
-    memory = _PARTS // max(1, q.shape[0] * spec.num_q_heads * spec.head_dim_v * 4)
+    share = -(-_multiprocessors(device) // spec.num_kv_heads)
+    memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
     return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
 
 

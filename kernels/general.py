@@ -26,12 +26,13 @@ from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
 
 if TYPE_CHECKING:
-    from compile_attn.kernels.general_triton import Batch, Plan, Pool
+    from compile_attn.kernels.general_triton import Batch, Parts, Plan, Pool
 
 _MOST_SPLITS = 128
 _KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
 _KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
 _SPLITS_A_PLACE = 8
+_ROWS_EACH = 8
 _PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
 _CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
@@ -110,11 +111,13 @@ class _Size:
         """Tokens of a sequence, on average."""
         return self.tokens if self.page_size == 0 else -(-self.tokens // max(1, self.sequences))
 
-    def blocks(self, block_q: int) -> int:
-        """Tiles of tokens. Paged: every sequence begins one, and so do the pad tokens behind the last."""
+    def blocks(self, block_q: int, few: int) -> int:
+        """Tiles of tokens, at most. Paged: every sequence served begins one, and so do the pad tokens behind the last."""
         if self.page_size == 0:
             return self.sequences * -(-self.tokens // block_q)
-        return self.tokens if block_q == 1 else self.tokens // block_q + self.sequences + 1
+        if few > 0 or block_q == 1:
+            return self.sequences if few > 0 else self.tokens
+        return self.tokens // block_q + 1 + (min(self.sequences, self.tokens // (1 - few)) if few else self.sequences)
 
 
 def _launch(
@@ -129,33 +132,44 @@ def _launch(
     scaled: tuple[bool, bool],
 ) -> None:
     from compile_attn.kernels import general_triton as kernels
+    from compile_attn.kernels.combine_triton import combine
 
     if out.numel() == 0:
         return
     whole = tuple(not tensor.is_floating_point() for tensor in captured)
     shared, multiprocessors = _device(q.device)
-    functions = functions_of(spec, whole)
+    whole = tuple(not tensor.is_floating_point() for tensor in captured)
+    functions, flat = functions_of(spec, whole), _flat(spec, captured)
     wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
     read = sum(captured[number].element_size() for number in pairwise(spec))
-    tiles = tiles_of(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
-    heads = spec.num_q_heads // tiles.group
-    blocks = size.blocks(tiles.block_q)
-    splits, least = _splits(spec, size, blocks * heads, tiles, multiprocessors)
     alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
-    plan = _plan(spec, tiles, size.page_size, scaled, alike, splits > 1, wide)
-    parts, rows = kernels.Parts(out, out, out, out, out), blocks * heads * tiles.block_q * tiles.group
-    if splits > 1:
-        highest, totals = q.new_empty((2, rows * splits), dtype=torch.float32).unbind()
-        used, place = q.new_empty((2, rows), dtype=torch.int32).unbind()
-        parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals, used, place)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        kernels.attend[(blocks, heads, splits)](
-            q, q_strides, *pools, batch, _flat(spec, captured), out, parts, size.tokens, size.sequences, size.keys, splits, least,
-            functions.per_row, functions.score, functions.sink, plan, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        if splits > 1:
-            block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
-            kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, at_once, block, plan)
+    for tiles, few in launches(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size, shared, read):
+        grid = size.blocks(tiles.block_q, few), spec.num_q_heads // tiles.group
+        splits, least = _splits(spec, size, grid[0] * grid[1], tiles, multiprocessors)
+        plan = _plan(spec, tiles, few, size.page_size, scaled, alike, splits > 1, wide)
+        parts = _parts(out, grid[0] * grid[1], tiles, splits)
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            kernels.attend[(*grid, splits)](
+                q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences, size.keys, splits, least,
+                functions.per_row, functions.score, functions.sink, plan, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            if splits > 1:
+                rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
+                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
+                over = grid[0] * grid[1], -(-rows // rows_each), plan.block_dv // block
+                combine[over](parts, out, splits, at_once, rows_each, block, plan)
+
+
+def _parts(out: torch.Tensor, programs: int, tiles: Tiles, splits: int) -> Parts:
+    """Room for what several programs find for one tile."""
+    from compile_attn.kernels.general_triton import Parts
+
+    if splits == 1:
+        return Parts(out, out, out, out, out)
+    rows, dim = programs * tiles.block_q * tiles.group, out.shape[-1]
+    found = rows * splits
+    acc, top, total = out.new_empty(found * (dim + 2), dtype=torch.float32).split_with_sizes((found * dim, found, found))
+    return Parts(acc, top, total, *out.new_empty(programs + rows, dtype=torch.int32).split_with_sizes((programs, rows)))
 
 
 def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
@@ -232,6 +246,20 @@ def tiles_of(spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, re
     return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
 
 
+@functools.lru_cache(maxsize=1024)
+def launches(spec: AttentionSpec, dot: torch.dtype, size: _Size, shared: int, read: int) -> tuple[tuple[Tiles, int], ...]:
+    """The tiles of every launch, and which sequences it serves (`Plan.few`).
+
+    In a batch of chunks and single tokens a tile fit for a chunk would be empty but for one token: those have a launch of
+    their own. What a batch holds is known on the device alone, so both launches look for theirs.
+    """
+    if size.page_size == 0 or size.sequences == 1 or size.tokens <= size.sequences:
+        return ((tiles_of(spec, dot, size.tokens_each(), shared, read), 0),)
+    single = tiles_of(spec, dot, max(1, 16 * spec.num_kv_heads // spec.num_q_heads), shared, read)
+    longest = tiles_of(spec, dot, size.tokens, shared, read)
+    return ((longest, 0),) if longest.block_m <= single.block_m else ((single, single.block_q), (longest, -single.block_q))
+
+
 def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
     """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
 
@@ -239,9 +267,10 @@ def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multi
     """
     window = spec.mask.window()
     keys = size.keys if window is None else min(size.keys, window + tiles.block_q)
-    at_once = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
-    least = _KEYS_A_SPLIT if programs < at_once else _KEYS_IN_A_CROWD
-    wanted = -(-at_once * _SPLITS_A_PLACE // max(1, programs)) if tiles.block_m == 16 else at_once // max(1, programs)
+    small = tiles.block_m == 16
+    at_once = multiprocessors * (4 if small else 1)  # small tiles wait for memory: several fit a multiprocessor
+    least = _KEYS_A_SPLIT if small and programs < at_once else _KEYS_IN_A_CROWD
+    wanted = -(-at_once * (_SPLITS_A_PLACE if small else 4) // max(1, programs))
     splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
     return splits, -(-least // tiles.block_n)
 
@@ -250,6 +279,7 @@ def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multi
 def _plan(
     spec: AttentionSpec,
     tiles: Tiles,
+    few: int,
     page_size: int,
     scaled: tuple[bool, bool],
     alike: bool,
@@ -278,6 +308,7 @@ def _plan(
         v_scaled=scaled[1],
         whole=tl.int64 if wide else tl.int32,
         dot=dots[tiles.dot],
+        few=few,
         block_q=tiles.block_q,
         block_m=tiles.block_m,
         block_n=tiles.block_n,

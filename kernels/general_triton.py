@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+SEQUENCES = tl.constexpr(256)  # looked through at once
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,6 +36,7 @@ class Plan:
     v_scaled: bool
     whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
     dot: tl.dtype  # of the operands of both products
+    few: int  # n: only sequences of at most n new tokens, a tile each; -n: only the others; 0: all
     block_q: int  # tokens of a tile; its rows: block_q * group, padded to
     block_m: int
     block_n: int  # keys of a tile
@@ -67,7 +70,10 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Per row and split: values before normalisation, highest score, sum of weights. Per row: splits used, row of the output."""
+    """Per row and split: values before normalisation, highest score, sum of weights.
+
+    Per tile: how many splits it uses. Per row: its row of the output, or -1.
+    """
 
     acc: Any
     top: Any
@@ -77,29 +83,46 @@ class Parts(NamedTuple):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode.
+def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sequence of a block of tokens, and its first token: every sequence that this launch serves begins a block.
 
-    Every sequence begins a block of its own: it has blocks from starts[b] // block_q + b on, enough and at most one too
-    many. Pad tokens are a sequence without keys, behind the last.
+    Pad tokens are one sequence more, behind the last.
     """
-    if PLAN.block_q == 1:
+    b = num_sequences
+    first = num_tokens
+    done = 0
+    for some in range(0, num_sequences + 1, SEQUENCES):
+        each = some + tl.arange(0, SEQUENCES)
+        begin = tl.load(batch.starts + each, mask=each <= num_sequences, other=num_tokens)
+        end = tl.load(batch.starts + each + 1, mask=each < num_sequences, other=num_tokens)
+        blocks = (end - begin + PLAN.block_q - 1) // PLAN.block_q
+        if PLAN.few < 0:
+            blocks = tl.where((end - begin > -PLAN.few) | (each == num_sequences), blocks, 0)
+        ends = done + tl.cumsum(blocks, 0)
+        mine = (block < ends) & (block >= ends - blocks)
+        b += tl.sum(tl.where(mine, each - num_sequences, 0))
+        first += tl.sum(tl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0))
+        done += tl.sum(blocks)
+    return b, first
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode."""
+    if PLAN.few > 0:
+        b = block
+        first = tl.load(batch.starts + b)
+    elif PLAN.block_q == 1:
         first = block
         b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
         b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
     else:
-        b = 0
-        beyond = num_sequences
-        while b < beyond:  # the last sequence whose blocks begin at or before this one
-            middle = (b + beyond + 1) // 2
-            begun = tl.load(batch.starts + middle) // PLAN.block_q + middle <= block
-            b = tl.where(begun, middle, b)
-            beyond = tl.where(begun, beyond, middle - 1)
-        begin = tl.load(batch.starts + b)
-        first = begin + (block - begin // PLAN.block_q - b) * PLAN.block_q
+        b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
     real = b < num_sequences
     end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
     length = tl.load(batch.lengths + b, mask=real, other=0)
+    if PLAN.few > 0:
+        end = tl.where(end - first > PLAN.few, first, end)
     return tl.minimum(b, num_sequences - 1), first, end, length
 
 
@@ -240,11 +263,15 @@ def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):
     return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
 
 
+@triton.jit
+def _tile_number():  # type: ignore[no-untyped-def]
+    return tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the rows of this tile are in `parts`."""
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    return tile * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
+    return _tile_number() * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -323,8 +350,8 @@ def attend(  # type: ignore[no-untyped-def]
     wide = token.to(tl.int64)
     place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
     if PLAN.split:
-        tl.store(parts.used + _rows(PLAN), tl.where(inside, used, 0), mask=in_tile & (split == 0))
-        tl.store(parts.place + _rows(PLAN), place.to(tl.int32), mask=inside & (split == 0))
+        tl.store(parts.used + _tile_number(), used, mask=split == 0)
+        tl.store(parts.place + _rows(PLAN), tl.where(inside, place, -1).to(tl.int32), mask=in_tile & (split == 0))
     if (first >= end) | (split >= used):
         return
     channel = tl.arange(0, PLAN.block_d)[None, :]
@@ -339,33 +366,3 @@ def attend(  # type: ignore[no-untyped-def]
     state = _walk(state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE, PLAN)
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
-
-
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
-def combine(parts, out, splits, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The parts of one row, one a split of its keys, to their common softmax; for one block of channels."""
-    row = tl.program_id(0).to(tl.int64)
-    used = tl.load(parts.used + row)
-    if used <= 1:  # no row, or written already
-        return
-    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    stored = channel < PLAN.dim_v
-    acc = tl.full((1, BLOCK), 0.0, tl.float32)
-    highest = float("-inf")
-    total = 0.0
-    for first in range(0, used, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        part = row * splits + split
-        top = tl.load(parts.top + part, mask=split < used, other=float("-inf")) * PLAN.factor
-        higher = tl.maximum(highest, tl.max(top, 0))
-        against = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = _exp(top - against, PLAN)
-        fade = _exp(highest - against, PLAN)
-        highest = higher
-        total = total * fade + tl.sum(tl.load(parts.total + part, mask=split < used, other=0.0) * weight, 0)
-        seen = (top > float("-inf"))[:, None] & stored
-        values = tl.load(parts.acc + part[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
-        acc = acc * fade + tl.sum(values * weight[:, None], 0, keep_dims=True)
-    place = tl.load(parts.place + row).to(tl.int64)
-    value = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out + place * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=stored)

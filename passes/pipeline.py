@@ -19,13 +19,15 @@ from compile_attn.passes import lower
 from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
+from compile_attn.passes.merge_linears import Merged, merge_linears
 from compile_attn.passes.normalize import Normalized, normalize
 from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
-from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
+from compile_attn.passes.report import LinearMerge, RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.terms import Unreadable
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
 from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
+from compile_attn.passes.weights import JoinedWeights
 
 __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
 
@@ -48,6 +50,7 @@ class Rewriting:
     inputs: FreshInputs | None = None
     max_tokens: int | None = None  # most packed tokens that one call may hold, where the model itself limits it
     constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
+    weights: JoinedWeights = field(default_factory=JoinedWeights)  # called with the model's inputs, it gives the last ones
 
     def verify(self) -> None:
         """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
@@ -85,8 +88,10 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
-def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False) -> Rewriting:
-    """Replace every attention that can be read by a fused op; the rest of the graph stays."""
+def rewrite_stateless(
+    gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False, merge: bool = False
+) -> Rewriting:
+    """Replace every attention that can be read by a fused op; the rest of the graph stays, but for linears to `merge`."""
     clock = _Clock()
     try:
         with clock.phase("normalize"):
@@ -102,13 +107,21 @@ def rewrite_stateless(gm: fx.GraphModule, examples: Sequence[Any], *, kernel: st
         rewritten, refused = _fuse_all(normalized, sites, kernel, None, needs_grad)
         if rewritten:
             cleanup(normalized.module.graph)
-    normalized.module.recompile()
     if normalized.flex and (rejected or refused or len(rewritten) < normalized.flex):
         return Rewriting(gm, Report("stateless", (), (*rejected, *refused), (), clock.seconds, before, before))
+    with clock.phase("lower"):
+        merged = _merge(normalized, needs_grad) if merge else Merged()
+    normalized.module.recompile()
     with clock.phase("report"):
         after = _text(normalized)
-    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after)
-    return Rewriting(normalized.module, report)
+    report = Report("stateless", rewritten, (*rejected, *refused), (), clock.seconds, before, after, tuple(merged.entries))
+    return Rewriting(normalized.module, report, weights=JoinedWeights(merged.joined))
+
+
+def _merge(normalized: Normalized, needs_grad: bool) -> Merged:
+    if needs_grad:
+        return Merged([LinearMerge("apart", Location(), "gradients are asked for, and they are the separate weights'")])
+    return merge_linears(normalized)
 
 
 def rewrite_paged(
@@ -119,10 +132,11 @@ def rewrite_paged(
     geometry: PagedGeometry,
     token_ids: int,
     positions: int | None,
+    merge: bool = True,
 ) -> Rewriting:
     """Make the graph take packed new tokens of many sequences, keys and values in pages. Raises RefusedError.
 
-    `token_ids` and `positions` are the places of those inputs among the examples.
+    `token_ids` and `positions` are the places of those inputs among the examples. `merge`: linears that read one tensor become one.
     """
     clock = _Clock()
     _unify_lengths(gm, [token_ids, *([] if positions is None else [positions])])
@@ -155,11 +169,12 @@ def rewrite_paged(
         cleanup(graph)
         for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
             node.meta.pop("unbacked_bindings", None)
+        merged = merge_linears(normalized) if merge else Merged()
     module.recompile()
     with clock.phase("report"):
         after = _text(normalized)
-    report = replace(report, tokens=proof.rewrites, after=after, max_positions=proof.max_positions)
-    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens)
+    report = replace(report, tokens=proof.rewrites, after=after, linears=tuple(merged.entries), max_positions=proof.max_positions)
+    return Rewriting(module, report, layers, FreshInputs(graph), proof.max_tokens, weights=JoinedWeights(merged.joined))
 
 
 def _prove(

@@ -49,6 +49,9 @@ def html(report: Report) -> str:
     if report.tokens:
         rows = [(_where(places), _text(one.kind), _text(one.detail)) for one, places in grouped(report.tokens)]
         parts.append("<h2>Tokens</h2>" + _table(("where", "kind", "rewrite"), rows))
+    if report.linears:
+        rows = [(_where(places), _text(one.kind), _text(one.detail)) for one, places in grouped(report.linears)]
+        parts.append("<h2>Linears</h2>" + _table(("where", "kind", "what"), rows))
     parts.append(_diff(report.diff()))
     seconds = [(_text(name), f"{value * 1e3:.1f} ms") for name, value in report.seconds.items()]
     parts.append("<h2>Time</h2>" + _table(("phase", "time"), seconds))

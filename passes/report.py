@@ -50,6 +50,15 @@ class TokenRewrite:
 
 
 @dataclass(frozen=True)
+class LinearMerge:
+    """Linears that read one tensor: kind "merged", or "apart" with the reason why one of them is not."""
+
+    kind: str
+    where: Location
+    detail: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that one compilation did."""
 
@@ -60,6 +69,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  # phase -> seconds
     before: str = ""  # the normalised graph as text
     after: str = ""
+    linears: tuple[LinearMerge, ...] = ()
     max_positions: int | None = None  # length of the shortest position table that the model indexes by position
 
     def diff(self) -> str:
@@ -82,7 +92,9 @@ class Report:
         if self.mode == "paged" and self.rejected:
             return f"this model cannot be paged, for {counted(len(self.rejected), 'reason')}; nothing was rewritten"
         done = f"{counted(len(self.sites), 'attention site')} rewritten ({self.mode}), {len(self.rejected)} rejected"
-        return done + (f", {counted(len(self.tokens), 'token rewrite')}" if self.mode == "paged" else "")
+        merged = sum(one.kind == "merged" for one in self.linears)
+        done += f", {counted(len(self.tokens), 'token rewrite')}" if self.mode == "paged" else ""
+        return done + (f", {counted(merged, 'group')} of linears merged" if merged else "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.summary()
@@ -95,6 +107,9 @@ class Report:
         if self.tokens:
             changes = [(_where(at), one.kind, one.detail) for one, at in grouped(self.tokens)]
             yield _table("tokens", ("where", "kind", "rewrite"), changes)
+        if self.linears:
+            groups = [(_where(at), one.kind, one.detail) for one, at in grouped(self.linears)]
+            yield _table("linears", ("where", "kind", "what"), groups)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -105,7 +120,7 @@ class Report:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-_Located = TypeVar("_Located", Rewritten, Rejected, TokenRewrite)
+_Located = TypeVar("_Located", Rewritten, Rejected, TokenRewrite, LinearMerge)
 
 
 def grouped(entries: Iterable[_Located]) -> list[tuple[_Located, list[Location]]]:

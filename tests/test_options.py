@@ -23,9 +23,13 @@ def test_given() -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"kernle": 1, "caches": 2}, "unknown option 'caches', 'kernle'; known options are kernel, on_rejected, cache, inner"),
+        (
+            {"kernle": 1, "caches": 2},
+            "unknown option 'caches', 'kernle'; known options are kernel, on_rejected, cache, inner, merge_linears",
+        ),
         ({"kernel": "fast"}, r"kernel='fast' is not known; choose one of 'auto', .*'reference'"),
         ({"on_rejected": "ignore"}, "on_rejected='ignore' is not known; choose one of 'keep', 'warn', 'error'"),
+        ({"merge_linears": "yes"}, "merge_linears='yes'; choose True, False, or None for the default"),
         ({"inner": "jit"}, "inner='jit' is not known; choose one of 'inductor', 'eager'"),
     ],
 )

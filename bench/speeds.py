@@ -1,0 +1,159 @@
+"""Which kernel is fastest, by head size and by query heads a KV head? Writes the table that `auto` chooses by.
+
+Each point of the mix (`kernels/speeds.py`) is one op a layer in a CUDA graph, causal, bfloat16, 32 query heads.
+
+    python -m bench.speeds [--dims 64 128 256] [--groups 1 4 8] [--seconds 120] [--write kernels/measured.py] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.attend import why_not
+from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, said, stamp
+from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, decode, plain, prefill
+from compile_attn.kernels import speeds
+from compile_attn.kernels.select import known_kernels
+from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.kernels.speeds import PAGED, STATELESS, Point
+
+QUERY_HEADS = 32
+SLOW = ("reference",)  # never the fastest, and it would take most of the time
+LONGEST = 40960  # what block tables have room for
+Key = tuple[str, int, int, int, int]
+Found = dict[Key, dict[str, float]]
+
+
+def measure(
+    spec: AttentionSpec,
+    kernels: Sequence[str],
+    device: torch.device,
+    clock: Clock,
+    points: Sequence[Point] = PAGED + STATELESS,
+    seconds: float = 0.03,
+) -> tuple[Found, dict[str, str]]:
+    """Microseconds of each kernel at each point, for one layer; and what is against the kernels that did not run."""
+    found: Found = {}
+    against: dict[str, str] = {}
+    paged = [_case(each) for each in points if each.phase != "stateless"]
+    pool = Pool(max(case.pages for case in paged), spec, device, apart=APART if device.type == "cuda" else 1) if paged else None
+    for point in points:
+        if clock.over:
+            break
+        calls: dict[str, Call] = {}
+        inputs = None if pool is None or point.phase == "stateless" else _inputs(point, pool)
+        for kernel in kernels:
+            why = why_not(kernel, spec, device, torch.bfloat16, None if inputs is None else PAGE_SIZE)
+            if not why:
+                call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
+                why = _trouble(call)
+            if why:
+                against[f"{kernel}, {'stateless' if inputs is None else 'paged'}"] = why
+            else:
+                calls[kernel] = call
+        layers = 1 if inputs is None else len(inputs.layers)
+        times = compare(calls, device, seconds)
+        key = (point.phase, spec.head_dim, spec.num_q_heads // spec.num_kv_heads, point.sequences, point.length)
+        found[key] = {kernel: round(time / layers, 2) for kernel, time in times.items()}
+    return found, against
+
+
+def _case(point: Point) -> Case:
+    return (decode if point.phase == "decode" else prefill)(point.sequences, point.length)
+
+
+def _inputs(point: Point, pool: Pool) -> Inputs:
+    case = _case(point)
+    return Inputs(case, pool, 2 if case.tokens > 4096 else LAYERS, LONGEST // PAGE_SIZE)
+
+
+def _paged(inputs: Inputs, kernel: str) -> Call:
+    attend, text = torch.ops.paged_attn.attend, inputs.spec.encode()
+    inputs.plan(kernel, captured=True)
+    return lambda: [attend(inputs.q, k, v, *inputs.where, [], text, kernel) for k, v in inputs.layers]
+
+
+def _stateless(point: Point, spec: AttentionSpec, kernel: str, device: torch.device) -> Call:
+    def random(heads: int) -> torch.Tensor:
+        return torch.randn(point.sequences, point.length, heads, spec.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
+
+    q, k, v = random(spec.num_q_heads), random(spec.num_kv_heads), random(spec.num_kv_heads)
+    attention, text = torch.ops.paged_attn.attention, spec.encode()
+    return lambda: attention(q, k, v, [], text, kernel)
+
+
+def _trouble(call: Call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def as_module(found: Mapping[Key, Mapping[str, float]], where: str) -> str:
+    """The text of kernels/measured.py."""
+    rows = [f'    ("{key[0]}", {", ".join(map(str, key[1:]))}): {_times(times)},' for key, times in sorted(found.items()) if times]
+    return "\n".join(
+        [
+            '"""How fast was each kernel? Written by `python -m bench.speeds`, not by hand."""',
+            "",
+            "from __future__ import annotations",
+            "",
+            f'WHERE = "{where}"',
+            "# phase, head size, query heads a KV head, sequences, length: microseconds by kernel",
+            "MICROSECONDS: dict[tuple[str, int, int, int, int], dict[str, float]] = {",
+            *rows,
+            "}",
+            "",
+        ]
+    )
+
+
+def _times(times: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f'"{kernel}": {time}' for kernel, time in times.items()) + "}"
+
+
+def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> Table:
+    """The mean over the mix, and what `auto` would take."""
+    rows = []
+    for dim, group in sorted({key[1:3] for key in found}):
+        for name, points in (("paged", PAGED), ("stateless", STATELESS)):
+            means = speeds.means(points, dim, group, found)
+            best = min(means, key=lambda kernel: means[kernel], default="")
+            rows.append([name, str(dim), str(group), *(number(means.get(kernel)) for kernel in kernels), best])
+    note = "Weighted geometric means of microseconds over the mix in kernels/speeds.py."
+    return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto"], rows, note)
+
+
+def main() -> None:
+    able = tuple(name for name in known_kernels() if name not in SLOW)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", default=able)
+    parser.add_argument("--dims", nargs="+", type=int, default=(64, 128, 256))
+    parser.add_argument("--groups", nargs="+", type=int, default=(1, 4, 8))
+    parser.add_argument("--seconds", type=float, default=120, help="no point begins after them")
+    parser.add_argument("--write", type=Path, help="the module to write: kernels/measured.py")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speeds.md and speeds.json")
+    chosen = parser.parse_args()
+    device, clock = torch.device("cuda"), Clock(chosen.seconds)
+    found: Found = {}
+    for dim in chosen.dims:
+        for group in chosen.groups:
+            new, against = measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock)
+            found |= new
+            print(f"head size {dim}, group {group}: {against or 'all ran'}", flush=True)
+            torch.cuda.empty_cache()
+    stamped = stamp(device)
+    if chosen.write:
+        where = said({name: stamped[name] for name in ("device", "date", "commit", "torch")})
+        chosen.write.write_text(as_module(found, where))
+    results = {"microseconds": [[*key, times] for key, times in found.items()]}
+    publish("speeds", "Which kernel is fastest", [table(found, chosen.kernels)], results, stamped, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What can FlashInfer serve, and how does a call find the plan that was made for it on the host?
+
+Before a step `plan_on_host` makes one plan for each distinct problem of the model's sites; `attend` finds it by the address of
+the step's block table, and reads nothing on the host. A CUDA graph holds addresses: what it is recorded with is kept for
+that block table and those shapes, and planned anew before every replay.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import sympy
+import torch
+from torch.utils.weak import TensorWeakRef
+
+from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request
+from compile_attn.kernels.evaluate import constant, evaluator
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
+from compile_attn.kernels.flashinfer_ragged import RaggedPlans
+from compile_attn.kernels.mask import Mask
+from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.text import print_expr
+
+_OLDEST = (0, 7, 2)  # before, rows without keys, as pad tokens are, could give NaN
+_FEATURES = (Feature.GQA, Feature.SOFTCAP, Feature.ALIBI, Feature.SINKS, Feature.BIDIRECTIONAL, Feature.WINDOW)
+
+
+class FlashInferBackend(Backend):
+    """Causal, windowed and bidirectional attention of 16-bit queries, over pages of 16 or 8 bits."""
+
+    name = "flashinfer"
+    features = frozenset(_FEATURES)
+    devices = frozenset({"cuda"})
+    dtypes = frozenset({torch.float16, torch.bfloat16})
+    kv_dtypes = FP8
+    head_dims = frozenset({64, 128, 256})
+
+    def __init__(self) -> None:
+        self._paged = _PagedPlans()
+        self._ragged = RaggedPlans()
+
+    def limits(self, request: Request) -> tuple[str, ...]:
+        spec, cure = request.spec, "choose kernel='auto'"
+        out = [f"{reason}, or {cure}" for reason in _library()]
+        if (0, 0) < capability(request.device) < (8, 0):
+            out.append(f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}")
+        if not is_bounds(spec.mask):
+            out.append(f"knows masks that are a causal bound and a window, not '{spec.mask.words()}'; {cure}")
+        slope = spec.alibi_slope()
+        if slope is not None and not is_standard(slope, spec.num_q_heads):
+            out.append(f"knows the standard ALiBi slopes of {spec.num_q_heads} heads, not {print_expr(slope)}; {cure}")
+        extras = [name for name, has in (("softcap", spec.softcap), ("ALiBi", spec.bias), ("sinks", spec.sinks)) if has is not None]
+        if len(extras) > 1:
+            out.append(f"has softcap, ALiBi and sinks one at a time, not {' with '.join(extras)}; {cure}")
+        if spec.sinks is not None and request.page_size is None:
+            out.append(f"has sinks over pages, not in a stateless call; {cure}")
+        return tuple(out)
+
+    def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
+        problems = {Problem.of(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
+        self._paged.begin(step, problems)
+
+    def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
+        out = q.new_empty(q.shape)
+        if out.numel() == 0:
+            return out
+        problem = Problem.of(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
+        plan = self._paged.plan(problem, kv, q.shape[0])
+        if kv.k_scale is not None:
+            q = _by_kv_head(q, kv.k_scale)
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            plan.run(aligned(q), kv.k_pages, kv.v_pages, _sinks(spec, captured, q.device), out)
+        return out if kv.v_scale is None else _by_kv_head(out, kv.v_scale)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
+    ) -> torch.Tensor:
+        return self._ragged.attention(aligned(q), aligned(k), aligned(v), Problem.of(spec, q.dtype, k.dtype, 0))
+
+
+class _PagedPlans:
+    """The step under way of every block table, and the plans of graphs by block table and shapes."""
+
+    def __init__(self) -> None:
+        # By address; the reference to the table says whether the address still is that table's.
+        self._steps: dict[int, tuple[TensorWeakRef, tuple[int, int, int], Step]] = {}
+        self._captured: dict[tuple[int, tuple[int, int, int]], tuple[TensorWeakRef, Step, dict[Problem, Plan]]] = {}
+        self._rooms: dict[int, tuple[TensorWeakRef, torch.Tensor]] = {}
+        self._plans: dict[tuple[torch.device, Problem, str], Plan] = {}
+
+    def begin(self, host: HostStep, problems: set[Problem]) -> None:
+        """Take a step under way, and plan it for all problems."""
+        self._forget_the_dead()
+        table = host.block_table
+        shape = (table.shape[0], host.num_tokens, host.page_size)
+        pinned = table.device.type == "cuda"
+        asked = Requests(host.seq_lens, host.query_lens, host.num_tokens, host.page_size, fixed=host.captured, pinned=pinned)
+        kept = self._captured.get((table.data_ptr(), shape)) if host.captured else None
+        if kept is not None and kept[1].requests.single != asked.single:
+            raise ValueError(
+                f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
+                f"{'one token a row' if kept[1].requests.single else 'rows of several tokens'}; give its other steps the same form"
+            )
+        owner = kept[0] if kept is not None else _reference(table)
+        packed, indices = (None, None) if kept is None else (kept[1].packed, kept[1].indices)
+        if host.captured and kept is None:
+            indices = self._room(table, owner, asked.count)
+        step = _sent(asked, table, packed, indices, fixed=host.captured)
+        if host.captured:
+            self._captured[table.data_ptr(), shape] = (owner, step, kept[2] if kept is not None else {})
+        self._steps[table.data_ptr()] = (owner, shape, step)
+        for problem in problems:
+            self._prepared(problem, table, shape, step)
+
+    def plan(self, problem: Problem, kv: Paged, tokens: int) -> Plan:
+        """The plan of the step under way; for a step that nobody began, one made here, which waits for the device."""
+        table, shape = kv.block_table, (kv.block_table.shape[0], tokens, kv.k_pages.shape[1])
+        owner, planned, step = self._steps.get(table.data_ptr(), (None, None, None))
+        recording = table.is_cuda and torch.cuda.is_current_stream_capturing()
+        if step is not None and planned == shape and owner is not None and owner() is not None and (step.fixed or not recording):
+            return self._prepared(problem, table, shape, step, recording)
+        if recording:
+            raise RuntimeError(
+                f"flashinfer has no plan for a CUDA graph of {tokens} tokens in {shape[0]} rows; "
+                "call plan_on_host with captured=True before the graph is recorded, and before every replay"
+            )
+        seq_lens, starts = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu()
+        asked = Requests(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
+        return self._prepared(problem, table, shape, _sent(asked, table, None, None, fixed=False))
+
+    def _prepared(
+        self, problem: Problem, table: torch.Tensor, shape: tuple[int, int, int], step: Step, recording: bool = False
+    ) -> Plan:
+        asked = step.requests
+        each = 0 if step.fixed or asked.pads else asked.tokens // asked.count  # FA3's plans are not for graphs, nor for no keys
+        kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
+        plans: Any = self._captured[table.data_ptr(), shape][2] if step.fixed else self._plans
+        key = problem if step.fixed else (table.device, problem, kernel)
+        plan: Plan | None = plans.get(key)
+        if recording and (plan is None or plan.step is not step):
+            raise RuntimeError(
+                f"flashinfer was not told of {problem} before a CUDA graph is recorded; name every site in plan_on_host"
+            )
+        with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+            if plan is None:
+                plans[key] = plan = Plan(problem, kernel, step)
+            plan.prepare(step)
+        return plan
+
+    def _room(self, table: torch.Tensor, owner: TensorWeakRef, count: int) -> torch.Tensor:
+        """For the pages of any step of this table. One step of a table is under way at a time, so its graphs share it."""
+        base, width = table if table._base is None else table._base, table.shape[1]
+        most = max(count * width, base.numel())
+        kept = self._rooms.get(table.data_ptr())
+        if kept is None or kept[0]() is None or kept[1].numel() < most:
+            self._rooms[table.data_ptr()] = kept = (owner, torch.empty(most, dtype=torch.int32, device=table.device))
+        return kept[1]
+
+    def _forget_the_dead(self) -> None:
+        self._steps = {at: kept for at, kept in self._steps.items() if kept[0]() is not None}
+        self._captured = {key: kept for key, kept in self._captured.items() if kept[0]() is not None}
+        self._rooms = {at: kept for at, kept in self._rooms.items() if kept[0]() is not None}
+
+
+def _reference(table: torch.Tensor) -> TensorWeakRef:
+    """Alive as long as the memory: a view may be made for one call, its base is kept."""
+    return TensorWeakRef(table if table._base is None else table._base)
+
+
+def _sent(asked: Requests, table: torch.Tensor, packed: torch.Tensor | None, indices: torch.Tensor | None, *, fixed: bool) -> Step:
+    """Copy the requests to the device and gather their pages there, into these buffers or new ones."""
+    from compile_attn.kernels.flashinfer_triton import gather_pages
+
+    if packed is None:
+        packed = torch.empty(asked.packed.shape, dtype=torch.int32, device=table.device)
+    if indices is None:
+        indices = torch.empty(asked.pages, dtype=torch.int32, device=table.device)
+    packed.copy_(asked.packed, non_blocking=True)
+    rows, _, kv_indptr, _ = parts(packed)
+    gather_pages(table, rows, kv_indptr, asked.most_pages, indices)
+    return Step(asked, packed, indices, fixed)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The kernels load 16 bytes at a time: a tensor in which that cannot be is copied."""
+    whole = 16 // tensor.dtype.itemsize
+    fits = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    fits = fits and all(stride % whole == 0 for stride in tensor.stride()[:-1])
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _by_kv_head(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """tensor [T, Hq, D] times a float32 scale, one or one a KV head, rounded once: the scale stays on the device."""
+    grouped = tensor.view(tensor.shape[0], scale.numel(), -1, tensor.shape[2])
+    return torch.mul(grouped, scale.reshape(-1, 1, 1), out=torch.empty_like(grouped)).view(tensor.shape)
+
+
+def _sinks(spec: AttentionSpec, captured: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """One float32 a head."""
+    if spec.sinks is None:
+        return None
+    if isinstance(spec.sinks, Load) and spec.sinks.args[1:] == (H,):
+        return captured[int(spec.sinks.args[0])].to(torch.float32).contiguous()
+    env = {"h": torch.arange(spec.num_q_heads, device=device), "captured": captured, "dtype": torch.float32}
+    value = constant(_sink_of(spec.sinks)(env), device).to(torch.float32)
+    return value.expand(spec.num_q_heads).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _sink_of(sinks: sympy.Expr) -> Any:
+    return evaluator(sinks)
+
+
+def is_bounds(mask: Mask) -> bool:
+    """Does the mask say no more than its bounds do: j <= i, i - j <= window?"""
+    window = mask.window()
+    bounds = [sympy.Le(J, I)] if mask.causal() else []
+    bounds += [] if window is None else [sympy.Le(I - J, window)]
+    return bool(mask.predicate() == sympy.And(*bounds))
+
+
+def is_standard(slope: sympy.Expr, heads: int) -> bool:
+    """Is slope(h), for every head, what the library computes for ALiBi by itself?"""
+    if slope.has(Load):
+        return False
+    return all(math.isclose(float(slope.subs(H, h)), standard, rel_tol=1e-6) for h, standard in enumerate(standard_slopes(heads)))
+
+
+def standard_slopes(heads: int) -> list[float]:
+    """Powers of 2^(-8/n), n the power of 2 up to the number of heads; the other heads take odd powers of 2^(-4/n)."""
+    n = 1 << (heads.bit_length() - 1)
+    return [2.0 ** (-8.0 / n * (1 + h)) if h < n else 2.0 ** (-4.0 / n * (1 + 2 * (h - n))) for h in range(heads)]
+
+
+@functools.cache
+def _library() -> tuple[str, ...]:
+    """What is wrong with the installed library. Looks for it without importing it."""
+    needed = ".".join(map(str, _OLDEST))
+    pip = f"pip install 'flashinfer-python>={needed}'"
+    if importlib.util.find_spec("flashinfer") is None:
+        return (f"needs FlashInfer, which is not installed; {pip}",)
+    try:
+        found = metadata.version("flashinfer-python")
+    except metadata.PackageNotFoundError:
+        return ()  # unpacked without its record: whoever did that chose the version
+    release = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    return () if release >= _OLDEST else (f"needs FlashInfer {needed} or newer, found {found}; {pip}",)

@@ -1,0 +1,262 @@
+"""What does FlashInfer plan on the host, for which requests, and how long does a plan hold?
+
+A `Problem` is what a compiled module and a plan depend on beside lengths. `Requests` are the rows of a step as FlashInfer
+takes them. A `Plan` is one wrapper of the library, which holds the plan of one step at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from compile_attn.kernels.spec import AttentionSpec
+
+_WORKSPACE = 64 << 20  # bytes for the parts of split requests: no more are needed outside a CUDA graph
+# Decode on CUDA cores exists for more groups, but from 4 heads on tensor cores are faster (an H200, 8 KV heads of 128), and
+# only they skip what is before a window. fp8 pages are converted faster there, too.
+_CUDA_CORES = frozenset({1, 2, 3})
+_LONG = 128  # new tokens a request, on average, from which on FA3's kernel, which splits no keys, is faster
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a wrapper is made for. Sites that are equal in it share one plan a step."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype  # of queries
+    kv_dtype: torch.dtype  # of pages
+    page_size: int  # 0: stateless
+    scale: float
+    causal: bool
+    window: int  # keys to the left of the query, itself not counted; -1: all
+    softcap: float  # 0: none
+    alibi: bool
+    sinks: bool
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
+        """What of a spec that `FlashInferBackend.limits` lets pass matters to the library."""
+        window = spec.mask.window()
+        return Problem(
+            spec.num_q_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            dtype,
+            kv_dtype,
+            page_size,
+            float(spec.scale),
+            spec.mask.causal(),
+            -1 if window is None else window,
+            float(spec.softcap or 0),
+            spec.bias is not None,
+            spec.sinks is not None,
+        )
+
+    def for_single(self) -> str:
+        """The library's kernel for one token a request."""
+        if self.sinks:
+            return "fa2"
+        cores = self.num_q_heads // self.num_kv_heads in _CUDA_CORES and self.kv_dtype.itemsize == 2 and self.window < 0
+        return "cuda cores" if cores else "tensor cores"
+
+    def for_many(self, tokens_each: int, device: torch.device) -> str:
+        """The library's kernel for about that many tokens a request. FA3 splits no keys, and only Hopper has it."""
+        # A template of FA3 takes minutes to compile: it is used for plain attention alone.
+        plain = not (self.alibi or self.sinks or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
+        return "fa3" if plain and tokens_each >= _LONG and capability(device) == (9, 0) else "fa2"
+
+    def options(self) -> dict[str, Any]:
+        """What every `plan` of the library is told."""
+        return {
+            "pos_encoding_mode": "ALIBI" if self.alibi else "NONE",
+            "sm_scale": self.scale,
+            "window_left": self.window,
+            "logits_soft_cap": self.softcap,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.kv_dtype,
+        }
+
+    def sink_variant(self) -> tuple[list[Any], dict[str, Any]]:
+        """jit_args and jit_kwargs of the library's variant with sinks, which its plain kernels do not know."""
+        variants = importlib.import_module("flashinfer.jit.attention.variants")
+        # The name says what the module is compiled for: the library's own wrapper leaves out what it is not told apart by.
+        names = [str(dtype).removeprefix("torch.").replace("float", "f") for dtype in (self.dtype, self.kv_dtype)]
+        kind = f"{'_'.join(names)}_{self.head_dim}_swa_{self.window >= 0}"
+        dtypes = (self.dtype, self.kv_dtype, self.dtype, torch.int32)
+        extra = (["sink"], ["float"], ["sm_scale"], ["double"], "AttentionSink", variants.attention_sink_decl["fa2"])
+        swa = {"use_sliding_window": self.window >= 0, "paged_kv_stride_mode": "equal"}
+        return [f"paged_attn_sink_{kind}", *dtypes, self.head_dim, self.head_dim, *extra], swa
+
+
+class Requests:
+    """The rows of a step that have new tokens, as four int32 arrays in one host buffer, so that one copy moves all.
+
+    Pad tokens belong to requests that hold one page and no key, so that no page is read for them and their output is 0.
+    """
+
+    def __init__(
+        self, seq_lens: torch.Tensor, query_lens: torch.Tensor, tokens: int, page_size: int, *, fixed: bool, pinned: bool
+    ) -> None:
+        lengths, new = seq_lens.numpy(), query_lens.numpy()
+        self.pads = tokens - int(new.sum())
+        # A graph of as many tokens as rows is one of decoding; else its rows may have several tokens at the next replay.
+        self.single = int(new.max(initial=0)) <= 1 and (not fixed or tokens == len(new))
+        if self.single:  # a request a token
+            rows = np.concatenate([np.flatnonzero(new), np.full(self.pads, -1, dtype=np.int64)])
+            queries = np.ones_like(rows)
+        else:  # a request a row, and one for all pad tokens; as many at every step, where addresses are fixed
+            rows = np.where(new > 0, np.arange(len(new)), -1) if fixed else np.flatnonzero(new)
+            queries = new[rows] * (rows >= 0)
+            if self.pads or fixed:
+                rows, queries = np.append(rows, -1), np.append(queries, self.pads)
+        length = np.where(rows >= 0, lengths[rows], 0)
+        pages = np.maximum(1, -(-length // page_size))
+        self.count, self.most_pages, self.tokens = len(rows), int(pages.max(initial=1)), tokens
+        self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, pin_memory=pinned)
+        self.rows, self.qo_indptr, self.kv_indptr, self.last_page_len = parts(self.packed)
+        self.rows.numpy()[:] = rows
+        self.last_page_len.numpy()[:] = length - (pages - 1) * page_size
+        for indptr, counts in ((self.qo_indptr, queries), (self.kv_indptr, pages)):
+            indptr[0] = 0
+            np.cumsum(counts, out=indptr.numpy()[1:])
+        self.pages = int(self.kv_indptr[-1])
+
+    def planned_alike(self, other: Requests) -> bool:
+        """A plan divides queries and pages: how full the last page is, it does not ask."""
+        same = torch.equal(self.qo_indptr, other.qo_indptr) and torch.equal(self.kv_indptr, other.kv_indptr)
+        return same and self.single == other.single
+
+
+def parts(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows [R], qo_indptr [R + 1], kv_indptr [R + 1], last_page_len [R]."""
+    count = (packed.shape[0] - 2) // 4
+    kv = 2 * count + 1
+    return packed[:count], packed[count:kv], packed[kv : kv + count + 1], packed[kv + count + 1 :]
+
+
+@dataclass(eq=False)
+class Step:
+    """Requests, and the device's copy of them. `fixed`: in buffers that later steps of these shapes use again."""
+
+    requests: Requests
+    packed: torch.Tensor
+    indices: torch.Tensor  # pages of all requests, one after the other, and room behind them
+    fixed: bool
+
+
+class Plan:
+    """A wrapper of the library and the step that it is planned for."""
+
+    def __init__(self, problem: Problem, kernel: str, step: Step) -> None:
+        self.problem, self.kernel = problem, kernel
+        self._fixed, device = step.fixed, step.packed.device
+        self._decode = kernel in ("cuda cores", "tensor cores")
+        self._wrapper: Any = self._make(step, device)
+        if step.fixed:  # what a graph needs is known, and less than the 8 MiB that the library takes to be sure
+            sizes = self._wrapper.workspace_size(*self._arguments(step), **self._keywords(step))
+            plan_bytes = torch.empty(-(-sizes[1] // 256) * 256, dtype=torch.uint8, device=device)
+            self._wrapper.reset_workspace_buffer(workspace(device, sizes[0]), plan_bytes)
+        self._turns = _Turns(self._wrapper, device)
+        self.step: Step | None = None
+
+    def prepare(self, step: Step) -> None:
+        """Plan for this step, if it is not planned for it yet. Waits for nothing on the device."""
+        if self.step is step:
+            return
+        last, self.step = self.step, step
+        # With fixed addresses the arrays are already where the kernel reads them; the last plan may still be right.
+        if not (self._fixed and last is not None and last.requests.planned_alike(step.requests)):
+            self._turns.begin()
+            self._wrapper.plan(*self._arguments(step), **self._keywords(step))
+            self._turns.end()
+
+    def run(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """q [T, Hq, D] -> out [T, Hq, D]."""
+        extra = () if sinks is None else (sinks, self.problem.scale)
+        self._wrapper.run(q, (k_pages, v_pages), *extra, out=out)
+
+    def _make(self, step: Step, device: torch.device) -> Any:
+        library, room = importlib.import_module("flashinfer"), workspace(device)
+        _, *buffers = parts(step.packed)  # qo_indptr, kv_indptr, last_page_len
+        buffers.insert(2, step.indices)
+        options: dict[str, Any] = {"use_cuda_graph": step.fixed}
+        if self._decode:
+            if step.fixed:
+                names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+                options |= dict(zip(names, buffers[1:], strict=True))
+            options |= {"use_tensor_cores": self.kernel == "tensor cores", "backend": "fa2"}
+            return library.BatchDecodeWithPagedKVCacheWrapper(room, "NHD", **options)
+        if step.fixed:
+            places = ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
+            options |= dict(zip(places, buffers, strict=True))
+        if self.problem.sinks:
+            options["jit_args"], options["jit_kwargs"] = self.problem.sink_variant()
+        return library.BatchPrefillWithPagedKVCacheWrapper(room, "NHD", backend=self.kernel, **options)
+
+    def _arguments(self, step: Step) -> tuple[Any, ...]:
+        asked, problem = step.requests, self.problem
+        sizes = (problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.page_size)
+        rows = (asked.kv_indptr, step.indices[: asked.pages], asked.last_page_len, *sizes)
+        return rows if self._decode else (asked.qo_indptr, *rows)
+
+    def _keywords(self, step: Step) -> dict[str, Any]:
+        single = step.requests.single
+        more = {} if self._decode else {"causal": self.problem.causal and not single, "uniform_q_len": 1 if single else None}
+        return self.problem.options() | more
+
+
+class _Turns:
+    """Takes turns with two host buffers: `plan` writes into one and starts a copy from it, and waits for nothing.
+
+    One buffer would be written again while the copy of the last step may still wait behind that step's work. The buffer is
+    a private attribute of the wrapper (0.7.2), which has no other way to give it a second one.
+    """
+
+    _NAME = "_pin_memory_int_workspace_buffer"
+
+    def __init__(self, wrapper: Any, device: torch.device) -> None:
+        self._wrapper, self._device = wrapper, device
+        first = getattr(wrapper, self._NAME)
+        self._buffers = [first, torch.empty(first.shape, dtype=first.dtype, pin_memory=first.is_pinned())]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def begin(self) -> None:
+        self._turn ^= 1
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()  # of two plans ago: done, unless the host is two steps ahead
+        setattr(self._wrapper, self._NAME, self._buffers[self._turn])
+
+    def end(self) -> None:
+        if self._device.type == "cuda":
+            self._copied[self._turn] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; (0, 0) if it is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else (0, 0)
+
+
+_workspaces: dict[torch.device, torch.Tensor] = {}
+
+
+def workspace(device: torch.device, size: int = _WORKSPACE) -> torch.Tensor:
+    """Of at least that many bytes, shared by all wrappers of a device: their kernels run one after the other."""
+    found = _workspaces.get(device)
+    if found is None or found.numel() < size:
+        size = max(_WORKSPACE, -(-size // (1 << 20)) * (1 << 20))
+        _workspaces[device] = found = torch.zeros(size, dtype=torch.uint8, device=device)
+    return found
