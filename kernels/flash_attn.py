@@ -7,8 +7,9 @@ call asks for on the host follows from shapes, so a CUDA graph can hold it.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -18,6 +19,7 @@ from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request, pl
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
+from compile_attn.kernels.flash_rows import Rows
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
@@ -27,8 +29,6 @@ _KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much 
 _LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
 _PARTS = 128 << 20  # bytes that the float32 parts of a call may take
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
-
-PerHead = Callable[[Sequence[torch.Tensor], torch.device], torch.Tensor]
 
 
 class FlashAttnBackend(Backend):
@@ -76,20 +76,17 @@ class FlashAttnBackend(Backend):
         return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
-        page_size = kv.k_pages.shape[1]
-        ours = _chosen(spec, q.device, q.dtype, page_size)
         if kv.k_pages.dtype != q.dtype:
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
+        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0])
         plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
-        grid = _grid(spec, kv.block_table.shape, page_size, q.shape[0], q.dtype, plan)
-        schedule = None
-        if kv.plan is not None and (size := _schedule_size(ours, grid)):
-            schedule = flash_rows.behind(plan, kv.block_table.shape[0])[:size]
+        rows = flash_rows.read(plan, q.shape[0], fit.sequences)
+        schedule = None if kv.plan is None or not fit.schedule_size else rows.behind[: fit.schedule_size]
         sinks, slopes = _vectors(spec, captured, q)
-        call = Call(grid, _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
-        return ours.run(call)
+        call = Call(fit.grid(rows), _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
+        return fit.provider.run(call)
 
     def planned(self, spec: AttentionSpec) -> AttentionSpec:
         """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
@@ -100,42 +97,54 @@ class FlashAttnBackend(Backend):
 
     def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
         """Rows, and behind them the provider's schedule."""
-        (sequences, _), tokens, device = step.block_table.shape, step.token_seq.shape[0], step.token_seq.device
+        sequences, tokens, device = step.block_table.shape[0], step.token_seq.shape[0], step.token_seq.device
         plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
         if tokens:
-            ours = _chosen(spec, device, step.dtype, step.page_size)
-            schedule = ours.schedule(_grid(spec, step.block_table.shape, step.page_size, tokens, step.dtype, plan))
+            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens)
+            rows = flash_rows.read(plan, tokens, sequences)
+            schedule = fit.provider.schedule(fit.grid(rows))
             if schedule is not None:
-                flash_rows.behind(plan, sequences)[: schedule.shape[0]] = schedule
+                rows.behind[: schedule.shape[0]] = schedule
         return plan
 
 
-def _grid(spec: AttentionSpec, table: Sequence[int], page_size: int, tokens: int, dtype: torch.dtype, built: torch.Tensor) -> Grid:
-    """What a schedule is made for, and what a call must then say too."""
-    (sequences, most_pages), (left, right) = table, _window(spec, 0)
-    rows, most_keys = flash_rows.read(built, tokens, sequences), most_pages * page_size
-    left_pads = rows.zeros if page_size >= _LARGE_PAGES else None
-    at = (rows.starts, rows.lengths, rows.of_table, left_pads, rows.most_queries, most_keys)
-    return Grid(spec, dtype, page_size, *at, left, right, _splits(spec, tokens, built.device, sequences, most_keys))
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Which provider runs steps of some shapes, and what it is told that follows from them."""
+
+    provider: Provider
+    spec: AttentionSpec
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+    sequences: int
+    tokens: int
+    most_keys: int
+    left: int
+    right: int
+    splits: int
+
+    def grid(self, rows: Rows) -> Grid:
+        left_pads = rows.zeros if self.page_size >= _LARGE_PAGES else None
+        at = (rows.starts, rows.lengths, rows.of_table, left_pads, rows.most_queries, self.most_keys)
+        return Grid(self.spec, self.dtype, self.page_size, *at, self.left, self.right, self.splits)
+
+    @functools.cached_property
+    def schedule_size(self) -> int:
+        """Numbers in a schedule: the same for all lengths, so a schedule of nothing tells it."""
+        nothing = torch.zeros(plan_size(self.sequences, 4), dtype=torch.int32, device=self.device)
+        schedule = self.provider.schedule(self.grid(flash_rows.read(nothing, self.tokens, self.sequences)))
+        return 0 if schedule is None else schedule.shape[0]
 
 
-def _schedule_size(provider: Provider, grid: Grid) -> int:
-    """Numbers in a schedule. It is the same for all lengths, so a schedule of nothing tells it."""
-    rows = grid.starts.shape[0] - 1
-    key = (grid.spec, grid.dtype, grid.page_size, grid.left, grid.right, grid.starts.device)
-    return _size_of_schedule(provider, rows, min(grid.most_queries, 2), grid.most_keys, min(grid.splits, 2), *key)
-
-
-@functools.lru_cache(maxsize=4096)
-def _size_of_schedule(
-    provider: Provider, rows: int, most_queries: int, most_keys: int, splits: int, spec: AttentionSpec, dtype: torch.dtype,
-    page_size: int | None, left: int, right: int, device: torch.device,
-) -> int:  # fmt: skip
-    none = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    pads = none[1:] if page_size is not None and page_size >= _LARGE_PAGES else None
-    grid = Grid(spec, dtype, page_size, none, none[1:], none[1:], pads, most_queries, most_keys, left, right, splits)
-    schedule = provider.schedule(grid)
-    return 0 if schedule is None else schedule.shape[0]
+@functools.lru_cache(maxsize=1024)
+def _fit(
+    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int, sequences: int, most_pages: int, tokens: int
+) -> _Fit:
+    (left, right), most_keys = _window(spec, 0), most_pages * page_size
+    splits = _splits(spec, tokens, device, sequences, most_keys)
+    provider = _chosen(spec, device, dtype, page_size)
+    return _Fit(provider, spec, device, dtype, page_size, sequences, tokens, most_keys, left, right, splits)
 
 
 def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
@@ -157,7 +166,9 @@ def _splits(spec: AttentionSpec, tokens: int, device: torch.device, sequences: i
     keys = most_keys if window is None else min(most_keys, window + 1)
     if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
         return 1
-    share = -(-_multiprocessors(device) // spec.num_kv_heads)
+    share = -(
+        -10 * _multiprocessors(device) // (11 * spec.num_kv_heads)
+    )  # FlashAttention 3 leaves a tenth free, so it asks no more
     memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
     return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
 
@@ -166,9 +177,14 @@ def _vectors(
     spec: AttentionSpec, captured: Sequence[torch.Tensor], q: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Sinks and ALiBi slopes, one a head."""
-    slope = spec.alibi_slope() if spec.bias is not None else None
+    if spec.sinks is None and spec.bias is None:
+        return None, None
+    slope = _slope(spec)
     sinks = None if spec.sinks is None else _per_head(spec.sinks, spec.num_q_heads, captured, q).to(q.dtype)
     return sinks, None if slope is None else _per_head(slope, spec.num_q_heads, captured, q).float()
+
+
+_slope = functools.lru_cache(maxsize=256)(AttentionSpec.alibi_slope)  # symbolic work, once a spec
 
 
 def _per_head(expr: sympy.Expr, heads: int, captured: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -187,10 +203,9 @@ def _by_head(expr: sympy.Expr) -> bool:
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Kernels read 16 bytes at a time along the last axis."""
-    words = 16 // tensor.element_size()
-    if tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % words == 0 for stride in tensor.stride()[:-1]):
-        return tensor
-    return tensor.contiguous()
+    *strides, last = tensor.stride()
+    apart = math.gcd(*strides) * tensor.element_size()
+    return tensor if last == 1 and (apart | tensor.data_ptr()) % 16 == 0 else tensor.contiguous()
 
 
 @functools.cache
@@ -223,13 +238,9 @@ def _against_providers(request: Request) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None) -> Provider:
-    return _first(spec, device, dtype, page_size, os.environ.get("PAGED_ATTN_FA3"))
-
-
 @functools.lru_cache(maxsize=256)
-def _first(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, named: str | None) -> Provider:
-    """The best provider that serves this. `named`: what the environment says, which may change in a process."""
+def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None) -> Provider:
+    """The best provider that serves this."""
     request = Request(spec, device, dtype, page_size)
     for provider in PROVIDERS:
         if not provider.reasons(request) and provider.found() and provider.trouble() is None:

@@ -34,6 +34,7 @@ class Rows:
     lengths: torch.Tensor  # [R]
     of_table: torch.Tensor  # [R]
     zeros: torch.Tensor  # [R]
+    behind: torch.Tensor  # the room behind them
     most_queries: int
 
 
@@ -45,11 +46,6 @@ def part(sequences: int) -> int:
 def size(sequences: int) -> int:
     """Numbers in what `build` gives."""
     return 4 * part(sequences)
-
-
-def behind(built: torch.Tensor, sequences: int) -> torch.Tensor:
-    """The room behind the rows."""
-    return built[size(sequences) :]
 
 
 def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
@@ -83,5 +79,7 @@ def read(built: torch.Tensor, tokens: int, sequences: int) -> Rows:
     """What `build` has written."""
     by_token = tokens == sequences
     rows, room = (tokens if by_token else sequences + 1), part(sequences)
-    lengths, of_table, zeros = (built[place * room : place * room + rows] for place in (1, 2, 3))
-    return Rows(built[: rows + 1], lengths, of_table, zeros, most_queries=1 if by_token else tokens)
+    gap = room - rows
+    sizes = (rows + 1, gap - 1, rows, gap, rows, gap, rows, gap, built.shape[0] - 4 * room)
+    starts, _, lengths, _, of_table, _, zeros, _, behind = built.split_with_sizes(sizes)
+    return Rows(starts, lengths, of_table, zeros, behind, 1 if by_token else tokens)

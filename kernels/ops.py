@@ -83,14 +83,25 @@ def write_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any, k_scale: An
     pages.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
 
 
-def _plan_fake(table: Any, seq_lens: Any, *more: Any) -> torch.Tensor:
-    return seq_lens.new_empty((plan_size(seq_lens.shape[0], more[-1]),), dtype=torch.int32)  # type: ignore[no-any-return]
+def _plan_fake(
+    table: Any,
+    seq_lens: Any,
+    starts: Any,
+    at: Any,
+    rows: Any,
+    page_size: int,
+    dtype: Any,
+    spec: str,
+    kernel: str,
+    numbers: Any = None,
+) -> torch.Tensor:
+    made = backend(kernel).plan_numbers if numbers is None else numbers
+    return seq_lens.new_empty((plan_size(seq_lens.shape[0], made),), dtype=torch.int32)  # type: ignore[no-any-return]
 
 
-# `numbers`, a constant of the kernel's, is an argument so that code in a cache of compiled graphs knows the size of its plans.
 @_op(
     "plan(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor positions, Tensor token_seq, int page_size, "
-    "ScalarType dtype, str spec, str kernel, int numbers) -> Tensor",
+    "ScalarType dtype, str spec, str kernel, int? numbers=None) -> Tensor",
     _plan_fake,
 )
 def plan(
@@ -103,14 +114,15 @@ def plan(
     dtype: torch.dtype,
     spec: str,
     kernel: str,
-    numbers: int,
+    numbers: int | None = None,
 ) -> torch.Tensor:
-    """Once a step: what the kernel's `attend` needs of the batch and not of the layer. See `Backend.plan`."""
+    """Once a step: what the kernel's `attend` needs of the batch and not of the layer. See `Backend.plan`.
+
+    `numbers`: the kernel's `plan_numbers` when a graph was made, so that a cache of compiled graphs holds none of another size.
+    """
     run = backend(kernel)
-    if numbers != run.plan_numbers:
-        raise ValueError(
-            f"this graph has plans of {numbers} numbers a sequence, {kernel!r} of {run.plan_numbers}; compile it again"
-        )
+    if numbers not in (None, run.plan_numbers):
+        raise ValueError(f"this graph plans {numbers} numbers a sequence, kernel {kernel!r} {run.plan_numbers}; compile it again")
     step = DeviceStep(block_table, seq_lens, cu_seqlens_q, positions, token_seq, page_size, dtype)
     return run.plan(step, AttentionSpec.decode(spec))
 

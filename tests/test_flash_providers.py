@@ -22,6 +22,7 @@ from compile_attn.kernels.flash_providers import Call, Classic, Grid, HopperExte
 from compile_attn.kernels.select import backend, choose
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import SLOPE, SPECS
+from tests.test_flash_attn import forget
 
 CUDA = torch.device("cuda")
 
@@ -248,7 +249,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     yield only
-    flash_attn._first.cache_clear()
+    forget()
 
 
 REFUSED = {
@@ -342,7 +343,7 @@ def test_the_first_that_can_serves(installed: Any) -> None:
             assert choose(each.spec, CUDA, each.dtype, each.page_size, "flash_attn").kernel == "flash_attn"
             assert type(flash_attn._chosen(each.spec, CUDA, each.dtype, each.page_size)) is kind
     installed(Torch)
-    flash_attn._first.cache_clear()
+    forget()
     assert type(flash_attn._chosen(PLAIN, CUDA, torch.bfloat16, 256)) is Torch
     with pytest.raises(ValueError, match=r"flash_attn cannot: is used for paged calls only \(through torch.nn.attention.varlen\)"):
         flash_attn._chosen(PLAIN, CUDA, torch.bfloat16, None)

@@ -126,8 +126,18 @@ def test_one_plan_for_each_distinct_problem(run: fi.FlashInferBackend) -> None:
         run.plan_on_host(host(batch), [site(each) for each in specs])
         for spec in [*specs, *specs]:
             check(run, batch, spec)
-        assert len(Wrapper.made) == 4
-        assert [len(each.plans) for each in Wrapper.made] == [step + 1] * 4
+        assert len(Wrapper.made) == 2 * 4  # rows of several tokens, and pads
+        assert [len(each.plans) for each in Wrapper.made] == [step + 1] * 8
+
+
+@interpreted
+def test_prompts_and_decodes_have_kernels_of_their_own(run: fi.FlashInferBackend) -> None:
+    batch = paged_batch(SPECS["gqa"], [(0, 5), (3, 1), (4, 9), (7, 1), (0, 0), (12, 1)], pad_tokens=2)
+    run.plan_on_host(host(batch), [site(batch.spec)])
+    check(run, batch)
+    prompts, decodes = Wrapper.made
+    assert prompts.arrays["qo_indptr"].tolist() == [0, 5, 6, 15] and prompts.arrays["last_page_len"].tolist() == [1, 4, 1]
+    assert decodes.arrays["kv_indptr"].tolist() == [0, 2, 6, 7, 8] and decodes.arrays["last_page_len"].tolist() == [4, 1, 0, 0]
 
 
 @interpreted
@@ -256,7 +266,7 @@ def test_other_shapes_and_tables_that_are_gone_have_no_plan(run: fi.FlashInferBa
     del captured
     gc.collect()
     run.plan_on_host(host(batch), [site(batch.spec)])
-    assert len(run._paged._steps) == 1 and not run._paged._captured
+    assert len(run._paged._under_way) == 1 and not run._paged._graphs
 
 
 # fp8 pages.
