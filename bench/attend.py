@@ -1,7 +1,8 @@
 """What does our op cost, through torch.compile, over a direct call of the library on the same tensors?
 
-Times are for one layer of a step of 8 (of 2 for the prefill), inside a CUDA graph and launched by the host; direct is the
-library's fastest way; the floor is bytes over the copy rate or operations over the matrix rate, whichever is more.
+Times are for one layer of a step of 8 (of 2 for the prefill), inside a CUDA graph and launched by the host; what is planned once a
+step is left out on both sides. Direct is the library's fastest way; the floor is bytes over the copy rate or operations over the
+matrix rate, whichever is more.
 
     python -m bench.attend [--kernels flash_attn flashinfer general] [--dims 128 64] [--seconds 150] [--out DIR]
 """
@@ -9,7 +10,7 @@ library's fastest way; the floor is bytes over the copy rate or operations over 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from bench.direct import LIBRARIES
 from bench.floor import Floor
 from bench.floor import measure as measure_floor
-from bench.measuring import RESULTS, Call, Clock, Table, compare, number, percent, publish, ratio, stamp
-from bench.paged_case import APART, LAYERS, MIXED, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
+from bench.measuring import RESULTS, Call, Clock, Table, compare, number, percent, publish, ratio, recorded, stamp
+from bench.paged_case import APART, LAYERS, MIXED, PAGE_SIZE, Case, Inputs, Pool, Step, compiled_layers, decode, plain, prefill
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
@@ -44,7 +45,7 @@ class Bench:
         self.dtype = torch.bfloat16
         self.missing = {name: why for name in kernels if (why := why_not(name, spec, device, self.dtype))}
         torch._dynamo.reset()  # type: ignore[no-untyped-call]
-        self.ours = {name: attend_layers(name, spec, inner) for name in kernels if name not in self.missing}
+        self.ours = {name: compiled_layers(name, spec, inner) for name in kernels if name not in self.missing}
         self.pool = Pool(max(case.pages for case in cases), spec, device, self.dtype, APART if device.type == "cuda" else 1)
 
     def run(self, case: Case, seconds: float = 0.05) -> Found:
@@ -54,7 +55,7 @@ class Bench:
         found: Found = {"case": case.name, "head_dim": self.spec.head_dim, "errors": {}, "off": {}}
         for kind, captured in (("graph", True), ("eager", False)):
             calls = self._calls(inputs, captured, found)
-            times = compare(calls, self.device, seconds if captured else seconds / 2, graph=captured)
+            times = compare(calls, self.device, seconds if captured else seconds / 2) if calls else {}
             found[kind] = {name: time / layers for name, time in times.items()}
         return found
 
@@ -62,8 +63,7 @@ class Bench:
         """Everything that runs, by name: "KERNEL" ours, "KERNEL: way" the library's."""
         calls: dict[str, Call] = {}
         for name, ours in self.ours.items():
-            inputs.plan(name, captured)
-            self._try(name, lambda ours=ours: ours(inputs), calls, found)
+            self._try(name, lambda name=name, ours=ours: _planned(inputs, name, captured, ours), captured, calls, found)
         for library, ways_of in LIBRARIES.items():
             try:
                 ways = ways_of(inputs, captured)
@@ -71,19 +71,25 @@ class Bench:
                 found["errors"][f"{library}: direct"] = str(error)
                 continue
             for way, make in ways.items():
-                self._try(f"{library}: {way}", make, calls, found, made=True)
+                self._try(f"{library}: {way}", make, captured, calls, found)
         return calls
 
-    def _try(self, name: str, call: Any, calls: dict[str, Call], found: Found, made: bool = False) -> None:
+    def _try(self, name: str, make: Callable[[], Callable[[], Any]], captured: bool, calls: dict[str, Call], found: Found) -> None:
         """Keep a call that runs, and how far its result is from the first one's; note why another does not."""
         try:
-            call = call() if made else call
-            out = call()[0]
-            if calls:
-                found["off"][name] = distance(out, next(iter(calls.values()))()[0])
+            call: Any = make()
+            call()
+            call = recorded(call, self.device) if captured else call
+            first: Any = next(iter(calls.values()), call)
+            found["off"][name] = distance(call()[0], first()[0])
             calls[name] = call
         except Exception as error:
             found["errors"][name] = f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _planned(inputs: Inputs, kernel: str, captured: bool, ours: Step) -> Callable[[], list[torch.Tensor]]:
+    plan = inputs.plan(kernel, captured)
+    return lambda: ours(inputs, plan)
 
 
 def distance(out: torch.Tensor, expected: torch.Tensor) -> float:

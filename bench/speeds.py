@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from bench.attend import why_not
-from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, said, stamp
-from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, decode, plain, prefill
+from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, recorded, said, stamp
+from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
 from compile_attn.kernels import speeds
 from compile_attn.kernels.select import known_kernels
 from compile_attn.kernels.spec import AttentionSpec
@@ -49,14 +49,16 @@ def measure(
         for kernel in kernels:
             why = why_not(kernel, spec, device, torch.bfloat16, None if inputs is None else PAGE_SIZE)
             if not why:
-                call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
-                why = _trouble(call)
+                try:
+                    call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
+                    call()
+                    calls[kernel] = recorded(call, device)
+                except Exception as error:
+                    why = f"{type(error).__name__}: {str(error)[:200]}"
             if why:
                 against[f"{kernel}, {'stateless' if inputs is None else 'paged'}"] = why
-            else:
-                calls[kernel] = call
         layers = 1 if inputs is None else len(inputs.layers)
-        times = compare(calls, device, seconds)
+        times = compare(calls, device, seconds) if calls else {}
         key = (point.phase, spec.head_dim, spec.num_q_heads // spec.num_kv_heads, point.sequences, point.length)
         found[key] = {kernel: round(time / layers, 2) for kernel, time in times.items()}
     return found, against
@@ -72,9 +74,8 @@ def _inputs(point: Point, pool: Pool) -> Inputs:
 
 
 def _paged(inputs: Inputs, kernel: str) -> Call:
-    attend, text = torch.ops.paged_attn.attend, inputs.spec.encode()
-    inputs.plan(kernel, captured=True)
-    return lambda: [attend(inputs.q, k, v, *inputs.where, [], text, kernel) for k, v in inputs.layers]
+    step, plan = attend_layers(kernel, inputs.spec), inputs.plan(kernel, captured=True)
+    return lambda: step(inputs, plan)
 
 
 def _stateless(point: Point, spec: AttentionSpec, kernel: str, device: torch.device) -> Call:
@@ -84,14 +85,6 @@ def _stateless(point: Point, spec: AttentionSpec, kernel: str, device: torch.dev
     q, k, v = random(spec.num_q_heads), random(spec.num_kv_heads), random(spec.num_kv_heads)
     attention, text = torch.ops.paged_attn.attention, spec.encode()
     return lambda: attention(q, k, v, [], text, kernel)
-
-
-def _trouble(call: Call) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return ""
 
 
 def as_module(found: Mapping[Key, Mapping[str, float]], where: str) -> str:

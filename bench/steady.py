@@ -103,7 +103,8 @@ def traced(lm: PagedLM, device: torch.device, steps: int = TRACED) -> tuple[list
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+    looked_at = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=looked_at, acc_events=True) as trace:  # without acc_events torch 2.11 warns
         for _ in range(steps):
             lm.step()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,8 @@ import torch
 
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.kernels.triton_launch import Tiles, TritonBackend, tiles_of
+from compile_attn.kernels.tiles import Tiles, tiles_of
+from compile_attn.kernels.triton_launch import TritonBackend
 from compile_attn.kernels.visible import bounded, by_head, unit_of
 
 _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and they are read once for all heads

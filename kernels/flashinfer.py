@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +24,7 @@ from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
 from compile_attn.kernels.flashinfer_ragged import RaggedPlans
+from compile_attn.kernels.flashinfer_score import variant
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.text import print_expr
@@ -47,11 +49,7 @@ class FlashInferBackend(Backend):
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, cure = request.spec, "choose kernel='auto'"
-        out = [f"{reason}, or {cure}" for reason in _library()]
-        if (0, 0) < capability(request.device) < (8, 0):
-            out.append(f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}")
-        if not is_bounds(spec.mask):
-            out.append(f"knows masks that are a causal bound and a window, not '{spec.mask.words()}'; {cure}")
+        out = list(_common_limits(request))
         slope = spec.alibi_slope()
         if slope is not None and not is_standard(slope, spec.num_q_heads):
             out.append(f"knows the standard ALiBi slopes of {spec.num_q_heads} heads, not {print_expr(slope)}; {cure}")
@@ -63,19 +61,20 @@ class FlashInferBackend(Backend):
         return tuple(out)
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        problems = {Problem.of(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
+        problems = {self._problem(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
         self._paged.begin(step, problems)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         out = q.new_empty(q.shape)
         if out.numel() == 0:
             return out
-        problem = Problem.of(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
-        plan = self._paged.plan(problem, kv, q.shape[0])
-        if kv.k_scale is not None:
-            q = _by_kv_head(q, kv.k_scale)
+        problem = self._problem(spec, q.dtype, kv.k_pages.dtype, kv.k_pages.shape[1])
+        plans = self._paged.plans(problem, kv, q.shape[0])
+        q = aligned(q if kv.k_scale is None else _by_kv_head(q, kv.k_scale))
+        sinks = _sinks(spec, captured, q.device)
         with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            plan.run(aligned(q), kv.k_pages, kv.v_pages, _sinks(spec, captured, q.device), out)
+            for plan, tokens in plans:
+                plan.run(q[tokens], kv.k_pages, kv.v_pages, sinks, out[tokens])
         return out if kv.v_scale is None else _by_kv_head(out, kv.v_scale)
 
     def attention(
@@ -83,75 +82,132 @@ class FlashInferBackend(Backend):
     ) -> torch.Tensor:
         return self._ragged.attention(aligned(q), aligned(k), aligned(v), Problem.of(spec, q.dtype, k.dtype, 0))
 
+    def _problem(self, spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
+        return Problem.of(spec, dtype, kv_dtype, page_size)
+
+
+class FlashInferJitBackend(FlashInferBackend):
+    """The same with any score of numbers, head and positions, as a variant that the library compiles: a minute at first use.
+
+    Where the library has a kernel for the score, that one is faster.
+    """
+
+    name = "flashinfer_jit"
+    features = frozenset({*_FEATURES, Feature.BIAS, Feature.SCORE})
+    phases = frozenset({"paged"})
+
+    def limits(self, request: Request) -> tuple[str, ...]:
+        out = list(_common_limits(request))
+        try:
+            variant(request.spec)
+        except ValueError as error:
+            out.append(f"cannot print the score: {error}; choose kernel='auto'")
+        return tuple(out)
+
+    def _problem(self, spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
+        return Problem.of(spec, dtype, kv_dtype, page_size, printed=True)
+
+
+def _common_limits(request: Request) -> Iterator[str]:
+    cure = "choose kernel='auto'"
+    yield from (f"{reason}, or {cure}" for reason in _library())
+    if (0, 0) < capability(request.device) < (8, 0):
+        yield f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}"
+    if not is_bounds(request.spec.mask):
+        yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
+
+
+_Shape = tuple[int, int, int]  # rows, tokens, page size
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that was planned and may run: once, or as the replay of a graph."""
+
+    table: TensorWeakRef  # says whether an address still is this table's
+    shape: _Shape
+    steps: tuple[Step, ...]  # with fixed addresses: one
+    plans: dict[Any, Plan]
+
 
 class _PagedPlans:
-    """The step under way of every block table, and the plans of graphs by block table and shapes."""
+    """The step under way of every block table, by its address, and what the graphs of that table hold, by their shapes too."""
 
     def __init__(self) -> None:
-        # By address; the reference to the table says whether the address still is that table's.
-        self._steps: dict[int, tuple[TensorWeakRef, tuple[int, int, int], Step]] = {}
-        self._captured: dict[tuple[int, tuple[int, int, int]], tuple[TensorWeakRef, Step, dict[Problem, Plan]]] = {}
+        self._under_way: dict[int, _UnderWay] = {}
+        self._graphs: dict[tuple[int, _Shape], _UnderWay] = {}
         self._rooms: dict[int, tuple[TensorWeakRef, torch.Tensor]] = {}
-        self._plans: dict[tuple[torch.device, Problem, str], Plan] = {}
+        self._plans: dict[Any, Plan] = {}
 
     def begin(self, host: HostStep, problems: set[Problem]) -> None:
         """Take a step under way, and plan it for all problems."""
         self._forget_the_dead()
-        table = host.block_table
+        table, lengths = host.block_table, (host.seq_lens, host.query_lens, host.num_tokens, host.page_size)
         shape = (table.shape[0], host.num_tokens, host.page_size)
-        pinned = table.device.type == "cuda"
-        asked = Requests(host.seq_lens, host.query_lens, host.num_tokens, host.page_size, fixed=host.captured, pinned=pinned)
-        kept = self._captured.get((table.data_ptr(), shape)) if host.captured else None
-        if kept is not None and kept[1].requests.single != asked.single:
-            raise ValueError(
-                f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
-                f"{'one token a row' if kept[1].requests.single else 'rows of several tokens'}; give its other steps the same form"
-            )
-        owner = kept[0] if kept is not None else _reference(table)
-        packed, indices = (None, None) if kept is None else (kept[1].packed, kept[1].indices)
-        if host.captured and kept is None:
-            indices = self._room(table, owner, asked.count)
-        step = _sent(asked, table, packed, indices, fixed=host.captured)
+        asked = Requests.of(*lengths, fixed=host.captured, pinned=table.device.type == "cuda")
         if host.captured:
-            self._captured[table.data_ptr(), shape] = (owner, step, kept[2] if kept is not None else {})
-        self._steps[table.data_ptr()] = (owner, shape, step)
+            now = self._graphs[table.data_ptr(), shape] = self._replayed(asked[0], table, shape)
+        else:
+            steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
+            now = _UnderWay(_reference(table), shape, steps, self._plans)
+        self._under_way[table.data_ptr()] = now
         for problem in problems:
-            self._prepared(problem, table, shape, step)
+            self._prepared(problem, table, now)
 
-    def plan(self, problem: Problem, kv: Paged, tokens: int) -> Plan:
-        """The plan of the step under way; for a step that nobody began, one made here, which waits for the device."""
+    def plans(self, problem: Problem, kv: Paged, tokens: int) -> list[tuple[Plan, slice]]:
+        """Of the step under way, with the tokens of each; for a step that nobody began, made here after waiting for the device."""
         table, shape = kv.block_table, (kv.block_table.shape[0], tokens, kv.k_pages.shape[1])
-        owner, planned, step = self._steps.get(table.data_ptr(), (None, None, None))
+        now = self._under_way.get(table.data_ptr())
         recording = table.is_cuda and torch.cuda.is_current_stream_capturing()
-        if step is not None and planned == shape and owner is not None and owner() is not None and (step.fixed or not recording):
-            return self._prepared(problem, table, shape, step, recording)
+        if now is not None and now.shape == shape and now.table() is not None and (now.steps[0].fixed or not recording):
+            return self._prepared(problem, table, now, recording)
         if recording:
             raise RuntimeError(
                 f"flashinfer has no plan for a CUDA graph of {tokens} tokens in {shape[0]} rows; "
                 "call plan_on_host with captured=True before the graph is recorded, and before every replay"
             )
-        seq_lens, starts = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu()
-        asked = Requests(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
-        return self._prepared(problem, table, shape, _sent(asked, table, None, None, fixed=False))
+        return self._prepared(problem, table, self._read(kv, shape))
 
-    def _prepared(
-        self, problem: Problem, table: torch.Tensor, shape: tuple[int, int, int], step: Step, recording: bool = False
-    ) -> Plan:
-        asked = step.requests
-        each = 0 if step.fixed or asked.pads else asked.tokens // asked.count  # FA3's plans are not for graphs, nor for no keys
-        kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
-        plans: Any = self._captured[table.data_ptr(), shape][2] if step.fixed else self._plans
-        key = problem if step.fixed else (table.device, problem, kernel)
-        plan: Plan | None = plans.get(key)
-        if recording and (plan is None or plan.step is not step):
-            raise RuntimeError(
-                f"flashinfer was not told of {problem} before a CUDA graph is recorded; name every site in plan_on_host"
+    def _read(self, kv: Paged, shape: _Shape) -> _UnderWay:
+        """A step from the lengths on the device."""
+        seq_lens, starts, table = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu(), kv.block_table
+        asked = Requests.of(seq_lens, starts.diff(), *shape[1:], fixed=False, pinned=table.is_cuda)
+        steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
+        return _UnderWay(_reference(table), shape, steps, self._plans)
+
+    def _replayed(self, asked: Requests, table: torch.Tensor, shape: _Shape) -> _UnderWay:
+        """In the buffers and by the plans that a graph of this table and shape was recorded with."""
+        kept = self._graphs.get((table.data_ptr(), shape))
+        if kept is None:
+            owner = _reference(table)
+            step = _sent(asked, table, None, self._room(table, owner, asked.count), fixed=True)
+            return _UnderWay(owner, shape, (step,), {})
+        last = kept.steps[0]
+        if last.requests.single != asked.single:
+            raise ValueError(
+                f"flashinfer: a CUDA graph of {shape[1]} tokens in {shape[0]} rows was planned for "
+                f"{'one token a row' if last.requests.single else 'rows of several tokens'}; give its other steps the same form"
             )
-        with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
-            if plan is None:
-                plans[key] = plan = Plan(problem, kernel, step)
-            plan.prepare(step)
-        return plan
+        return _UnderWay(kept.table, shape, (_sent(asked, table, last.packed, last.indices, fixed=True),), kept.plans)
+
+    def _prepared(self, problem: Problem, table: torch.Tensor, now: _UnderWay, recording: bool = False) -> list[tuple[Plan, slice]]:
+        found = []
+        for step in now.steps:
+            asked = step.requests
+            each = len(asked.tokens) // (now.shape[0] if step.fixed else asked.count)  # as many at every replay
+            kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
+            key = (problem, kernel, asked.single, table.device)
+            plan = now.plans.get(key)
+            if recording and (plan is None or plan.step is not step):
+                raise RuntimeError(
+                    f"flashinfer was not told of {problem} before a CUDA graph is recorded; name every site in plan_on_host"
+                )
+            with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+                if plan is None:
+                    now.plans[key] = plan = Plan(problem, kernel, step)
+                plan.prepare(step)
+            found.append((plan, slice(asked.tokens.start, asked.tokens.stop)))
+        return found
 
     def _room(self, table: torch.Tensor, owner: TensorWeakRef, count: int) -> torch.Tensor:
         """For the pages of any step of this table. One step of a table is under way at a time, so its graphs share it."""
@@ -163,8 +219,8 @@ class _PagedPlans:
         return kept[1]
 
     def _forget_the_dead(self) -> None:
-        self._steps = {at: kept for at, kept in self._steps.items() if kept[0]() is not None}
-        self._captured = {key: kept for key, kept in self._captured.items() if kept[0]() is not None}
+        self._under_way = {at: kept for at, kept in self._under_way.items() if kept.table() is not None}
+        self._graphs = {key: kept for key, kept in self._graphs.items() if kept.table() is not None}
         self._rooms = {at: kept for at, kept in self._rooms.items() if kept[0]() is not None}
 
 

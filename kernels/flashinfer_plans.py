@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from compile_attn.kernels.flashinfer_score import variant
 from compile_attn.kernels.spec import AttentionSpec
 
+_Array = np.ndarray[Any, np.dtype[np.int32]]
 _WORKSPACE = 64 << 20  # bytes for the parts of split requests: no more are needed outside a CUDA graph
 # Decode on CUDA cores exists for more groups, but from 4 heads on tensor cores are faster (an H200, 8 KV heads of 128), and
 # only they skip what is before a window. fp8 pages are converted faster there, too.
@@ -39,11 +41,12 @@ class Problem:
     softcap: float  # 0: none
     alibi: bool
     sinks: bool
+    score: tuple[str, str] | None = None  # name and declaration of a variant that computes it; then scale and softcap say nothing
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
-    def of(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> Problem:
-        """What of a spec that `FlashInferBackend.limits` lets pass matters to the library."""
+    def of(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int, printed: bool = False) -> Problem:
+        """What of a spec that `FlashInferBackend.limits` lets pass matters to the library. `printed`: compile the score."""
         window = spec.mask.window()
         return Problem(
             spec.num_q_heads,
@@ -52,17 +55,23 @@ class Problem:
             dtype,
             kv_dtype,
             page_size,
-            float(spec.scale),
+            1.0 if printed else float(spec.scale),
             spec.mask.causal(),
             -1 if window is None else window,
-            float(spec.softcap or 0),
-            spec.bias is not None,
+            0.0 if printed else float(spec.softcap or 0),
+            spec.bias is not None and not printed,
             spec.sinks is not None,
+            variant(spec) if printed else None,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Does it need a variant, compiled at first use?"""
+        return self.sinks or self.score is not None
 
     def for_single(self) -> str:
         """The library's kernel for one token a request."""
-        if self.sinks:
+        if self.compiled:
             return "fa2"
         cores = self.num_q_heads // self.num_kv_heads in _CUDA_CORES and self.kv_dtype.itemsize == 2 and self.window < 0
         return "cuda cores" if cores else "tensor cores"
@@ -70,7 +79,7 @@ class Problem:
     def for_many(self, tokens_each: int, device: torch.device) -> str:
         """The library's kernel for about that many tokens a request. FA3 splits no keys, and only Hopper has it."""
         # A template of FA3 takes minutes to compile: it is used for plain attention alone.
-        plain = not (self.alibi or self.sinks or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
+        plain = not (self.alibi or self.compiled or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
         return "fa3" if plain and tokens_each >= _LONG and capability(device) == (9, 0) else "fa2"
 
     def options(self) -> dict[str, Any]:
@@ -84,62 +93,88 @@ class Problem:
             "kv_data_type": self.kv_dtype,
         }
 
-    def sink_variant(self) -> tuple[list[Any], dict[str, Any]]:
-        """jit_args and jit_kwargs of the library's variant with sinks, which its plain kernels do not know."""
-        variants = importlib.import_module("flashinfer.jit.attention.variants")
-        # The name says what the module is compiled for: the library's own wrapper leaves out what it is not told apart by.
+    def variant(self) -> tuple[list[Any], dict[str, Any]]:
+        """jit_args and jit_kwargs of the variant: the printed score's, or the library's own with sinks."""
+        if self.score is not None:
+            label, (name, source) = self.score[0], self.score
+        else:
+            found = importlib.import_module("flashinfer.jit.attention.variants").attention_sink_decl
+            label, name, source = "sink", "AttentionSink", found["fa2"]
+        # The module's name tells apart what it is compiled for: the library's own wrapper for sinks names less.
         names = [str(dtype).removeprefix("torch.").replace("float", "f") for dtype in (self.dtype, self.kv_dtype)]
-        kind = f"{'_'.join(names)}_{self.head_dim}_swa_{self.window >= 0}"
+        module = f"paged_attn_{label}_{'_'.join(names)}_{self.head_dim}_swa_{self.window >= 0}"
+        tensors = (["sink"], ["float"]) if self.sinks else ([], [])
         dtypes = (self.dtype, self.kv_dtype, self.dtype, torch.int32)
-        extra = (["sink"], ["float"], ["sm_scale"], ["double"], "AttentionSink", variants.attention_sink_decl["fa2"])
-        swa = {"use_sliding_window": self.window >= 0, "paged_kv_stride_mode": "equal"}
-        return [f"paged_attn_sink_{kind}", *dtypes, self.head_dim, self.head_dim, *extra], swa
+        extra = (*tensors, ["sm_scale"], ["double"], name, source)
+        options = {"use_sliding_window": self.window >= 0, "paged_kv_stride_mode": "equal"}
+        return [module, *dtypes, self.head_dim, self.head_dim, *extra], options
 
 
 class Requests:
-    """The rows of a step that have new tokens, as four int32 arrays in one host buffer, so that one copy moves all.
+    """Rows of a step that have new tokens, as four int32 arrays in one host buffer, so that one copy moves all.
 
     Pad tokens belong to requests that hold one page and no key, so that no page is read for them and their output is 0.
     """
 
-    def __init__(
-        self, seq_lens: torch.Tensor, query_lens: torch.Tensor, tokens: int, page_size: int, *, fixed: bool, pinned: bool
-    ) -> None:
-        lengths, new = seq_lens.numpy(), query_lens.numpy()
-        self.pads = tokens - int(new.sum())
+    def __init__(self, lengths: _Array, new: _Array, tokens: range, page_size: int, *, fixed: bool, pinned: bool) -> None:
+        """`tokens`: which of the step's tokens are these rows' new ones and, behind them, pads."""
+        pads, self.tokens = len(tokens) - int(new.sum()), tokens
         # A graph of as many tokens as rows is one of decoding; else its rows may have several tokens at the next replay.
-        self.single = int(new.max(initial=0)) <= 1 and (not fixed or tokens == len(new))
+        self.single = int(new.max(initial=0)) <= 1 and (not fixed or len(tokens) == len(new))
         if self.single:  # a request a token
-            rows = np.concatenate([np.flatnonzero(new), np.full(self.pads, -1, dtype=np.int64)])
+            rows = np.concatenate([np.flatnonzero(new), np.full(pads, -1, dtype=np.int64)])
             queries = np.ones_like(rows)
         else:  # a request a row, and one for all pad tokens; as many at every step, where addresses are fixed
             rows = np.where(new > 0, np.arange(len(new)), -1) if fixed else np.flatnonzero(new)
-            queries = new[rows] * (rows >= 0)
-            if self.pads or fixed:
-                rows, queries = np.append(rows, -1), np.append(queries, self.pads)
+            queries = np.where(rows >= 0, new[rows], 0)
+            if pads or fixed:
+                rows, queries = np.append(rows, -1), np.append(queries, pads)
         length = np.where(rows >= 0, lengths[rows], 0)
         pages = np.maximum(1, -(-length // page_size))
-        self.count, self.most_pages, self.tokens = len(rows), int(pages.max(initial=1)), tokens
+        self.count, self.most_pages = len(rows), int(pages.max(initial=1))
         self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, pin_memory=pinned)
-        self.rows, self.qo_indptr, self.kv_indptr, self.last_page_len = parts(self.packed)
-        self.rows.numpy()[:] = rows
-        self.last_page_len.numpy()[:] = length - (pages - 1) * page_size
-        for indptr, counts in ((self.qo_indptr, queries), (self.kv_indptr, pages)):
-            indptr[0] = 0
-            np.cumsum(counts, out=indptr.numpy()[1:])
-        self.pages = int(self.kv_indptr[-1])
+        self._array = self.packed.numpy()
+        at_rows, at_qo, at_kv, at_last = _places(self.count)
+        self._array[at_rows], self._array[at_last] = rows, length - (pages - 1) * page_size
+        for at, counts in ((at_qo, queries), (at_kv, pages)):
+            self._array[at.start] = 0
+            np.cumsum(counts, out=self._array[at.start + 1 : at.stop])
+        self.pages = int(self._array[at_kv.stop - 1])
+
+    @classmethod
+    def of(
+        cls, seq_lens: torch.Tensor, query_lens: torch.Tensor, tokens: int, page_size: int, *, fixed: bool, pinned: bool
+    ) -> list[Requests]:
+        """A step's requests; those of the rows behind the last one with several tokens apart, for a kernel of their own."""
+        lengths, new = seq_lens.numpy(), query_lens.numpy()
+        several = np.flatnonzero(new > 1)
+        cut = int(several[-1]) + 1 if len(several) and not fixed else 0
+        first = int(new[:cut].sum())
+        if first in (0, tokens):
+            return [cls(lengths, new, range(tokens), page_size, fixed=fixed, pinned=pinned)]
+        behind = np.where(np.arange(len(new)) < cut, 0, new)
+        return [
+            cls(lengths[:cut], new[:cut], range(first), page_size, fixed=False, pinned=pinned),
+            cls(lengths, behind, range(first, tokens), page_size, fixed=False, pinned=pinned),
+        ]
 
     def planned_alike(self, other: Requests) -> bool:
-        """A plan divides queries and pages: how full the last page is, it does not ask."""
-        same = torch.equal(self.qo_indptr, other.qo_indptr) and torch.equal(self.kv_indptr, other.kv_indptr)
-        return same and self.single == other.single
+        """Have both as many queries and pages each? That is all that a plan divides, but for one of FA3."""
+        _, qo, kv, _ = _places(self.count)
+        asked = slice(qo.start, kv.stop)
+        return self.single == other.single and np.array_equal(self._array[asked], other._array[asked])
 
 
 def parts(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """rows [R], qo_indptr [R + 1], kv_indptr [R + 1], last_page_len [R]."""
-    count = (packed.shape[0] - 2) // 4
-    kv = 2 * count + 1
-    return packed[:count], packed[count:kv], packed[kv : kv + count + 1], packed[kv + count + 1 :]
+    rows, qo, kv, last = _places((packed.shape[0] - 2) // 4)
+    return packed[rows], packed[qo], packed[kv], packed[last]
+
+
+def _places(count: int) -> tuple[slice, slice, slice, slice]:
+    """Of the four arrays of so many requests."""
+    kv, last = 2 * count + 1, 3 * count + 2
+    return slice(0, count), slice(count, kv), slice(kv, last), slice(last, last + count)
 
 
 @dataclass(eq=False)
@@ -160,7 +195,7 @@ class Plan:
         self._fixed, device = step.fixed, step.packed.device
         self._decode = kernel in ("cuda cores", "tensor cores")
         self._wrapper: Any = self._make(step, device)
-        if step.fixed:  # what a graph needs is known, and less than the 8 MiB that the library takes to be sure
+        if step.fixed and kernel != "fa3":  # what a graph needs is known, and less than the library takes to be sure: 8 MiB
             sizes = self._wrapper.workspace_size(*self._arguments(step), **self._keywords(step))
             plan_bytes = torch.empty(-(-sizes[1] // 256) * 256, dtype=torch.uint8, device=device)
             self._wrapper.reset_workspace_buffer(workspace(device, sizes[0]), plan_bytes)
@@ -173,7 +208,8 @@ class Plan:
             return
         last, self.step = self.step, step
         # With fixed addresses the arrays are already where the kernel reads them; the last plan may still be right.
-        if not (self._fixed and last is not None and last.requests.planned_alike(step.requests)):
+        kept = self._fixed and self.kernel != "fa3" and last is not None and last.requests.planned_alike(step.requests)
+        if not kept:
             self._turns.begin()
             self._wrapper.plan(*self._arguments(step), **self._keywords(step))
             self._turns.end()
@@ -182,7 +218,8 @@ class Plan:
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """q [T, Hq, D] -> out [T, Hq, D]."""
-        extra = () if sinks is None else (sinks, self.problem.scale)
+        extra: tuple[Any, ...] = () if sinks is None else (sinks,)
+        extra += (self.problem.scale,) if self.problem.compiled else ()
         self._wrapper.run(q, (k_pages, v_pages), *extra, out=out)
 
     def _make(self, step: Step, device: torch.device) -> Any:
@@ -199,15 +236,16 @@ class Plan:
         if step.fixed:
             places = ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
             options |= dict(zip(places, buffers, strict=True))
-        if self.problem.sinks:
-            options["jit_args"], options["jit_kwargs"] = self.problem.sink_variant()
+        if self.problem.compiled:
+            options["jit_args"], options["jit_kwargs"] = self.problem.variant()
         return library.BatchPrefillWithPagedKVCacheWrapper(room, "NHD", backend=self.kernel, **options)
 
     def _arguments(self, step: Step) -> tuple[Any, ...]:
-        asked, problem = step.requests, self.problem
+        _, qo_indptr, kv_indptr, last_page_len = parts(step.requests.packed)
+        problem, indices = self.problem, step.indices[: step.requests.pages]
         sizes = (problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.page_size)
-        rows = (asked.kv_indptr, step.indices[: asked.pages], asked.last_page_len, *sizes)
-        return rows if self._decode else (asked.qo_indptr, *rows)
+        rows = (kv_indptr, indices, last_page_len, *sizes)
+        return rows if self._decode else (qo_indptr, *rows)
 
     def _keywords(self, step: Step) -> dict[str, Any]:
         single = step.requests.single

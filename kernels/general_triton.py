@@ -1,10 +1,9 @@
 """How does one Triton program attend? Flash attention whose score is a function printed from the spec.
 
 A program owns the query heads of one KV head for `block_q` consecutive tokens of one sequence, as rows of one tile, and
-goes over the blocks of keys that some row may see, or over its share of them where the keys are split. Functions printed
-from the mask name the blocks: those that every row sees as a whole, which are taken without a mask, then the others. In
-paged mode keys are found through the block table and sequences through the starts of their tokens; nothing is read on the
-host.
+goes over the keys that some row may see, or over its share of them where the keys are split. Key blocks that the bounds
+prove visible as a whole are taken without a mask. In paged mode keys are found through the block table and sequences
+through the starts of their tokens; nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-SEQUENCES = tl.constexpr(256)  # looked through at once
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +22,7 @@ class Plan:
     page_size: int  # 0: stateless, every sequence has its keys in one page of its own
     group: int  # query heads in a tile
     groups: int  # tiles that share a KV head
+    heads: int  # query heads
     dim: int
     dim_v: int
     binary: bool  # a weight is a power of 2, not of e
@@ -33,7 +31,8 @@ class Plan:
     k_scaled: bool  # pages hold the values by a scale
     v_scaled: bool
     whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
-    dot: tl.dtype  # of the operands of both products
+    dot: tl.dtype  # of the operands of the product of queries and keys, and of that of weights and values
+    dot_v: tl.dtype
     few: int  # n: only sequences of at most n new tokens, a tile each; -n: only the others; 0: all
     block_q: int  # tokens of a tile; its rows: block_q * group, padded to
     block_m: int
@@ -68,82 +67,27 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Per row and split: values before normalisation, highest score, sum of weights.
+    """What several programs found for one tile. Per row of a part: values before normalisation, highest score, sum of weights.
 
-    Per tile: how many splits it uses. Per row: its row of the output, or -1.
+    Per tile: its first part, and how many. Per row of a tile: its row of the output, or -1.
     """
 
     acc: Any
     top: Any
     total: Any
+    first: Any
     used: Any
     place: Any
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sequence of a block of tokens, and its first token: every sequence that this launch serves begins a block.
-
-    Pad tokens are one sequence more, behind the last.
-    """
-    b = num_sequences
-    first = num_tokens
-    done = 0
-    for some in range(0, num_sequences + 1, SEQUENCES):
-        each = some + tl.arange(0, SEQUENCES)
-        begin = tl.load(batch.starts + each, mask=each <= num_sequences, other=num_tokens)
-        end = tl.load(batch.starts + each + 1, mask=each < num_sequences, other=num_tokens)
-        blocks = (end - begin + PLAN.block_q - 1) // PLAN.block_q
-        if PLAN.few < 0:
-            blocks = tl.where((end - begin > -PLAN.few) | (each == num_sequences), blocks, 0)
-        ends = done + tl.cumsum(blocks, 0)
-        mine = (block < ends) & (block >= ends - blocks)
-        b += tl.sum(tl.where(mine, each - num_sequences, 0))
-        first += tl.sum(tl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0))
-        done += tl.sum(blocks)
-    return b, first
+@triton.jit
+def portion(number, low, high, of):  # type: ignore[no-untyped-def]
+    """Of this number of blocks the part from low to high, where all are `of`."""
+    return (number.to(tl.int64) * low // of).to(tl.int32), (number.to(tl.int64) * high // of).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sequence, first token, end of its tokens, number of its keys, and position of token 0, for a block of tokens."""
-    if PLAN.few > 0:
-        b = block
-        first = tl.load(batch.starts + b)
-    elif PLAN.block_q == 1:
-        first = block
-        b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
-        b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
-    else:
-        b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
-    real = b < num_sequences
-    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
-    length = tl.load(batch.lengths + b, mask=real, other=0)
-    origin = length - end  # the last token is the last key: what `positions` holds, without a load that waits for this one
-    if PLAN.few > 0:
-        end = tl.where(end - first > PLAN.few, first, end)
-    return tl.minimum(b, num_sequences - 1), first, end, length, origin
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _share(blocks, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the blocks to visit, this program's [begin, end); and the splits in use.
-
-    Splits are for the longest sequence that there may be: a tile with few keys uses as many as are worth it.
-    """
-    begin = 0
-    end = blocks
-    used = 1
-    if PLAN.split:
-        share = tl.maximum((blocks + splits - 1) // splits, least)
-        used = tl.maximum((blocks + share - 1) // share, 1)
-        begin = tl.minimum(split * share, blocks)
-        end = tl.minimum(begin + share, blocks)
-    return begin, end, used
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _exp(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def exponential(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.exp2(x) if PLAN.binary else tl.exp(x)
 
 
@@ -223,54 +167,43 @@ def _visit(  # type: ignore[no-untyped-def]
             value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
-    weights = _exp(value * PLAN.factor - against[:, None], PLAN)
-    fade = _exp(top * PLAN.factor - against, PLAN)
+    weights = exponential(value * PLAN.factor - against[:, None], PLAN)
+    fade = exponential(top * PLAN.factor - against, PLAN)
     if not PLAN.alike:
         slots = slot * values.slot
         pages = page * values.page
     v = _tile(values, slots, pages, kv_head, owned, MASKED, PLAN.dim_v, PLAN.block_dv)
-    acc = tl.dot(weights.to(PLAN.dot), v.to(PLAN.dot), acc * fade[:, None], input_precision="tf32x3")
+    acc = tl.dot(weights.to(PLAN.dot_v), v.to(PLAN.dot_v), acc * fade[:, None], input_precision="tf32x3")
     return acc, higher, total * fade + tl.sum(weights, 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _begin(b, head, i, opens, captured, SINK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The softmax of no keys; a sink is a key without a value, seen first."""
     top = tl.full((PLAN.block_m,), float("-inf"), tl.float32)
     total = tl.full((PLAN.block_m,), 0.0, tl.float32)
     if SINK is not None:
         sink = tl.full((PLAN.block_m,), 0.0, tl.float32) + SINK(b, head, i, captured)
-        top = tl.where(split == 0, sink, top)  # as scores are printed: without the factor
+        top = tl.where(opens, sink, top)  # as scores are printed: without the factor
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
 
 
-@triton.jit
-def _tile_number():  # type: ignore[no-untyped-def]
-    return tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the rows of this tile are in `parts`."""
-    return _tile_number() * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _end(state, place, inside, split, splits, used, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     acc, top, total = state
     if PLAN.v_scaled:
         acc = acc * scale
     channel = tl.arange(0, PLAN.block_dv)[None, :]
     stored = inside[:, None] & (channel < PLAN.dim_v)
-    if used > 1:
-        part = _rows(PLAN).to(tl.int64) * splits + split
-        tl.store(parts.acc + part[:, None] * PLAN.dim_v + channel, acc, mask=stored)
-        tl.store(parts.top + part, top, mask=inside)
-        tl.store(parts.total + part, total, mask=inside)
-    else:
+    if alone:
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key: 0
         tl.store(out + place[:, None] * PLAN.dim_v + channel, acc.to(out.dtype.element_ty), mask=stored)
+    else:
+        row = part.to(tl.int64) * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
+        tl.store(parts.acc + row[:, None] * PLAN.dim_v + channel, acc, mask=stored)
+        tl.store(parts.top + row, top, mask=inside)
+        tl.store(parts.total + row, total, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -325,60 +258,32 @@ def _walk(  # type: ignore[no-untyped-def]
     return state
 
 
-# Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.
-@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
-def attend(  # type: ignore[no-untyped-def]
-    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr,
-    COUNT: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
+@triton.jit  # type: ignore[untyped-decorator]
+def compute(  # type: ignore[no-untyped-def]
+    b, rows, head_tile, length, begin, end, clears, seen, opens, part, alone,
+    q, q_strides, keys, values, batch, captured, out, parts,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
+    """The rows of a tile over its blocks of keys from the begin-th on; `clears` of all need no mask.
 
-    splits: programs that may share the keys of a tile, each with `least` blocks of them or more.
-    q_strides: sequence (paged: 0), token, head, channel. The output is contiguous rows of dim_v, a row a token and head;
-    stateless: a head and token of a sequence.
+    To the output, or, where other programs have more of them, to `part` of the parts.
+
+    opens: these are the first blocks, which a sink goes before.
     """
-    # Late tokens see the most keys under a causal mask: they begin first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = (tl.program_id(1) // PLAN.groups).to(tl.int64)
-    split = tl.program_id(2)
-    if PLAN.page_size > 0:
-        b, first, end, length, origin = _sequence(block, batch, num_tokens, num_sequences, PLAN)
-    else:
-        blocks = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
-        b = block // blocks
-        first = block % blocks * PLAN.block_q
-        end = num_tokens
-        length = num_keys
-        origin = 0
-    r = tl.arange(0, PLAN.block_m)
-    token = first + r // PLAN.group
-    in_tile = r < PLAN.block_q * PLAN.group
-    inside = (token < end) & in_tile
-    head = tl.program_id(1) * PLAN.group + r % PLAN.group
-    num_heads = tl.num_programs(1) * PLAN.group
-    wide = token.to(tl.int64)
+    token, head, i, place, inside = rows
+    kv_head = (head_tile // PLAN.groups).to(tl.int64)
     channel = tl.arange(0, PLAN.block_d)[None, :]
-    at = q + b.to(tl.int64) * q_strides[0] + wide * q_strides[1] + head.to(tl.int64) * q_strides[2]
+    at = q + b.to(tl.int64) * q_strides[0] + token.to(tl.int64) * q_strides[1] + head.to(tl.int64) * q_strides[2]
     queries = tl.load(at[:, None] + channel * q_strides[3], mask=inside[:, None] & (channel < PLAN.dim), other=0.0).to(PLAN.dot)
-    last = tl.maximum(tl.minimum(first + PLAN.block_q, end) - 1 + origin, 0)
-    clears, edges, seen = COUNT(tl.maximum(first + origin, 0), last, tl.program_id(1) * PLAN.group, length)
-    begin, stop, used = _share(clears + edges, split, splits, least, PLAN)
-    place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
-    if PLAN.split:
-        tl.store(parts.used + _tile_number(), used, mask=split == 0)
-        tl.store(parts.place + _rows(PLAN), tl.where(inside, place, -1).to(tl.int32), mask=in_tile & (split == 0))
-    if (first >= end) | (split >= used):
-        return
     b_whole = b.to(PLAN.whole)
-    i = tl.maximum(token + origin, 0).to(PLAN.whole)
+    i = i.to(PLAN.whole)
     head = head.to(PLAN.whole)
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
-    state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
+    state = _begin(b_whole, head, i, opens, captured, SINK, PLAN)
     state = _walk(
-        state, begin, stop, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
         CLEAR, EDGE, SCORE, PLAN,
     )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
-    _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
+    _end(state, place, inside, part, alone, scale, out, parts, PLAN)

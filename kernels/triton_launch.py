@@ -1,8 +1,7 @@
-"""How is the Triton kernel launched: with which functions, tiles, splits and grids?
+"""How is the Triton kernel launched: with which functions and tensors?
 
 The score and mask are printed from the spec (`triton_print`), and so is the list of the blocks of keys that the mask
-lets a tile see (`visible_print`). Tiles, splits and grids follow from shapes alone: no length is read on the host, so a
-CUDA graph can hold a call.
+lets a tile see (`visible_print`).
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import importlib.util
 import linecache
 import os
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,23 +20,19 @@ import torch
 from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.tiles import Launch, Size, Tiles, TilesFor, launches, padded, tiles_of
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
-from compile_attn.kernels.visible import most_keys
 from compile_attn.kernels.visible_print import print_sight
 
 if TYPE_CHECKING:
     from compile_attn.kernels.general_triton import Batch, Parts, Plan, Pool
 
-_MOST_SPLITS = 128
-_KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
-_KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
-_SPLITS_A_PLACE = 8
-_ROWS_EACH = 8
-_PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
+_ROWS_EACH = 8  # and parts, and channels, of a program that combines parts
+_PARTS_AT_ONCE = 64
 _CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
 _SHARED_MEMORY = 227 << 10  # of a Hopper block; asked of the device where there is one
-_MULTIPROCESSORS = 132
+_MULTIPROCESSORS = 4  # of no GPU: the interpreter's programs run one after another
 
 
 class TritonBackend(Backend):
@@ -78,7 +72,7 @@ class TritonBackend(Backend):
             return tensor.stride(0), tensor.stride(2), tensor.stride(1), tensor.stride(3)
 
         out = q.new_empty((*q.shape[:3], v.shape[3]))
-        size = _Size(q.shape[0], q.shape[2], k.shape[2], 0)
+        size = Size(q.shape[0], q.shape[2], k.shape[2], 0)
         pools = Pool(k, *by_token(k), k, 0), Pool(v, *by_token(v), v, 0)
         _launch(self.tiles, spec, size, q, by_token(q), pools, Batch(q, 0, q, q, q), captured, out, (False, False))
         return out
@@ -95,39 +89,17 @@ class TritonBackend(Backend):
         table, pages = kv.block_table, kv.k_pages
         batch = Batch(table, table.stride(0), kv.seq_lens, kv.cu_seqlens_q, kv.token_seq)
         out = q.new_empty((*q.shape[:2], kv.v_pages.shape[3]))
-        size = _Size(table.shape[0], q.shape[0], table.shape[1] * pages.shape[1], pages.shape[1])
+        size = Size(table.shape[0], q.shape[0], table.shape[1] * pages.shape[1], pages.shape[1])
         pools = pool(pages, kv.k_scale), pool(kv.v_pages, kv.v_scale)
         scaled = (kv.k_scale is not None, kv.v_scale is not None)
         _launch(self.tiles, spec, size, q, (0, *q.stride()), pools, batch, captured, out, scaled)
         return out
 
 
-@dataclass(frozen=True)
-class _Size:
-    """What shapes say of a call. Stateless (page_size 0): tokens and keys of each sequence; paged: tokens of all."""
-
-    sequences: int
-    tokens: int
-    keys: int  # at most, a sequence
-    page_size: int
-
-    def tokens_each(self) -> int:
-        """Tokens of a sequence, on average."""
-        return self.tokens if self.page_size == 0 else -(-self.tokens // max(1, self.sequences))
-
-    def blocks(self, block_q: int, few: int) -> int:
-        """Tiles of tokens, at most. Paged: every sequence served begins one, and so do the pad tokens behind the last."""
-        if self.page_size == 0:
-            return self.sequences * -(-self.tokens // block_q)
-        if few > 0 or block_q == 1:
-            return self.sequences if few > 0 else self.tokens
-        return self.tokens // block_q + 1 + (min(self.sequences, self.tokens // (1 - few)) if few else self.sequences)
-
-
 def _launch(
-    tiles_for: Callable[..., Tiles],
+    tiles_for: TilesFor,
     spec: AttentionSpec,
-    size: _Size,
+    size: Size,
     q: torch.Tensor,
     q_strides: tuple[int, ...],
     pools: tuple[Pool, Pool],
@@ -136,8 +108,7 @@ def _launch(
     out: torch.Tensor,
     scaled: tuple[bool, bool],
 ) -> None:
-    from compile_attn.kernels import general_triton as kernels
-    from compile_attn.kernels.combine_triton import combine
+    from compile_attn.kernels import combine_triton, grid_triton
 
     if out.numel() == 0:
         return
@@ -147,36 +118,38 @@ def _launch(
     wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
     read = sum(captured[number].element_size() for number in pairwise(spec))
     alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
-    dot = _dot_dtype(q.dtype, pools[0].at.dtype)
-    for tiles, few in launches(spec, size, lambda tokens: tiles_for(spec, dot, tokens, shared, read)):
+    for each in launches(tiles_for, spec, _dot_dtype(q.dtype, pools[0].at.dtype), size, shared, read, multiprocessors):
+        tiles, (blocks, heads, splits) = each.tiles, each.grid
         seen = sight_of(spec.mask, tiles.group, tiles.block_n)
-        grid = size.blocks(tiles.block_q, few), spec.num_q_heads // tiles.group
-        splits, least = _splits(spec, size, grid[0] * grid[1], tiles, multiprocessors)
-        plan = _plan(spec, tiles, few, size.page_size, scaled, alike, splits > 1, wide)
-        parts = _parts(out, grid[0] * grid[1], tiles, splits)
+        plan = _plan(spec, tiles, each.few, size.page_size, scaled, pools[1].at.dtype.itemsize == 1, alike, splits > 1, wide)
+        parts = _parts(out, each)
+        tensors = q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences
+        printed = functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | ({"maxnreg": tiles.registers} if tiles.registers else {})
         with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            kernels.attend[(*grid, splits)](
-                q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences, size.keys, splits, least,
-                functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge, plan,
-                num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
-            if splits > 1:
+            if each.programs:
+                grid_triton.attend_evenly[(each.programs,)](*tensors, blocks, each.least, *printed, plan, **options)
+            else:
+                grid_triton.attend[each.grid](*tensors, size.keys, splits, each.least, *printed, plan, **options)
+            if each.in_parts:
                 rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
-                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
-                over = grid[0] * grid[1], -(-rows // rows_each), plan.block_dv // block
-                combine[over](parts, out, splits, at_once, rows_each, block, plan)
+                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (each.most_parts - 1).bit_length())
+                over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
+                combine_triton.combine[over](batch, parts, out, size.tokens, size.sequences, at_once, rows_each, block, plan)
 
 
-def _parts(out: torch.Tensor, programs: int, tiles: Tiles, splits: int) -> Parts:
+def _parts(out: torch.Tensor, launch: Launch) -> Parts:
     """Room for what several programs find for one tile."""
     from compile_attn.kernels.general_triton import Parts
 
-    if splits == 1:
-        return Parts(out, out, out, out, out)
-    rows, dim = programs * tiles.block_q * tiles.group, out.shape[-1]
-    found = rows * splits
+    if not launch.in_parts:
+        return Parts(out, out, out, out, out, out)
+    blocks, heads, splits = launch.grid
+    tiles, dim, rows = blocks * heads, out.shape[-1], launch.tiles.block_q * launch.tiles.group
+    found = rows * (tiles + launch.programs if launch.programs else tiles * splits)
     acc, top, total = out.new_empty(found * (dim + 2), dtype=torch.float32).split_with_sizes((found * dim, found, found))
-    return Parts(acc, top, total, *out.new_empty(programs + rows, dtype=torch.int32).split_with_sizes((programs, rows)))
+    numbers = out.new_empty(tiles * (2 + rows), dtype=torch.int32).split_with_sizes((tiles, tiles, tiles * rows))
+    return Parts(acc, top, total, *numbers)
 
 
 def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
@@ -213,87 +186,6 @@ def _flat(spec: AttentionSpec, captured: Sequence[torch.Tensor]) -> tuple[Any, .
     return tuple(flat) or (0,)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of tiles, and how many warps and stages of prefetched keys work on them."""
-
-    group: int  # query heads in a tile, all of one KV head
-    block_q: int
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    dot: torch.dtype
-    together: bool = False
-
-
-@functools.lru_cache(maxsize=1024)
-def tiles_of(
-    spec: AttentionSpec,
-    dot: torch.dtype,
-    tokens: int,
-    shared: int,
-    read: int = 0,
-    heads: int | None = None,
-    most: tuple[int, int] = (128, 64),
-) -> Tiles:
-    """Tiles for sequences of about that many tokens. As large as is fast, as small as shared memory asks.
-
-    `read`: bytes of captured tensors for every query and key. Like keys and values, they are fetched ahead, `stages` times.
-    `heads`: of a KV head, those that one tile may hold; all by default. `most`: its rows and its keys, at most.
-    """
-    dims, bytes_ = _padded(spec.head_dim) + _padded(spec.head_dim_v), dot.itemsize
-    per_kv_head = heads or spec.num_q_heads // spec.num_kv_heads
-    rows = tokens * per_kv_head
-    block_m = min(most[0], 16 if rows <= 16 else 32 if bytes_ == 4 else 64 if rows <= 64 else 128)
-    # Triton 3.6 compiles loads of 64 keys wrongly where a value's channels are no multiple of 16 (40 channels of a key, 24 of
-    # a value: other rows, or an illegal address); 32 keys are right, and tests/test_general.py runs odd sizes on a GPU.
-    block_n, stages = min(most[1], 32 if bytes_ == 4 or spec.head_dim_v % 16 else 64), 3
-
-    def too_large() -> bool:
-        ahead = block_n * (dims * bytes_ + block_m * read) * stages
-        return block_m * (_padded(spec.head_dim) + block_n) * bytes_ + ahead > shared
-
-    while too_large() and (stages > 1 or block_n > 16 or block_m > 16):
-        if stages > 2 or (stages == 2 and block_n <= 32 and block_m <= 64):
-            stages -= 1
-        elif block_n > 32 or (block_n > 16 and block_m <= 16):
-            block_n //= 2
-        else:
-            block_m //= 2
-    group = max(each for each in range(1, block_m + 1) if per_kv_head % each == 0)
-    block_q = 1 if tokens <= 1 else block_m // group  # with one, no sequence is searched for
-    warps = 8 if block_m == 128 or block_m * _padded(spec.head_dim_v) >= 1 << 14 else 4  # or the output spills
-    return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
-
-
-def launches(spec: AttentionSpec, size: _Size, tiles_for: Callable[[int], Tiles]) -> tuple[tuple[Tiles, int], ...]:
-    """The tiles of every launch, and which sequences it serves (`Plan.few`).
-
-    In a batch of chunks and single tokens a tile fit for a chunk would be empty but for one token: those have a launch of
-    their own. What a batch holds is known on the device alone, so both launches look for theirs.
-    """
-    if size.page_size == 0 or size.sequences == 1 or size.tokens <= size.sequences:
-        return ((tiles_for(size.tokens_each()), 0),)
-    single = tiles_for(max(1, 16 * spec.num_kv_heads // spec.num_q_heads))
-    longest = tiles_for(size.tokens)
-    return ((longest, 0),) if longest.block_m <= single.block_m else ((single, single.block_q), (longest, -single.block_q))
-
-
-def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
-    """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
-
-    A few sequences would not occupy the whole device; of many, one may be much longer than the others.
-    """
-    keys = min(size.keys, most_keys(spec.mask, tiles.group, tiles.block_q, 1 << max(0, size.keys - 1).bit_length()))
-    small = tiles.block_m == 16
-    at_once = multiprocessors * (4 if small else 1)  # small tiles wait for memory: several fit a multiprocessor
-    least = _KEYS_A_SPLIT if small and programs < at_once else _KEYS_IN_A_CROWD
-    wanted = -(-at_once * (_SPLITS_A_PLACE if small else 4) // max(1, programs))
-    splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
-    return splits, -(-least // tiles.block_n)
-
-
 @functools.lru_cache(maxsize=1024)
 def _plan(
     spec: AttentionSpec,
@@ -301,6 +193,7 @@ def _plan(
     few: int,
     page_size: int,
     scaled: tuple[bool, bool],
+    narrow: bool,
     alike: bool,
     split: bool,
     wide: bool,
@@ -314,6 +207,7 @@ def _plan(
         page_size=page_size,
         group=tiles.group,
         groups=spec.num_q_heads // spec.num_kv_heads // tiles.group,
+        heads=spec.num_q_heads,
         dim=spec.head_dim,
         dim_v=spec.head_dim_v,
         binary=binary(spec),
@@ -323,12 +217,14 @@ def _plan(
         v_scaled=scaled[1],
         whole=tl.int64 if wide else tl.int32,
         dot=dots[tiles.dot],
+        # Values of 8 bits are exact in float16, to which the device converts them at once, and weights are at most 1.
+        dot_v=tl.float16 if narrow and tiles.dot == torch.bfloat16 else dots[tiles.dot],
         few=few,
         block_q=tiles.block_q,
         block_m=tiles.block_m,
         block_n=tiles.block_n,
-        block_d=_padded(spec.head_dim),
-        block_dv=_padded(spec.head_dim_v),
+        block_d=padded(spec.head_dim),
+        block_dv=padded(spec.head_dim_v),
         together=tiles.together,
         split=split,
     )
@@ -343,10 +239,6 @@ def _dot_dtype(queries: torch.dtype, keys: torch.dtype) -> torch.dtype:
 def _interpreted() -> bool:
     """Does Triton run kernels as Python, on any device? It reads this variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())  # what tl.dot takes
 
 
 @functools.cache

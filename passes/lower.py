@@ -196,8 +196,9 @@ def page(
             planned = _plan(graph, where, page_size, fused, plans)
             more = scales if planned is None else [*(scales or (None, None)), planned]
             out = emit.call(graph, _ops.attend.default, q, *pools, *where, captured, spec, kernel, *more, like=fused)
-            out = emit.call(graph, _aten.transpose.int, out, 0, 1, like=fused)
+            # In this order the result is [1, T, H, D] laid out as if new, so that a model's own contiguous() after it is no copy.
             out = emit.call(graph, _aten.unsqueeze.default, out, 0, like=fused)
+            out = emit.call(graph, _aten.transpose.int, out, 1, 2, like=fused)
         fused.replace_all_uses_with(out)
         graph.erase_node(fused)
         layers.append(layer)

@@ -81,11 +81,12 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
 def main() -> None:
     from triton.runtime import driver
 
-    from compile_attn.kernels import combine_triton, general_triton
+    from compile_attn.kernels import combine_triton, grid_triton
 
     driver.set_active(H200())
     found: list[Any] = []
-    general_triton.attend = Compiled(general_triton.attend, found)
+    grid_triton.attend = Compiled(grid_triton.attend, found)
+    grid_triton.attend_evenly = Compiled(grid_triton.attend_evenly, found)
     combine_triton.combine = Compiled(combine_triton.combine, found)
     for name in sys.argv[1:] or CASES:
         compile_call(*CASES[name])

@@ -13,9 +13,9 @@ import torch
 from bench import attend, decode, direct, floor, speeds, steady, workload
 from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
-from bench.paged_case import MIXED, Case, Inputs, Pool, plain, prefill
+from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
-from bench.sides import llama_config, ours
+from bench.sides import llama_config
 from compile_attn.kernels.speeds import STATELESS, Point
 
 CPU = torch.device("cpu")
@@ -61,14 +61,14 @@ def test_work_of_a_case() -> None:
 
 def fake(inputs: Inputs, captured: bool) -> direct.Ways:
     """A library that answers as ours does, one that is wrong, and one that fails."""
-    reference = attend.attend_layers("reference", SPEC, "eager")
+    reference = attend_layers("reference", SPEC)
 
     def broken() -> Sequence[torch.Tensor]:
         raise RuntimeError("no kernel image")
 
     ways: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
-        "right": lambda: reference(inputs),
-        "wrong": lambda: [-each for each in reference(inputs)],
+        "right": lambda: reference(inputs, None),
+        "wrong": lambda: [-each for each in reference(inputs, None)],
     }
     return {**{name: (lambda call=call: call) for name, call in ways.items()}, "broken": broken}
 
@@ -179,11 +179,6 @@ def test_decode_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps[0] == "2, 4" and float(steps[4]) == 0 and steps[6] == "0 %"
 
 
-def test_ours_counts_tokens() -> None:
-    generate, seconds = ours(SHAPES["tiny"], CPU, inner="eager", kv_tokens=256, kernel="reference")
-    assert generate([[11, 12], [13]], [2, 3]) == [2, 3] and set(seconds) >= {"weights", "PagedLM"}
-
-
 STEP = [  # two steps: the host launches a graph and waits for an earlier one; the device multiplies and attends, with a gap
     {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 4},
     {"cat": "kernel", "name": "void nvjet_gemm(float)", "ts": 2, "dur": 6},
@@ -218,7 +213,8 @@ def test_steady_steps_and_churn() -> None:
         samples = steady.churn(lm, CPU, steps=40, settle=10, most_new=9)
         assert [one["steps"] for one in samples] == [0, 20, 40]
         assert [row[0] for row in steady.memory_table(samples).rows] == ["0", "20", "40"]
-    with steady.made(SHAPES["tiny"], CPU, 3, kv_tokens=1024, inner="eager", kernel="reference") as lm:
+        while lm.has_work:
+            lm.step()
         steady.until_steady(lm, 3, 10, steps=30)
         assert steady.milliseconds(lm, CPU, 20) > 0
         host, ran = steady.traced(lm, CPU, 2)

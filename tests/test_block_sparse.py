@@ -81,7 +81,7 @@ def test_groups_and_page_sizes(heads: int, kv_heads: int, page_size: int) -> Non
 
 @interpreted
 def test_visible_blocks_shared_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compile_attn.kernels.triton_launch._KEYS_A_SPLIT", 16)
+    monkeypatch.setattr("compile_attn.kernels.tiles._KEYS_A_PROGRAM", 16)
     for name in ("heads alike", "each head its own", "sinks and window"):
         batch = paged_batch(spec_of(name), [(150, 1), (97, 2), (1, 1)], page_size=16, pad_tokens=1)
         torch.testing.assert_close(batch.attend([], "block_sparse").double(), batch.expected([]), atol=FLOAT32, rtol=0)

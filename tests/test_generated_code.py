@@ -8,6 +8,7 @@ import torch
 from torch._inductor.utils import run_and_get_code  # private; what Inductor's own tests read its code with
 
 from compile_attn.cache import Chunk, PagedKVCache
+from compile_attn.demo_model import GPT
 from tests.tiny import tiny
 
 PAGES = 61  # a number that occurs in no other shape of the model
@@ -28,3 +29,16 @@ def test_no_page_is_copied_by_functionalization() -> None:
     pools = [shape for shape in shapes if re.match(rf"\s*{PAGES}\s*,", shape)]
     assert pools == [], f"a buffer as large as a page pool is allocated: {pools}"
     assert not re.search(rf"range\({PAGES * 4}|< {PAGES}L|x0<static_cast<int64_t>\({PAGES}", code)
+
+
+def test_what_attention_returns_is_not_copied() -> None:
+    """A model's y.transpose(1, 2).contiguous() finds the result laid out as it wants it."""
+    model = GPT(31, width=16, heads=2, layers=2, context=64).eval().requires_grad_(False)
+    cache = PagedKVCache(kv_tokens=256, page_size=4, max_seqs=4)
+    step = torch.compile(model, backend="paged_attn", options={"cache": cache}, fullgraph=True)
+    batch = cache.batch([Chunk(cache.add(), [1, 2, 3, 4, 5, 6, 7])])
+    with torch.no_grad():
+        _, codes = run_and_get_code(step, batch.input_ids)
+    first = "\n".join(codes).split("def call")[-1].split("paged_attn.attend.default(")[1]
+    after = [line.strip() for line in first.splitlines() if re.match(r"\s+(cpp_fused|extern_kernels)", line)]
+    assert after[0].startswith("extern_kernels."), f"between the attention and the projection stands {after[0]}"

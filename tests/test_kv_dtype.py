@@ -48,7 +48,7 @@ def held(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0265, 3.0])
-@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FP8, key=str), ids=str)
 def test_each_value_becomes_the_nearest_number(dtype: torch.dtype, scale: float) -> None:
     numbers = torch.arange(127).to(torch.uint8).view(dtype).float()
     numbers = numbers[numbers.isfinite()]
@@ -62,7 +62,7 @@ def test_each_value_becomes_the_nearest_number(dtype: torch.dtype, scale: float)
     assert torch.equal(k_pages.view(torch.uint8), v_pages.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FP8, key=str), ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_attention_is_that_of_the_held_values(name: str, dtype: torch.dtype) -> None:
     """The reference in float64 over fp8 pages, against scalar loops over the held values."""
@@ -156,7 +156,7 @@ def test_generation_is_that_of_the_held_values() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FP8, key=str), ids=str)
 def test_generation_from_cuda_graphs(dtype: torch.dtype) -> None:
     generates_as_held(tiny().cuda(), dtype, cuda_graphs=True)
     found, expected = (torch.tensor(ca.calibrate(model, PROMPTS, dtype)) for model in (tiny().cuda(), tiny()))
@@ -271,7 +271,7 @@ def test_names(asked: Any, dtype: torch.dtype | None) -> None:
     cache = small_cache(kv_dtype=asked)
     cache.bind([layer_kv()] * 2, owner=0)
     assert cache.fp8 == cache.kv_dtype == dtype and cache.k_pages[1].dtype == cache.v_pages[0].dtype == (dtype or torch.float32)
-    assert [each.shape for each in cache.kept()] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
+    assert [each.shape for each in cache.kept] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
     assert all(scale == 1 for scale in (*cache.k_scales, *cache.v_scales))
 
 
@@ -281,7 +281,7 @@ def test_half_the_memory_of_bfloat16() -> None:
     assert "k_scale_1" in lm.report.after and len(lm.generate([[1, 2, 3]], max_new_tokens=4)[0]) == 4
 
 
-@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FP8, key=str), ids=str)
 def test_freed_fp8_pages_are_poisoned(dtype: torch.dtype) -> None:
     cache = small_cache(poison=True, kv_dtype=dtype)
     cache.bind([layer_kv()], owner=0)
@@ -337,3 +337,5 @@ def test_a_kernel_without_fp8_pages_says_so() -> None:
     assert not Whole().reasons(Request(spec, cpu, torch.float16, 16)) and not Whole().reasons(Request(spec, cpu, E4M3, 16, E4M3))
     choice = choose(spec, cpu, torch.float32, 16, kv_dtype=E5M2)
     assert choice.kernel == "reference" and "reads no pages of float8_e5m2" in " ".join(choice.passed_over["sdpa"])
+    report = ca.explain(tiny(), paged=True, kv_dtype="fp8")
+    assert "reads no pages of float8_e4m3fn" in " ".join(report.sites[0].passed_over["sdpa"]) and "k_scale_1" in report.after
