@@ -206,13 +206,14 @@ class Plan:
         """Plan for this step, if it is not planned for it yet. Waits for nothing on the device."""
         if self.step is step:
             return
-        last, self.step = self.step, step
+        last, self.step = self.step, None
         # With fixed addresses the arrays are already where the kernel reads them; the last plan may still be right.
         kept = self._fixed and self.kernel != "fa3" and last is not None and last.requests.planned_alike(step.requests)
         if not kept:
             self._turns.begin()
             self._wrapper.plan(*self._arguments(step), **self._keywords(step))
             self._turns.end()
+        self.step = step
 
     def run(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
