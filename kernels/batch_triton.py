@@ -57,7 +57,7 @@ def advance(input_ids, position_ids, seq_lens, sampled, num_rows, ROWS: tl.const
     length = tl.load(seq_lens + row, mask=inside, other=0)
     token = tl.load(sampled + row, mask=inside, other=0)
     live = length > 0
-    tl.store(input_ids + row, token, mask=live)
+    tl.store(input_ids + row, tl.maximum(token, 0), mask=live)
     tl.store(position_ids + row, length.to(tl.int64), mask=live)
     tl.store(seq_lens + row, length + 1, mask=live)
 

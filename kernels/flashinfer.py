@@ -205,7 +205,13 @@ class _PagedPlans:
             with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
                 if plan is None:
                     now.plans[key] = plan = Plan(problem, kernel, step)
-                plan.prepare(step)
+                try:
+                    plan.prepare(step)
+                except RuntimeError as error:
+                    if not problem.goes_without_fa3(kernel, error):
+                        raise
+                    del now.plans[key]
+                    return self._prepared(problem, table, now, recording)
             found.append((plan, slice(asked.tokens.start, asked.tokens.stop)))
         return found
 

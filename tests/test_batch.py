@@ -185,7 +185,7 @@ def advances_alike(rows: int, device: str) -> None:
     from compile_attn.kernels import batch_triton
 
     lengths = torch.arange(rows, dtype=torch.int32) % 4  # 0: a pad row
-    ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 1000
+    ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) * 7 - 8
     there = [each.clone().to(device) for each in (ids, positions, lengths, sampled)]
     batch_triton.advance_step(*there)
     torch.ops.paged_attn.advance_step(ids, positions, lengths, sampled)
