@@ -107,7 +107,7 @@ def recorded(call: Call, device: torch.device) -> Call:
             torch.cuda.synchronize()
             graph.capture_begin()
             try:
-                held = call()  # outputs live as long as the graph
+                held = call(), call  # outputs, and what the call reads, live as long as the graph
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # it says that the recording failed
                     graph.capture_end()
@@ -119,7 +119,7 @@ def recorded(call: Call, device: torch.device) -> Call:
 
     def replay() -> object:
         graph.replay()
-        return held
+        return held[0]
 
     return replay
 

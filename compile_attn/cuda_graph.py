@@ -88,7 +88,7 @@ class DecodeGraphs:
         def step() -> None:
             with torch.no_grad():
                 recent.copy_(sample(self._forward(batch), how))
-                advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent.clamp(min=0))
+                advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent)
                 if how is not None:
                     how.counts.add_(1)
 

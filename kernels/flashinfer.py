@@ -166,10 +166,14 @@ class _PagedPlans:
                 f"flashinfer has no plan for a CUDA graph of {tokens} tokens in {shape[0]} rows; "
                 "call plan_on_host with captured=True before the graph is recorded, and before every replay"
             )
-        seq_lens, starts = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu()
-        asked = Requests.of(seq_lens, starts.diff(), tokens, shape[2], fixed=False, pinned=table.is_cuda)
+        return self._prepared(problem, table, self._read(kv, shape))
+
+    def _read(self, kv: Paged, shape: _Shape) -> _UnderWay:
+        """A step from the lengths on the device."""
+        seq_lens, starts, table = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu(), kv.block_table
+        asked = Requests.of(seq_lens, starts.diff(), *shape[1:], fixed=False, pinned=table.is_cuda)
         steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
-        return self._prepared(problem, table, _UnderWay(_reference(table), shape, steps, self._plans))
+        return _UnderWay(_reference(table), shape, steps, self._plans)
 
     def _replayed(self, asked: Requests, table: torch.Tensor, shape: _Shape) -> _UnderWay:
         """In the buffers and by the plans that a graph of this table and shape was recorded with."""

@@ -133,13 +133,13 @@ class Requests:
         pages = np.maximum(1, -(-length // page_size))
         self.count, self.most_pages = len(rows), int(pages.max(initial=1))
         self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, pin_memory=pinned)
-        self.rows, self.qo_indptr, self.kv_indptr, self.last_page_len = parts(self.packed)
-        self.rows.numpy()[:] = rows
-        self.last_page_len.numpy()[:] = length - (pages - 1) * page_size
-        for indptr, counts in ((self.qo_indptr, queries), (self.kv_indptr, pages)):
-            indptr[0] = 0
-            np.cumsum(counts, out=indptr.numpy()[1:])
-        self.pages = int(self.kv_indptr[-1])
+        self._array = self.packed.numpy()
+        at_rows, at_qo, at_kv, at_last = _places(self.count)
+        self._array[at_rows], self._array[at_last] = rows, length - (pages - 1) * page_size
+        for at, counts in ((at_qo, queries), (at_kv, pages)):
+            self._array[at.start] = 0
+            np.cumsum(counts, out=self._array[at.start + 1 : at.stop])
+        self.pages = int(self._array[at_kv.stop - 1])
 
     @classmethod
     def of(
@@ -160,15 +160,21 @@ class Requests:
 
     def planned_alike(self, other: Requests) -> bool:
         """Have both as many queries and pages each? That is all that a plan divides, but for one of FA3."""
-        same = torch.equal(self.qo_indptr, other.qo_indptr) and torch.equal(self.kv_indptr, other.kv_indptr)
-        return same and self.single == other.single
+        _, qo, kv, _ = _places(self.count)
+        asked = slice(qo.start, kv.stop)
+        return self.single == other.single and np.array_equal(self._array[asked], other._array[asked])
 
 
 def parts(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """rows [R], qo_indptr [R + 1], kv_indptr [R + 1], last_page_len [R]."""
-    count = (packed.shape[0] - 2) // 4
-    kv = 2 * count + 1
-    return packed[:count], packed[count:kv], packed[kv : kv + count + 1], packed[kv + count + 1 :]
+    rows, qo, kv, last = _places((packed.shape[0] - 2) // 4)
+    return packed[rows], packed[qo], packed[kv], packed[last]
+
+
+def _places(count: int) -> tuple[slice, slice, slice, slice]:
+    """Of the four arrays of so many requests."""
+    kv, last = 2 * count + 1, 3 * count + 2
+    return slice(0, count), slice(count, kv), slice(kv, last), slice(last, last + count)
 
 
 @dataclass(eq=False)
@@ -200,13 +206,14 @@ class Plan:
         """Plan for this step, if it is not planned for it yet. Waits for nothing on the device."""
         if self.step is step:
             return
-        last, self.step = self.step, step
+        last, self.step = self.step, None
         # With fixed addresses the arrays are already where the kernel reads them; the last plan may still be right.
         kept = self._fixed and self.kernel != "fa3" and last is not None and last.requests.planned_alike(step.requests)
         if not kept:
             self._turns.begin()
             self._wrapper.plan(*self._arguments(step), **self._keywords(step))
             self._turns.end()
+        self.step = step
 
     def run(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
@@ -235,10 +242,11 @@ class Plan:
         return library.BatchPrefillWithPagedKVCacheWrapper(room, "NHD", backend=self.kernel, **options)
 
     def _arguments(self, step: Step) -> tuple[Any, ...]:
-        asked, problem = step.requests, self.problem
+        _, qo_indptr, kv_indptr, last_page_len = parts(step.requests.packed)
+        problem, indices = self.problem, step.indices[: step.requests.pages]
         sizes = (problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.page_size)
-        rows = (asked.kv_indptr, step.indices[: asked.pages], asked.last_page_len, *sizes)
-        return rows if self._decode else (asked.qo_indptr, *rows)
+        rows = (kv_indptr, indices, last_page_len, *sizes)
+        return rows if self._decode else (qo_indptr, *rows)
 
     def _keywords(self, step: Step) -> dict[str, Any]:
         single = step.requests.single

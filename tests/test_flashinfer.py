@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import random
 import sys
 import types
 from importlib import metadata
@@ -20,14 +21,17 @@ from compile_attn.kernels import flashinfer as fi
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.expr import H, I, J, Load, S
-from compile_attn.kernels.select import UnsupportedError, choose
+from compile_attn.kernels.select import UnsupportedError, backend, choose
 from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.lm import PagedLM
 from tests import fake_flashinfer
 from tests.fake_flashinfer import Wrapper
 from tests.oracle import CAPTURED, attend_row
 from tests.paged import PagedBatch, paged_batch
+from tests.test_fuzz import play
 from tests.test_general import interpreted, stateless
 from tests.test_reference import FLOAT32, MIXED
+from tests.tiny import as_on_a_gpu, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SLOPE = 2 ** (-2 * (H + 1))  # the standard slopes of 4 heads
@@ -267,6 +271,28 @@ def test_other_shapes_and_tables_that_are_gone_have_no_plan(run: fi.FlashInferBa
     gc.collect()
     run.plan_on_host(host(batch), [site(batch.spec)])
     assert len(run._paged._under_way) == 1 and not run._paged._graphs
+
+
+# A whole model: what the cache says before each step is what `attend` needs.
+
+
+@interpreted
+@pytest.mark.parametrize("graphs", [False, True])
+def test_random_schedules(monkeypatch: pytest.MonkeyPatch, run: fi.FlashInferBackend, graphs: bool) -> None:
+    """No call plans on the spot. With `graphs`, decode steps are those of DecodeGraphs, run anew where a GPU replays them."""
+    for name, anything in (("devices", None), ("dtypes", None), ("head_dims", None)):
+        monkeypatch.setattr(fi.FlashInferBackend, name, anything)
+    monkeypatch.setattr(fi, "_library", lambda: ())
+    backend("flashinfer").__init__()  # type: ignore[misc]  # with no plan of another test
+    settings = {"kv_tokens": 48, "page_size": 2, "max_seqs": 6, "max_batch_tokens": 17, "poison": True, "kernel": "flashinfer"}
+    lm = PagedLM(tiny(), inner="eager", **settings)  # type: ignore[arg-type]
+    with as_on_a_gpu(lm) if graphs else lm:
+        play(lm, random.Random(0))  # compiles, which runs the ops on made-up lengths
+        monkeypatch.setattr(backend("flashinfer")._paged, "_read", None)  # type: ignore[attr-defined]
+        for seed in range(1, 6):
+            play(lm, random.Random(seed))
+        assert {site.kernel for site in lm.report.sites} == {"flashinfer"} and lm.preemptions > 2
+    assert any(each.graph for each in Wrapper.made) == graphs
 
 
 # fp8 pages.

@@ -199,6 +199,7 @@ class Static:
     seq_lens: torch.Tensor
     query_lens: torch.Tensor
     specs: tuple[AttentionSpec, ...]
+    captured: list[list[torch.Tensor]]
     run: fi.FlashInferBackend
 
     def fill(self, batch: PagedBatch) -> HostStep:
@@ -220,7 +221,7 @@ class Static:
         rows = (self.table, self.seq_lens, self.query_lens)
         starts, positions, _, token_seq = torch.ops.paged_attn.build_metadata(*rows, self.q.shape[0], self.pools[0].shape[1])
         kv = Paged(*self.pools, self.table, self.seq_lens, starts, positions, token_seq)
-        return [self.run.attend(self.q, kv, captured_of(spec), spec) for spec in self.specs]
+        return [self.run.attend(self.q, kv, *each) for each in zip(self.captured, self.specs, strict=True)]
 
 
 def static(rows: int, tokens: int, specs: tuple[AttentionSpec, ...], page_size: int = 16) -> Static:
@@ -233,6 +234,7 @@ def static(rows: int, tokens: int, specs: tuple[AttentionSpec, ...], page_size: 
         torch.zeros((rows, 300), dtype=torch.int32, device="cuda"),
         *lengths,
         specs,
+        [captured_of(spec) for spec in specs],
         fi.FlashInferBackend(),
     )
 
