@@ -193,8 +193,9 @@ def page(
             emit.call(graph, _ops.write_kv.default, k, v, *pools, step.slot_mapping, *scales, like=fused)
             where = (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
             out = emit.call(graph, _ops.attend.default, q, *pools, *where, captured, spec, kernel, *scales, like=fused)
-            out = emit.call(graph, _aten.transpose.int, out, 0, 1, like=fused)
+            # In this order, so that the model's way back to tokens and channels gives contiguous strides, and copies nothing.
             out = emit.call(graph, _aten.unsqueeze.default, out, 0, like=fused)
+            out = emit.call(graph, _aten.transpose.int, out, 1, 2, like=fused)
         fused.replace_all_uses_with(out)
         graph.erase_node(fused)
         layers.append(layer)
