@@ -35,10 +35,10 @@ def measure(device: torch.device, copied: int = COPIED, side: int = SIDE, second
     """On random values: zeros multiply faster than any real data."""
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = compare({"copy": lambda: target.copy_(source)}, device, seconds, graph=False)["copy"]
+    copy = compare({"copy": lambda: target.copy_(source)}, device, seconds)["copy"]
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    product = compare({"product": lambda: torch.mm(a, b, out=out)}, device, seconds, graph=False)["product"]
+    product = compare({"product": lambda: torch.mm(a, b, out=out)}, device, seconds)["product"]
     return Floor(2 * copied / copy * 1e6, 2 * side**3 / product * 1e6)
 
 

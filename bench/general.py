@@ -43,9 +43,10 @@ class Case:
     dim: int = 128
     kv_dtype: str = "bfloat16"
     heads: tuple[int, int] = (32, 8)
+    softcap: float | None = None
 
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(*self.heads, self.dim, self.dim, scale=self.dim**-0.5)
+        return AttentionSpec(*self.heads, self.dim, self.dim, scale=self.dim**-0.5, softcap=self.softcap)
 
     def bytes(self) -> int:
         width = getattr(torch, self.kv_dtype).itemsize
@@ -74,6 +75,8 @@ OTHERS = [
     replace(prefill(1, 8192, dim=64), name="prefill 1 x 8192, 64 channels"),
     replace(decode(32, 8192, kv_dtype="float8_e4m3fn"), name="decode 32 x 8192, fp8"),
     replace(prefill(1, 8192, kv_dtype="float8_e4m3fn"), name="prefill 1 x 8192, fp8"),
+    replace(prefill(1, 8192, softcap=30.0), name="prefill 1 x 8192, softcap"),
+    replace(prefill(1, 8192, dim=256, heads=(16, 4)), name="prefill 1 x 8192, 256 channels"),
     replace(prefill(1, 8192, heads=(32, 32)), name="prefill 1 x 8192, 32 KV heads"),
     replace(decode(32, 4096, heads=(32, 32)), name="decode 32 x 4096, 32 KV heads"),
 ]  # fmt: skip
@@ -166,7 +169,7 @@ def ours(case: Case, calls: list[tuple[torch.Tensor, Paged]]) -> Callable[[int],
 def sdpa(case: Case, _: list[tuple[torch.Tensor, Paged]]) -> Callable[[int], Any] | None:
     """On keys that lie in one piece; only for prefill without cached keys."""
     (keys, new), *others = sorted(set(case.shape))
-    if others or keys != new:
+    if others or keys != new or case.softcap is not None:
         return None
     q, k, v = (
         torch.randn(len(case.shape), n, keys, case.dim, device="cuda", dtype=torch.bfloat16)
@@ -180,6 +183,8 @@ def flashinfer(case: Case, calls: list[tuple[torch.Tensor, Paged]]) -> Callable[
     try:
         import flashinfer as library
     except ImportError:
+        return None
+    if case.softcap is not None:
         return None
     wrappers = []
     for q, kv in calls:
@@ -252,9 +257,11 @@ def tuned(knobs: dict[str, int]) -> Iterator[None]:
         for name, value in constants.items():
             setattr(general, name, value)
         general.tiles_of = chosen
+        general.launches.cache_clear()
         yield
     finally:
         general.tiles_of = tiles_of
+        general.launches.cache_clear()
         for name, value in before.items():
             setattr(general, name, value)
 
@@ -272,22 +279,38 @@ def grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
 
 SWEEPS = {
     "decode": (
-        [decode(1, 128), decode(1, 8192), decode(8, 1024), decode(32, 1024), decode(32, 4096), decode(128, 1024), RAGGED],
+        [
+            decode(1, 128),
+            decode(1, 8192),
+            decode(8, 1024),
+            decode(32, 128),
+            decode(32, 1024),
+            decode(32, 4096),
+            decode(128, 1024),
+            RAGGED,
+        ],
         [
             {},
-            *grid(block_n=(32, 64, 128), warps=(1, 2, 4), stages=(2, 3, 4)),
-            *grid(_KEYS_A_SPLIT=(128, 256, 512)),
-            *grid(_KEYS_IN_A_CROWD=(512, 1024, 2048)),
-            *grid(_SPLITS_A_PLACE=(1, 2, 4, 16)),
+            *grid(block_n=(32,), warps=(2, 4), stages=(3, 4), _PROGRAMS_EACH=(2, 3, 4), registers=(0, 128)),
+            *grid(block_n=(64,), warps=(4,), stages=(2, 3, 4, 5), _PROGRAMS_EACH=(1, 2, 3, 4), registers=(0, 128)),
+            *grid(_KEYS_A_PROGRAM=(64, 128, 512)),
         ],
     ),
     "prefill": (
-        [prefill(1, 2048), prefill(1, 8192), replace(prefill(1, 8192, dim=64), name="64 channels"), LATE],
+        [
+            prefill(1, 2048),
+            prefill(1, 8192),
+            LATE,
+            replace(prefill(1, 8192, dim=64), name="64 channels"),
+            replace(prefill(1, 8192, dim=256), name="256 channels"),
+        ],
         [
             {},
-            *grid(block_m=(128,), block_n=(64, 128), warps=(8,), stages=(3, 4)),
-            *grid(block_m=(128,), block_n=(32, 64), warps=(4,), stages=(3, 4)),
-            *grid(block_m=(64,), block_n=(32, 64, 128), warps=(4,), stages=(3, 4)),
+            *grid(block_m=(64,), block_n=(64,), warps=(4,), stages=(2, 3)),
+            *grid(block_m=(128,), block_n=(32,), warps=(4, 8), stages=(2, 3)),
+            *grid(block_m=(128,), block_n=(64,), warps=(4, 8), stages=(2, 3)),
+            *grid(block_m=(128,), block_n=(128,), warps=(8,), stages=(2, 3)),
+            *grid(block_m=(256,), block_n=(64,), warps=(8,), stages=(3,)),
         ],
     ),
 }
@@ -319,7 +342,7 @@ def _compile(work: tuple[str, int, int]) -> None:
     torch.cuda.set_per_process_memory_fraction(0.05)
     bench = Bench(1 << 28)
     cases, variants = SWEEPS[name]
-    for case in {(each.dim, each.shape[0][1] > 1): each for each in cases}.values():
+    for case in {(each.dim, each.shape[0][1] > 1, len(each.shape) > 1): each for each in cases}.values():
         small = replace(case, shape=tuple((min(keys, 4096), min(new, 2048)) for keys, new in case.shape[:2]))
         calls = bench.calls(small)[:1]
         for knobs in variants[share::shares]:

@@ -1,12 +1,14 @@
 """How is a time taken on a device, and how does a table of times come to paper?
 
-On a GPU a call is recorded into a CUDA graph, or launched by the host, and timed by events; on a CPU, for tests, by a clock.
+On a GPU calls are timed by events, launched by the host or recorded into a CUDA graph; on a CPU, for tests, by a clock.
 Calls that are compared take turns, and the median of each counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -78,38 +80,49 @@ def ratio(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or not theirs else ours / theirs
 
 
-def compare(calls: Mapping[str, Call], device: torch.device, seconds: float = 0.05, graph: bool = True) -> dict[str, float]:
+def compare(calls: Mapping[str, Call], device: torch.device, seconds: float = 0.05) -> dict[str, float]:
     """Microseconds of each call, in about that many seconds of measuring for each."""
-    run = {name: _recorded(call) if graph and device.type == "cuda" else call for name, call in calls.items()}
     once = _cuda_once if device.type == "cuda" else _cpu_once
-    for call in run.values():
+    for call in calls.values():
         once(call)
-    first = sum(once(call) for call in run.values())
-    rounds = max(5, min(200, int(len(run) * seconds * 1e6 / first)))
-    taken: dict[str, list[float]] = {name: [] for name in run}
+    first = sum(once(call) for call in calls.values())
+    rounds = max(5, min(200, int(len(calls) * seconds * 1e6 / max(first, 1.0))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in run.items():
+        for name, call in calls.items():
             taken[name].append(once(call))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _recorded(call: Call) -> Call:
-    """The call as a replay of its CUDA graph."""
-    side = torch.cuda.Stream()
+def recorded(call: Call, device: torch.device) -> Call:
+    """On a GPU a replay of its CUDA graph. Unlike torch.cuda.graph, it empties no cache: that takes longer than measuring."""
+    if device.type != "cuda":
+        return call
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
+    gc.disable()  # a graph that is freed meanwhile would end the recording
+    try:
+        with torch.cuda.stream(side):
             call()
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            try:
+                held = call(), call  # outputs, and what the call reads, live as long as the graph
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it says that the recording failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    finally:
+        gc.enable()
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = call()  # outputs live as long as the graph
 
     def replay() -> object:
         graph.replay()
-        return held
+        return held[0]
 
+    replay()
+    torch.cuda.synchronize()  # what goes wrong is then said of this call
     return replay
 
 
@@ -133,11 +146,15 @@ class Clock:
     """A budget of seconds, for scripts that measure what time allows."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.perf_counter() + seconds
+        self._begin, self._budget = time.perf_counter(), seconds
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self._begin
 
     @property
     def over(self) -> bool:
-        return time.perf_counter() > self._end
+        return self.spent > self._budget
 
 
 def stamp(device: torch.device) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from compile_attn.kernels.spec import AttentionSpec
 
 PAGE_SIZE = 16
 LAYERS = 8
-STEP = 4096  # pages between layers, 128 MiB and more: one layer must not find the keys of another in the GPU's cache
+APART = 256 << 20  # bytes between layers: one must not find the keys of another in the GPU's cache
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class Pool:
     """Pages with random keys and values, shared by all cases, and by all layers in part."""
 
     def __init__(
-        self, pages: int, spec: AttentionSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16, step: int = STEP
+        self, pages: int, spec: AttentionSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16, apart: int = APART
     ) -> None:
         self.spec, self.device, self.dtype, self.pages = spec, device, dtype, pages
+        page = PAGE_SIZE * spec.num_kv_heads * (spec.head_dim + spec.head_dim_v) * dtype.itemsize
+        step = max(1, apart // page)
         shape = (pages + (LAYERS - 1) * step, PAGE_SIZE, spec.num_kv_heads)
         k = torch.randn(*shape, spec.head_dim, device=device, dtype=dtype)
         v = torch.randn(*shape, spec.head_dim_v, device=device, dtype=dtype)
@@ -100,12 +103,16 @@ class Inputs:
         at = self.metadata
         return at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq
 
-    def plan(self, kernel: str, captured: bool) -> None:
-        """What the cache does before a step."""
-        at = self.metadata
+    def plan(self, kernel: str, captured: bool) -> torch.Tensor | None:
+        """What is done once a step: the cache's call before it, and the plan that the graph then holds, if there is one."""
+        at, chosen = self.metadata, backend(kernel)
         seq_lens, query_lens = at.seq_lens.cpu(), at.query_lens.cpu()
         step = HostStep(at.block_table, seq_lens, query_lens, self.case.tokens, PAGE_SIZE, captured)
-        backend(kernel).plan_on_host(step, [PlannedSite(self.spec, self.dtype, self.dtype)])
+        chosen.plan_on_host(step, [PlannedSite(self.spec, self.dtype, self.dtype)])
+        shared = chosen.planned(self.spec)
+        if shared is None:
+            return None
+        return torch.ops.paged_attn.plan(*self.where, PAGE_SIZE, self.dtype, shared.encode(), kernel)  # type: ignore[no-any-return]
 
 
 def _tables(case: Case, max_pages: int | None, device: torch.device) -> tuple[list[list[int]], AttentionMetadata]:
@@ -121,19 +128,32 @@ def _tables(case: Case, max_pages: int | None, device: torch.device) -> tuple[li
     return tables, builder.build(device)
 
 
-def attend_layers(kernel: str, spec: AttentionSpec, inner: str = "inductor") -> Callable[[Inputs], list[torch.Tensor]]:
-    """Our op for every layer of a step, through torch.compile."""
+Step = Callable[[Inputs, torch.Tensor | None], list[torch.Tensor]]
+
+
+def attend_layers(kernel: str, spec: AttentionSpec) -> Step:
+    """Our op for every layer of a step, under a plan."""
     attend, text = torch.ops.paged_attn.attend, spec.encode()
 
-    def layers(q: torch.Tensor, pages: list[tuple[torch.Tensor, torch.Tensor]], *where: torch.Tensor) -> list[torch.Tensor]:
-        return [attend(q, k, v, *where, [], text, kernel) for k, v in pages]
+    def step(inputs: Inputs, plan: torch.Tensor | None) -> list[torch.Tensor]:
+        return [attend(inputs.q, k, v, *inputs.where, [], text, kernel, None, None, plan) for k, v in inputs.layers]
+
+    return step
+
+
+def compiled_layers(kernel: str, spec: AttentionSpec, inner: str = "inductor") -> Step:
+    """The same through torch.compile: once for all numbers of tokens and sequences of at least two."""
+    attend, text = torch.ops.paged_attn.attend, spec.encode()
+
+    def layers(q: torch.Tensor, pages: list[tuple[torch.Tensor, torch.Tensor]], plan: Any, *where: Any) -> list[torch.Tensor]:
+        return [attend(q, k, v, *where, [], text, kernel, None, None, plan) for k, v in pages]
 
     compiled = torch.compile(layers, backend=inner, fullgraph=True)
 
-    def step(inputs: Inputs) -> list[torch.Tensor]:
-        for tensor in (inputs.q, *inputs.where):
+    def step(inputs: Inputs, plan: torch.Tensor | None) -> list[torch.Tensor]:
+        for tensor in (inputs.q, *inputs.where, *([] if plan is None else [plan])):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with torch.no_grad():
-            return compiled(inputs.q, inputs.layers, *inputs.where)  # type: ignore[no-any-return]
+            return compiled(inputs.q, inputs.layers, plan, *inputs.where)  # type: ignore[no-any-return]
 
     return step

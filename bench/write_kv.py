@@ -64,9 +64,9 @@ def host_microseconds(call: Callable[[], Any], count: int = 300) -> float:
 
 def bandwidth() -> float:
     """Bytes a microsecond that a large copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds([lambda: target.copy_(source)] * 4)
+    return 2 * source.nbytes / microseconds([lambda: torch.neg(source, out=target)] * 4)  # copy_ is slower: it is a memcpy
 
 
 def vllm_writer() -> Callable[..., Any] | None:
@@ -80,20 +80,21 @@ def vllm_writer() -> Callable[..., Any] | None:
 
 
 def writes(stored: torch.dtype, tokens: int) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]] | None, int]:
-    """Calls of ours and of vLLM's, over pages that no cache holds together; and the bytes that one must move."""
+    """Calls of ours and of vLLM's, each over pages of its own; and the bytes that one must move."""
     count = min(CALLS, max(8, (1 << 18) // tokens))
+    # As one projection gives them; a model writes what it has just made, which is in the L2 cache where it fits.
+    joined = torch.randn(tokens, 6 * HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    k, v = joined[:, 4 * HEADS : 5 * HEADS], joined[:, 5 * HEADS :]
     slots = torch.randperm(-(-tokens // PAGE_SIZE) * PAGE_SIZE * 2, device="cuda")[:tokens]
     scales = (None, None) if stored.itemsize > 1 else tuple(torch.full((), 0.05, device="cuda") for _ in range(2))
     other, ours, theirs = vllm_writer(), [], []
     for _ in range(count):
-        joined = torch.randn(tokens, 6 * HEADS, DIM, dtype=torch.bfloat16, device="cuda")  # as one projection gives them
-        k, v = joined[:, 4 * HEADS : 5 * HEADS], joined[:, 5 * HEADS :]
         pages = [torch.zeros(-(-tokens // PAGE_SIZE) * 2, PAGE_SIZE, HEADS, DIM, dtype=stored, device="cuda") for _ in range(2)]
-        ours.append(lambda k=k, v=v, pages=pages: OPS.write_kv(k, v, *pages, slots, *scales))
+        ours.append(lambda pages=pages: OPS.write_kv(k, v, *pages, slots, *scales))
         if other is not None:
             kind, one = ("auto", "fp8")[stored.itemsize == 1], torch.ones(1, device="cuda")
             raw = [each.view(torch.uint8) if stored.itemsize == 1 else each for each in pages]
-            theirs.append(lambda k=k, v=v, raw=raw, kind=kind, one=one: other(k, v, *raw, slots, kind, one, one))
+            theirs.append(lambda raw=raw, kind=kind, one=one: other(k, v, *raw, slots, kind, one, one))
     moved = 2 * tokens * HEADS * DIM * (2 + stored.itemsize) + 8 * tokens
     return ours, theirs if other is not None else None, moved
 

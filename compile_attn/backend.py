@@ -58,7 +58,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
     try:
         places = _token_places(gm, examples, cache)
-        geometry = PagedGeometry(cache.num_pages, cache.page_size, cache.max_pages_per_seq, cache.fp8)
+        geometry = PagedGeometry(cache.page_size, cache.fp8)
         ids, positions = places
         rewriting = rewrite_paged(
             gm, examples, kernel=options.kernel, geometry=geometry, token_ids=ids, positions=positions, merge=options.merges
@@ -78,11 +78,10 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         rewriting.layers,
         owner=_owner(gm, examples),
         max_positions=report.max_positions,
-        max_tokens=rewriting.most_tokens(cache.max_seqs, len(examples)),
+        max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, cache.num_pages),
         kernels=[(site.kernel, site.spec) for site in report.sites],
     )
     cache.report = report
-    pages = cache.kept()
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
     parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]
@@ -96,7 +95,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
             )
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
         with torch.no_grad():
-            return compiled(*args, *cache.step_inputs(), *pages, *weights(args))
+            return compiled(*args, *cache.step_inputs(), *cache.kept, *weights(args))
 
     return step
 

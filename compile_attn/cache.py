@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class PagedKVCache:
 
     def __init__(
         self,
-        kv_tokens: int | None = 65_536,
+        kv_tokens: int = 65_536,
         page_size: int = 16,
         max_seqs: int = 64,
         device: torch.device | str | None = None,
@@ -73,20 +74,15 @@ class PagedKVCache:
         kv_scales: Scales | None = None,
         poison: bool = False,
     ) -> None:
-        self.page_size = _at_least_one("page_size", page_size)
-        self.max_seqs = _at_least_one("max_seqs", max_seqs)
-        self.num_pages = _page_count(kv_tokens, self.page_size)
-        self.kv_tokens = self.num_pages * self.page_size
-        self.max_seq_len = self.kv_tokens
-        if max_seq_len is not None:
-            self.max_seq_len = min(_at_least_one("max_seq_len", max_seq_len), self.kv_tokens)
-        self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
+        self.page_size = at_least_one("page_size", page_size)
+        self.max_seqs = at_least_one("max_seqs", max_seqs)
         self.device = _indexed(torch.get_default_device() if device is None else torch.device(device))
         self.kv_dtype = read_kv_dtype(kv_dtype)
         self.fp8 = fp8_of(self.kv_dtype, self.device)
         self.poison = poison
         self.k_pages: list[torch.Tensor] = []
         self.v_pages: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []  # what the paged graph takes after the step's inputs
         self.k_scales: list[torch.Tensor] = []  # by site, where pages are fp8
         self.v_scales: list[torch.Tensor] = []
         self.max_positions: int | None = None  # length of the model's shortest position table
@@ -94,14 +90,29 @@ class PagedKVCache:
         self.report: Report | None = None  # of the last compilation against this cache
         self.current: Batch | None = None
         self.steps_run = 0
-        self._allocator = PageAllocator(self.num_pages)
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
         self._planned: dict[str, list[PlannedSite]] = {}
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
         self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
-        self.buffers = StepBuffers(self.max_seqs, self.max_pages_per_seq, self.kv_tokens, self.device)
+        self._asked_seq_len = None if max_seq_len is None else at_least_one("max_seq_len", max_seq_len)
+        self.resize(kv_tokens)
+
+    def resize(self, kv_tokens: int) -> None:
+        """Hold so many tokens from now on, in empty pages. ValueError while any sequence is alive."""
+        if self._alive:
+            raise ValueError(f"{len(self._alive)} sequences are in the cache; free them before it is resized")
+        self.num_pages = _page_count(kv_tokens, self.page_size)
+        self.kv_tokens = self.num_pages * self.page_size
+        self.max_seq_len = min(self._asked_seq_len or self.kv_tokens, self.kv_tokens)
+        self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
+        self._allocator = PageAllocator(self.num_pages)
+        # At least 2: torch.compile specialises sizes 0 and 1, and one compilation serves caches of every size.
+        self.buffers = StepBuffers(self.max_seqs, max(2, self.max_pages_per_seq), self.kv_tokens, self.device)
+        self.current = None
+        if self._bound is not None:
+            self._make_pools(self._bound[0])
 
     # Pages and sequences
 
@@ -144,7 +155,7 @@ class PagedKVCache:
     def close(self) -> None:
         """Drop the pages' memory. Every later use is an error."""
         self._closed = True
-        self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], []
+        self.kept, self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], [], []
         self._alive.clear()
         self.current = None
 
@@ -176,12 +187,14 @@ class PagedKVCache:
             chunk.seq.length += len(new)
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
+        width = self.buffers.width(max(map(len, tables)), self.page_size)
         if advanced:
             assert self.current is not None
-            self.buffers.write_table(tables)
+            self.buffers.write_table(tables, width)
+            self.current = replace(self.current, width=width)
         else:
             logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
-            self.current = self.buffers.write(tables, starts, tokens, logits, carried, pad_to or MIN_SIZE)
+            self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
         self._plan_on_host(chunks, captured=pad_to is not None)
         return self.current
@@ -199,10 +212,15 @@ class PagedKVCache:
         for kernel, sites in self._planned.items():
             backend(kernel).plan_on_host(step, sites)
 
-    def dead_batch(self, rows: int) -> Batch:
+    def width_of(self, chunks: Sequence[Chunk]) -> int:
+        """Pages a row of the block table that a batch of these chunks will have."""
+        longest = max(chunk.seq.length + len(chunk.tokens) for chunk in chunks)
+        return self.buffers.width(self.pages_for(longest), self.page_size)
+
+    def dead_batch(self, rows: int, width: int) -> Batch:
         """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
         self._check_open()
-        self.current = self.buffers.write([], [], [], [], pad_to=rows)
+        self.current = self.buffers.write([], [], [], [], width, pad_to=rows)
         self._in_batch = ()
         self._plan_on_host([], captured=True)
         return self.current
@@ -257,10 +275,9 @@ class PagedKVCache:
             self._check_same(asked, owner)
         else:
             self._check_layers(asked)
-            self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in asked]
-            self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in asked]
             if self.fp8 is not None:
                 self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
+            self._make_pools(asked)
             self._bound = (asked, owner)
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
@@ -271,10 +288,12 @@ class PagedKVCache:
                 sites.append(PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype))
         self._planned = {kernel: list(dict.fromkeys(sites)) for kernel, sites in self._planned.items()}
 
-    def kept(self) -> list[torch.Tensor]:
-        """What the paged graph takes after the step's inputs: pages of K and V of each site, and their scales where there are."""
+    def _make_pools(self, layers: tuple[LayerKV, ...]) -> None:
+        self.kept, self.k_pages, self.v_pages = [], [], []  # the old ones go first: both may not fit
+        self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in layers]
+        self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in layers]
         sites = zip(self.k_pages, self.v_pages, *([self.k_scales, self.v_scales] if self.fp8 else []), strict=True)
-        return [tensor for site in sites for tensor in site]
+        self.kept = [tensor for site in sites for tensor in site]
 
     def _check_same(self, layers: tuple[LayerKV, ...], owner: object) -> None:
         assert self._bound is not None
@@ -301,7 +320,7 @@ class PagedKVCache:
             check_site_dtype(at, layer.dtype, self.kv_dtype)
 
     def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        pool = torch.zeros((self.num_pages, self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
+        pool = torch.zeros((max(2, self.num_pages), self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
         if self.poison:
             fill_nan(pool, torch.arange(self.num_pages, device=self.device))
         return pool
@@ -349,16 +368,14 @@ class PagedKVCache:
         return tokens
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
     return value
 
 
-def _page_count(kv_tokens: int | None, page_size: int) -> int:
-    if kv_tokens is None:
-        raise ValueError("kv_tokens=None: sizing the cache from free memory is not supported yet; give a number")
-    if _at_least_one("kv_tokens", kv_tokens) % page_size:
+def _page_count(kv_tokens: int, page_size: int) -> int:
+    if at_least_one("kv_tokens", kv_tokens) % page_size:
         near = max(1, round(kv_tokens / page_size)) * page_size
         raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
     return kv_tokens // page_size

@@ -39,7 +39,7 @@ def calibrate(
     if not len(prompts):
         raise ValueError("no prompts to calibrate on; give a list of prompts, as in calibrate(model, [[1, 2, 3]])")
     tokens = -(-max(map(len, prompts)) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
-    with PagedLM(model, kv_tokens=tokens, page_size=PAGE_SIZE, max_seqs=1, kernel=kernel, inner="eager", call=call) as lm:
+    with PagedLM(model, tokens, PAGE_SIZE, max_seqs=1, kernel=kernel, cuda_graphs=False, inner="eager", call=call) as lm:
         pools = [*lm.cache.k_pages, *lm.cache.v_pages]
         for pool in pools:
             pool.zero_()  # the keys of PagedLM's own first call

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`compile-attn demo` and `compile-attn explain MODULE:FACTORY`; returns the exit status."""
+    """`compile-attn demo`, `compile-attn explain MODULE:FACTORY`, `compile-attn bench`; returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "demo":
         from compile_attn.demo import demo
 
         return 0 if demo(options.seconds, options.inner, options.html, options.device, options.tokens) else 1
-    return _explain(options)
+    return _bench(options.name, options.rest) if options.command == "bench" else _explain(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--kernel", default="auto", help="one kernel for every site (default auto)")
     explain.add_argument("--html", help="write the report as one HTML page")
     explain.add_argument("--diff", action="store_true", help="print the graph diff")
+    bench = commands.add_parser("bench", help="run a measuring script of the checkout; without a name, list them")
+    bench.add_argument("name", nargs="?", help="of a script in bench/")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments, such as --help")
     return parser
 
 
@@ -60,6 +66,22 @@ def _explain(options: argparse.Namespace) -> int:
         report.to_html(options.html)
         print(f"the report is in {options.html}")
     return 1 if report.rejected else 0
+
+
+def _bench(name: str | None, rest: Sequence[str]) -> int:
+    """The scripts are in the checkout only: whoever measures wants their sources too."""
+    root = Path(__file__).resolve().parent.parent
+    scripts = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in sorted((root / "bench").glob("*.py"))}
+    scripts = {stem: tree for stem, tree in scripts.items() if any(getattr(node, "name", "") == "main" for node in tree.body)}
+    if name in scripts:
+        return subprocess.call([sys.executable, "-m", f"bench.{name}", *rest], cwd=root)
+    for stem, tree in scripts.items():
+        print(f"{stem:14} {(ast.get_docstring(tree) or '').splitlines()[0]}")
+    if not scripts:
+        print(f"compile-attn: no bench/ in {root}; it is part of the source checkout, where it runs", file=sys.stderr)
+    elif name is not None:
+        print(f"compile-attn: bench/ has no {name!r}; choose one of the above", file=sys.stderr)
+    return 0 if scripts and name is None else 2
 
 
 def _made(target: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:

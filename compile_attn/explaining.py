@@ -15,18 +15,24 @@ from compile_attn.passes.report import RefusedError, Report
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, kernel: str = "auto", paged: bool = False, call: Call | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    kernel: str = "auto",
+    paged: bool = False,
+    call: Call | None = None,
+    kv_dtype: torch.dtype | str = "auto",
+    **kwargs: Any,
 ) -> Report:
     """The report of a stateless compilation for the call model(*args, **kwargs), or with `paged` of the model's paged form.
 
     Stateless: the model runs once, unchanged, under no_grad; one with graph breaks gives the sites of all its graphs.
-    Paged: what `PagedLM(model, kernel=kernel, call=call)` would do, on a few tokens of its own; the inputs are not needed. A model
-    that cannot be paged is no error here: the report's `rejected` says why.
+    Paged: what `PagedLM(model, kernel=kernel, call=call, kv_dtype=kv_dtype)` would do, on a few tokens of its own; the inputs are
+    not needed. A model that cannot be paged is no error here: the report's `rejected` says why.
     Compilations that exist already are left alone.
     """
     model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
     if paged:
-        return _explain_paged(model, kernel, call)
+        return _explain_paged(model, kernel, call, kv_dtype)
     reports: list[Report] = []
     wrong: list[ValueError] = []
 
@@ -49,12 +55,12 @@ def explain(
     return _joined(reports)
 
 
-def _explain_paged(model: Any, kernel: str, call: Call | None) -> Report:
+def _explain_paged(model: Any, kernel: str, call: Call | None, kv_dtype: torch.dtype | str) -> Report:
     """The report of a PagedLM that is made for it, with few pages and no inner compiler, and closed again."""
     from compile_attn.lm import PagedLM
 
     try:
-        with PagedLM(model, kv_tokens=256, max_seqs=2, kernel=kernel, inner="eager", call=call) as lm:
+        with PagedLM(model, 256, max_seqs=2, kernel=kernel, kv_dtype=kv_dtype, inner="eager", call=call) as lm:
             assert lm.report is not None
             return lm.report
     except RefusedError as refused:

@@ -16,15 +16,16 @@ from typing import Self
 import torch
 from torch import nn
 
-from compile_attn.cache import Chunk, PagedKVCache
+from compile_attn.cache import Chunk, PagedKVCache, at_least_one
 from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
 from compile_attn.kv_dtype import Scales
+from compile_attn.memory import tokens_that_fit
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.report import RefusedError, Report
 from compile_attn.running import Runner, Sent
-from compile_attn.sampling import NOT_FINITE, Sampling
+from compile_attn.sampling import NOT_FINITE, Sampling, SamplingRows, sample
 from compile_attn.scheduler import Reason, Request, Scheduler
 from compile_attn.step import token_array
 
@@ -57,6 +58,8 @@ class PagedLM:
                       ids alone, and with position_ids where forward demands them
     max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
 
+    memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
+
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
     """
 
@@ -74,6 +77,7 @@ class PagedLM:
         max_batch_tokens: int | None = None,
         poison: bool = False,
         kv_scales: Scales | None = None,
+        memory_fraction: float = 0.9,
         merge_linears: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -85,20 +89,28 @@ class PagedLM:
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
         device = device_of(self._model)
+        on_gpu = device.type == "cuda"
+        budget = max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"]
+        measured = kv_tokens is None
+        if kv_tokens is None:
+            _check_can_measure(device, memory_fraction)
+            size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
+            kv_tokens = (-(-budget // size) + most) * size  # for one full step
         cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
         options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None
-        on_gpu = cache.device.type == "cuda"
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
         self._runner = Runner(OneGraph(self._model, options, call), cache, on_gpu and cuda_graphs)
-        self._scheduler = Scheduler(cache, max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"])
+        self._scheduler = Scheduler(cache, budget)
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False
         self._vocabulary = self._warm_up()
+        if measured:
+            cache.resize(tokens_that_fit(cache, self._full_step, memory_fraction))
 
     # Requests
 
@@ -214,6 +226,18 @@ class PagedLM:
 
     # One step
 
+    def _full_step(self) -> None:
+        """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random."""
+        count = min(self.cache.max_seqs, self._scheduler.budget)
+        length = min(self._scheduler.budget // count, self.cache.length_limit)
+        seqs = [self.cache.add() for _ in range(count)]
+        logits = self._runner.logits([Chunk(seq, [0] * length) for seq in seqs])
+        with torch.no_grad():
+            how = [Sampling(temperature=1.0)] * count
+            sample(logits, SamplingRows.of(how, [(0, 0)] * count).to(logits.device))
+        for seq in seqs:
+            self.cache.free(seq)
+
     def _warm_up(self) -> int:
         """Compile with a first call, so that a refusal and the model's limits are known before any request."""
         seq = self.cache.add()
@@ -281,6 +305,13 @@ class PagedLM:
         self._scheduler.check_length(len(ids))
         plain: list[int] = ids.tolist()
         return plain
+
+
+def _check_can_measure(device: torch.device, fraction: float) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"kv_tokens=None sizes the cache from a GPU's memory, and the model is on {device}; give a number")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction={fraction!r}; it must be above 0 and at most 1")
 
 
 def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:

@@ -42,6 +42,20 @@ class Paged:
     token_seq: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step, where the graph holds it
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What `Backend.plan` may know of a step, the same for all layers. Tensors as in the op `paged_attn::attend`."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    positions: torch.Tensor
+    token_seq: torch.Tensor
+    page_size: int
+    dtype: torch.dtype  # of queries
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,8 @@ class HostStep:
 
     block_table [B, max_pages] int32 is the step's own buffer, whose address never changes; what it holds may still be on its
     way to the device. seq_lens and query_lens [B] int32 are on the CPU, as of this step, 0 for a pad row. `captured`: the step
-    is recorded into a CUDA graph or replayed from one, so the addresses that a kernel has seen must hold the new plan.
+    is recorded into a CUDA graph or replayed from one, so the addresses that a kernel has seen must hold the new plan. `longest`:
+    no sequence is longer, neither in this step nor in any other that the graph serves; None: not said.
     """
 
     block_table: torch.Tensor
@@ -59,6 +74,7 @@ class HostStep:
     num_tokens: int  # T, pads included
     page_size: int
     captured: bool
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,11 @@ class PlannedSite:
     spec: AttentionSpec
     dtype: torch.dtype  # of queries
     kv_dtype: torch.dtype  # of pages
+
+
+def plan_size(sequences: int, numbers: int) -> int:
+    """Numbers in a plan of so many a sequence: with room for a few more sequences than there are (which may be a symbol)."""
+    return numbers * (sequences + 8)
 
 
 class Backend:
@@ -80,6 +101,8 @@ class Backend:
     dtypes: frozenset[torch.dtype] | None = None  # of queries
     kv_dtypes: frozenset[torch.dtype] = frozenset()  # of pages, beside the queries' own; with FP8 go scales
     head_dims: frozenset[int] | None = None
+
+    plan_numbers: int = 0  # that a plan holds for each sequence
 
     def limits(self, request: Request) -> tuple[str, ...]:
         """Reasons that the tables above cannot give: a shape, a library that is not installed. Empty: none."""
@@ -105,6 +128,14 @@ class Backend:
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
+        return None
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """What all sites of that `planned` spec need of a step, computed on the device: int32 [plan_size(B, plan_numbers)]."""
+        raise NotImplementedError(f"{self.name} makes no plans")
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec

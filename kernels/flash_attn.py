@@ -7,28 +7,26 @@ call asks for on the host follows from shapes, so a CUDA graph can hold it.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.nn.functional import pad
 
-from compile_attn.kernels.backend import Backend, Paged, Request
+from compile_attn.kernels import flash_rows, flash_splits
+from compile_attn.kernels.backend import Backend, DeviceStep, HostStep, Paged, PlannedSite, Request, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
-from compile_attn.kernels.expr import H, Load
-from compile_attn.kernels.flash_providers import PROVIDERS, Call, Provider
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
+from compile_attn.kernels.flash_rows import Rows
+from compile_attn.kernels.flash_splits import NO_HINT, Hint
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
 _CURE = "choose kernel='auto'"
-_MOST_SPLITS = 128
-_KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much as reading the keys
-_PARTS = 128 << 20  # bytes that the float32 parts of a call may take
+_LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
-
-PerHead = Callable[[Sequence[torch.Tensor], torch.device], torch.Tensor]
 
 
 class FlashAttnBackend(Backend):
@@ -38,6 +36,11 @@ class FlashAttnBackend(Backend):
     features = frozenset[Feature]().union(*(provider.features for provider in PROVIDERS))
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
+    plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
+
+    def __init__(self) -> None:
+        # By address of the block table: shape of the step that is coming, and how to split it. Wrong, it costs speed and no more.
+        self._said: dict[int, tuple[tuple[int, int], dict[AttentionSpec, Hint]]] = {}
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -69,50 +72,103 @@ class FlashAttnBackend(Backend):
         starts, k_starts = (
             torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in (queries, keys)
         )
-        call = Call(
-            packed(q, queries), packed(k, keys), packed(v, keys), starts, None, None, None, k_starts, queries, keys,
-            spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q), splits=1,
-        )  # fmt: skip
+        grid = Grid(spec, q.dtype, None, starts, None, None, None, queries, keys, left, right, splits=1)
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(grid, packed(q, queries), packed(k, keys), packed(v, keys), None, k_starts, sinks, slopes)
         return ours.run(call).view(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
-        page_size = kv.k_pages.shape[1]
-        ours = _chosen(spec, q.device, q.dtype, page_size)
         if kv.k_pages.dtype != q.dtype:
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        rows = _rows(kv, q.shape[0], spec)
-        most_keys = kv.block_table.shape[1] * page_size
-        left, right = _window(spec, 0)
-        call = Call(
-            _aligned(q), kv.k_pages, kv.v_pages, rows.starts, rows.lengths, rows.of_table, kv.block_table, None,
-            rows.most_queries, most_keys, spec.scale, left, right, spec.softcap or 0.0, *_vectors(spec, captured, q),
-            splits=_splits(spec, q, kv.block_table.shape[0], most_keys),
-        )  # fmt: skip
-        return ours.run(call)
+        hint = self._hint(kv.block_table, q.shape[0], spec)
+        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], hint)
+        plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
+        rows = flash_rows.read(plan, q.shape[0], fit.sequences)
+        schedule = None if kv.plan is None or not fit.schedule_size else rows.behind[: fit.schedule_size]
+        sinks, slopes = _vectors(spec, captured, q)
+        call = Call(fit.grid(rows), _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
+        return fit.provider.run(call)
+
+    def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
+        """Remember what lengths say of splits."""
+        rows = None if step.captured else (step.query_lens.numpy(), step.seq_lens.numpy())
+        hints: dict[AttentionSpec, Hint] = {}
+        for site in sites:
+            hint = flash_splits.hint(site.spec, step.longest, rows, _multiprocessors(step.block_table.device))
+            hints[site.spec] = hints[self.planned(site.spec)] = hint
+        self._said[step.block_table.data_ptr()] = (step.block_table.shape[0], step.num_tokens), hints
+
+    def _hint(self, block_table: torch.Tensor, tokens: int, spec: AttentionSpec) -> Hint:
+        shape, hints = self._said.get(block_table.data_ptr(), (None, {}))
+        return hints.get(spec, NO_HINT) if shape == (block_table.shape[0], tokens) else NO_HINT
+
+    def planned(self, spec: AttentionSpec) -> AttentionSpec:
+        """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
+        softcap = None if spec.softcap is None else 1.0
+        bias, sinks = None if spec.bias is None else J - I, None if spec.sinks is None else sympy.S.Zero
+        sizes = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim_v
+        return AttentionSpec(*sizes, spec.mask, softcap=softcap, bias=bias, sinks=sinks)
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        """Rows, and behind them the provider's schedule."""
+        sequences, tokens, device = step.block_table.shape[0], step.token_seq.shape[0], step.token_seq.device
+        plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
+        if tokens:
+            hint = self._hint(step.block_table, tokens, spec)
+            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, hint)
+            rows = flash_rows.read(plan, tokens, sequences)
+            schedule = fit.provider.schedule(fit.grid(rows))
+            if schedule is not None:
+                rows.behind[: schedule.shape[0]] = schedule
+        return plan
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The batch as rows that cover every token. The last query of a row stands at its last key; without keys the output is 0."""
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Which provider runs steps of some shapes, and what it is told that follows from them."""
 
-    starts: torch.Tensor  # [R + 1] int32
-    lengths: torch.Tensor  # [R] int32
-    of_table: torch.Tensor  # [R] int32
-    most_queries: int
+    provider: Provider
+    spec: AttentionSpec
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+    sequences: int
+    tokens: int
+    most_keys: int
+    left: int
+    right: int
+    splits: int
+
+    def grid(self, rows: Rows) -> Grid:
+        left_pads = rows.zeros if self.page_size >= _LARGE_PAGES else None
+        at = (rows.starts, rows.lengths, rows.of_table, left_pads, rows.most_queries, self.most_keys)
+        return Grid(self.spec, self.dtype, self.page_size, *at, self.left, self.right, self.splits)
+
+    @functools.cached_property
+    def schedule_size(self) -> int:
+        """Numbers in a schedule: the same for all lengths, so a schedule of nothing tells it."""
+        nothing = torch.zeros(plan_size(self.sequences, 4), dtype=torch.int32, device=self.device)
+        schedule = self.provider.schedule(self.grid(flash_rows.read(nothing, self.tokens, self.sequences)))
+        return 0 if schedule is None else schedule.shape[0]
 
 
-def _rows(kv: Paged, tokens: int, spec: AttentionSpec) -> _Rows:
-    """As many tokens as sequences: a row a token, so that nothing need be known of their lengths. Else pads are one more row."""
-    sequences, device = kv.block_table.shape[0], kv.block_table.device
-    if tokens == sequences:
-        token = torch.arange(tokens + 1, dtype=torch.int32, device=device)
-        lengths = kv.positions + 1 if spec.mask.causal() else kv.seq_lens[kv.token_seq]
-        lengths = torch.where(token[:-1] < kv.cu_seqlens_q[-1], lengths, 0).to(torch.int32)
-        return _Rows(token, lengths, kv.token_seq, 1)
-    of_table = pad(torch.arange(sequences, dtype=torch.int32, device=device), (0, 1))
-    return _Rows(pad(kv.cu_seqlens_q, (0, 1), value=tokens), pad(kv.seq_lens, (0, 1)), of_table, tokens)
+@functools.lru_cache(maxsize=1024)
+def _fit(
+    spec: AttentionSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int,
+    sequences: int,
+    most_pages: int,
+    tokens: int,
+    hint: Hint,
+) -> _Fit:
+    (left, right), most_keys = _window(spec, 0), most_pages * page_size
+    splits = flash_splits.splits(spec, tokens, sequences, most_keys, _multiprocessors(device), hint)
+    provider = _chosen(spec, device, dtype, page_size)
+    return _Fit(provider, spec, device, dtype, page_size, sequences, tokens, most_keys, left, right, splits)
 
 
 def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
@@ -127,25 +183,18 @@ def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
     return window - shift, shift
 
 
-def _splits(spec: AttentionSpec, q: torch.Tensor, sequences: int, most_keys: int) -> int:
-    """Most programs that may share one tile. How many do is decided on the device, by the lengths; a long sequence among short
-    ones may have them all. Every one writes a float32 part of the output."""
-    window = spec.mask.window()
-    keys = most_keys if window is None else min(most_keys, window + 1)
-    if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
-        return 1
-    share = -(-_multiprocessors(q.device) // spec.num_kv_heads)
-    memory = _PARTS // max(1, q.shape[0] * spec.num_q_heads * spec.head_dim_v * 4)
-    return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
-
-
 def _vectors(
     spec: AttentionSpec, captured: Sequence[torch.Tensor], q: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Sinks and ALiBi slopes, one a head."""
-    slope = spec.alibi_slope() if spec.bias is not None else None
+    if spec.sinks is None and spec.bias is None:
+        return None, None
+    slope = _slope(spec)
     sinks = None if spec.sinks is None else _per_head(spec.sinks, spec.num_q_heads, captured, q).to(q.dtype)
     return sinks, None if slope is None else _per_head(slope, spec.num_q_heads, captured, q).float()
+
+
+_slope = functools.lru_cache(maxsize=256)(AttentionSpec.alibi_slope)  # symbolic work, once a spec
 
 
 def _per_head(expr: sympy.Expr, heads: int, captured: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -164,10 +213,9 @@ def _by_head(expr: sympy.Expr) -> bool:
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Kernels read 16 bytes at a time along the last axis."""
-    words = 16 // tensor.element_size()
-    if tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % words == 0 for stride in tensor.stride()[:-1]):
-        return tensor
-    return tensor.contiguous()
+    *strides, last = tensor.stride()
+    apart = math.gcd(*strides) * tensor.element_size()
+    return tensor if last == 1 and (apart | tensor.data_ptr()) % 16 == 0 else tensor.contiguous()
 
 
 @functools.cache
@@ -200,13 +248,9 @@ def _against_providers(request: Request) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None) -> Provider:
-    return _first(spec, device, dtype, page_size, os.environ.get("PAGED_ATTN_FA3"))
-
-
 @functools.lru_cache(maxsize=256)
-def _first(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None, named: str | None) -> Provider:
-    """The best provider that serves this. `named`: what the environment says, which may change in a process."""
+def _chosen(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int | None) -> Provider:
+    """The best provider that serves this."""
     request = Request(spec, device, dtype, page_size)
     for provider in PROVIDERS:
         if not provider.reasons(request) and provider.found() and provider.trouble() is None:

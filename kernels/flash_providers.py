@@ -18,39 +18,53 @@ from typing import Any
 import torch
 
 from compile_attn.kernels.backend import Request
-from compile_attn.kernels.spec import Feature
+from compile_attn.kernels.spec import AttentionSpec, Feature
 
 Features = frozenset[Feature]
 _EVERY = frozenset({Feature.GQA, Feature.BIDIRECTIONAL, Feature.WINDOW})
 
 
 @dataclass(frozen=True)
-class Call:
-    """One attention in the words that the providers share. R rows of queries, packed; lengths and places are on the device.
+class Grid:
+    """What is the same for all layers of a spec: R rows of queries, packed, and the keys that each sees.
 
-    Keys lie in pages [P, PS, Hkv, D], `lengths` [R] of them in row `rows`[r] of `table`; or, without a table, packed like the
-    queries, [N, Hkv, D], from `k_starts` [R + 1] on. A query sees keys as if the last one of its row stood at the last key:
-    `left` to the left and `right` to the right, -1 for all. Every number here follows from shapes.
+    Keys lie in pages, `lengths` [R] of them in row `of_table`[r] of the block table, of which `left_pads` [R], always 0, are to be
+    skipped (see `_FlashAttention3`); or, where these are None, they are packed like the queries. A query sees keys as if the last
+    one of its row stood at the last key: `left` to the left and `right` to the right, -1 for all. Lengths are on the device;
+    every number here follows from shapes.
     """
 
-    q: torch.Tensor  # [T, Hq, D]
-    k: torch.Tensor
-    v: torch.Tensor
+    spec: AttentionSpec
+    dtype: torch.dtype  # of q, k and v
+    page_size: int | None
     starts: torch.Tensor  # [R + 1] int32
     lengths: torch.Tensor | None
-    rows: torch.Tensor | None
-    table: torch.Tensor | None
-    k_starts: torch.Tensor | None
+    of_table: torch.Tensor | None
+    left_pads: torch.Tensor | None
     most_queries: int  # of a row
     most_keys: int
-    scale: float
     left: int
     right: int
-    softcap: float  # 0: none
-    sinks: torch.Tensor | None  # [Hq] in the dtype of q
-    slopes: torch.Tensor | None  # [Hq] float32
     splits: int  # most programs that share the keys of one tile
-    schedule: torch.Tensor | None = None
+
+    @property
+    def softcap(self) -> float:
+        return self.spec.softcap or 0.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention, in words that the providers share. q [T, Hq, D]; k and v [P, PS, Hkv, D] with a table, [N, Hkv, D] without."""
+
+    grid: Grid
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor | None = None  # [B, max_pages] int32
+    k_starts: torch.Tensor | None = None  # [R + 1] int32, of packed keys
+    sinks: torch.Tensor | None = None  # [Hq] in the dtype of q
+    slopes: torch.Tensor | None = None  # [Hq] float32
+    schedule: torch.Tensor | None = None  # what the provider made of this grid
 
 
 class Provider:
@@ -109,13 +123,17 @@ class Provider:
         """[T, Hq, Dv]."""
         raise NotImplementedError
 
-    def schedule(self, call: Call) -> torch.Tensor | None:
+    def schedule(self, grid: Grid) -> torch.Tensor | None:
         """What the kernel must know of the lengths beforehand, computed on the device; None: it finds out in each call."""
         return None
 
 
 class _FlashAttention3(Provider):
-    """What both builds of FlashAttention 3 share: Hopper only, any page size, any head size up to 256 by zero padding."""
+    """What both builds of FlashAttention 3 share: Hopper only, any page size, any head size up to 256 by zero padding.
+
+    Large pages of causal prefills are read by TMA, whole: what lies in the last one behind its sequence is multiplied by 0, and
+    NaN times 0 is NaN. Told of keys to skip at the left, be it none, the kernel reads them key by key, as it does small pages.
+    """
 
     features = _EVERY | {Feature.SOFTCAP, Feature.UNEQUAL_HEAD_DIMS}
     capability, newest = (9, 0), 9
@@ -134,26 +152,30 @@ class HopperPackage(_FlashAttention3):
         return _installed("flash_attn_interface") and _installed("flash_attn_3")
 
     def run(self, call: Call) -> torch.Tensor:
-        library = importlib.import_module("flash_attn_interface")
-        shared: dict[str, Any] = {
-            "softmax_scale": call.scale,
-            "causal": call.right == 0,
-            "window_size": (call.left, call.right),
-            "softcap": call.softcap,
-            "num_splits": call.splits,
-        }
+        library, grid = importlib.import_module("flash_attn_interface"), call.grid
+        shared = _common(grid) | {"num_splits": grid.splits}
         if call.table is None:
-            cu, most = (call.starts, call.k_starts), (call.most_queries, call.most_keys)
+            cu, most = (grid.starts, call.k_starts), (grid.most_queries, grid.most_keys)
             return _only(library.flash_attn_varlen_func(call.q, call.k, call.v, *cu, *most, **shared))
         where = {
-            "cache_seqlens": call.lengths,
-            "cache_batch_idx": call.rows,
+            "cache_seqlens": grid.lengths,
+            "cache_batch_idx": grid.of_table,
+            "cache_leftpad": grid.left_pads,
             "page_table": call.table,
-            "cu_seqlens_q": call.starts,
-            "max_seqlen_q": call.most_queries,
+            "cu_seqlens_q": grid.starts,
+            "max_seqlen_q": grid.most_queries,
             "scheduler_metadata": call.schedule,
         }
         return _only(library.flash_attn_with_kvcache(call.q, call.k, call.v, **where, **shared))
+
+    def schedule(self, grid: Grid) -> torch.Tensor | None:
+        library, spec = importlib.import_module("flash_attn_interface"), grid.spec
+        heads = spec.num_q_heads, spec.num_kv_heads, spec.head_dim
+        return library.get_scheduler_metadata(  # type: ignore[no-any-return]
+            grid.starts.shape[0] - 1, grid.most_queries, grid.most_keys, *heads, grid.lengths, grid.dtype, spec.head_dim_v,
+            cu_seqlens_q=grid.starts, cache_leftpad=grid.left_pads, page_size=grid.page_size,
+            causal=grid.right == 0, window_size=(grid.left, grid.right), has_softcap=grid.softcap > 0, num_splits=grid.splits,
+        )  # fmt: skip
 
 
 class HopperExtension(_FlashAttention3):
@@ -198,22 +220,23 @@ class HopperExtension(_FlashAttention3):
         return (*out, f"takes no sinks with {spec.asks(Feature.UNEQUAL_HEAD_DIMS)}") if unequal else tuple(out)
 
     def run(self, call: Call) -> torch.Tensor:
+        grid = call.grid
         return self._ops().fwd(  # type: ignore[no-any-return]
             call.q, call.k, call.v,
             None, None, None, None,  # new keys and values, queries of values, out
-            call.starts, call.k_starts, None, None, call.lengths, call.most_queries, call.most_keys,
-            call.table, call.rows,
-            None, None, None, None, None, None, None,  # left padding, rotary cos, sin and lengths, descales
-            call.scale, call.right == 0, call.left, call.right, call.softcap, True,
-            call.schedule, call.splits, None, 0, call.sinks, 1, 0, None,
+            grid.starts, call.k_starts, None, None, grid.lengths, grid.most_queries, grid.most_keys, call.table, grid.of_table,
+            grid.left_pads, None, None, None, None, None, None,  # cos, sin and lengths of rotary; descales
+            grid.spec.scale, grid.right == 0, grid.left, grid.right, grid.softcap, True,
+            call.schedule, grid.splits, None, 0, call.sinks, 1, 0, None,
         )[0]  # fmt: skip
 
-    def schedule(self, call: Call) -> torch.Tensor | None:
-        spaces = call.k.shape[1], call.q.shape[2], call.v.shape[3]
+    def schedule(self, grid: Grid) -> torch.Tensor | None:
+        spec = grid.spec
         return self._ops().get_scheduler_metadata(  # type: ignore[no-any-return]
-            call.starts.shape[0] - 1, call.most_queries, call.most_keys, call.q.shape[1], call.k.shape[2], *spaces[1:],
-            call.q.dtype, call.lengths, call.starts, None, None, None, None, spaces[0], 0,
-            call.right == 0, call.left, call.right, call.softcap > 0, call.splits, None, 0,
+            grid.starts.shape[0] - 1, grid.most_queries, grid.most_keys,
+            spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim_v, grid.dtype,
+            grid.lengths, grid.starts, None, None, None, grid.left_pads, grid.page_size, 0,
+            grid.right == 0, grid.left, grid.right, grid.softcap > 0, grid.splits, None, 0,
         )  # fmt: skip
 
 
@@ -229,16 +252,10 @@ class Classic(Provider):
         return _installed("flash_attn") and _installed("flash_attn_2_cuda")  # FlashAttention 4 has the first name alone
 
     def run(self, call: Call) -> torch.Tensor:
-        library = importlib.import_module("flash_attn")
-        shared: dict[str, Any] = {
-            "softmax_scale": call.scale,
-            "causal": call.right == 0,
-            "window_size": (call.left, call.right),
-            "softcap": call.softcap,
-            "alibi_slopes": call.slopes,
-        }
-        table, lengths = _gathered(call), call.lengths
-        if table is not None and call.most_queries == 1:  # only this function splits keys; it fixes the number by shapes
+        library, grid = importlib.import_module("flash_attn"), call.grid
+        shared = _common(grid) | {"alibi_slopes": call.slopes}
+        table, lengths = _gathered(call), grid.lengths
+        if table is not None and grid.most_queries == 1:  # only this function splits keys; it fixes the number by shapes
             out = library.flash_attn_with_kvcache(
                 call.q[:, None], call.k, call.v, cache_seqlens=lengths, block_table=table, num_splits=0, **shared
             )
@@ -246,7 +263,7 @@ class Classic(Provider):
         k_starts = call.k_starts
         if lengths is not None:
             k_starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        at = (call.starts, k_starts, call.most_queries, call.most_keys)
+        at = (grid.starts, k_starts, grid.most_queries, grid.most_keys)
         return _only(library.flash_attn_varlen_func(call.q, call.k, call.v, *at, block_table=table, **shared))
 
 
@@ -262,11 +279,11 @@ class Torch(Provider):
         return _torch_takes_tables()
 
     def run(self, call: Call) -> torch.Tensor:
-        library = importlib.import_module("torch.nn.attention.varlen")
+        library, grid = importlib.import_module("torch.nn.attention.varlen"), call.grid
         out: torch.Tensor = library.varlen_attn(
-            call.q, call.k, call.v, call.starts, None, call.most_queries, call.most_keys,
-            scale=call.scale, window_size=(call.left, call.right), enable_gqa=call.q.shape[1] != call.k.shape[2],
-            seqused_k=call.lengths, block_table=_gathered(call),
+            call.q, call.k, call.v, grid.starts, None, grid.most_queries, grid.most_keys,
+            scale=grid.spec.scale, window_size=(grid.left, grid.right), enable_gqa=call.q.shape[1] != call.k.shape[2],
+            seqused_k=grid.lengths, block_table=_gathered(call),
             num_splits=1,  # others have given NaN
         )  # fmt: skip
         return out
@@ -276,9 +293,16 @@ class Torch(Provider):
 PROVIDERS: tuple[Provider, ...] = (HopperPackage(), HopperExtension(), Classic(), Torch())
 
 
+def _common(grid: Grid) -> dict[str, Any]:
+    """Arguments that all packages of FlashAttention's authors name alike."""
+    window = grid.left, grid.right
+    return {"softmax_scale": grid.spec.scale, "causal": grid.right == 0, "window_size": window, "softcap": grid.softcap}
+
+
 def _gathered(call: Call) -> torch.Tensor | None:
     """A table of its own for every row, where a provider cannot name another row's."""
-    return call.table if call.table is None or call.rows is None else call.table.index_select(0, call.rows)
+    rows = call.grid.of_table
+    return call.table if call.table is None or rows is None else call.table.index_select(0, rows)
 
 
 def _only(out: Any) -> torch.Tensor:

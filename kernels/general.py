@@ -26,17 +26,18 @@ from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
 
 if TYPE_CHECKING:
-    from compile_attn.kernels.general_triton import Batch, Plan, Pool
+    from compile_attn.kernels.general_triton import Batch, Parts, Plan, Pool
 
+_PROGRAMS_EACH = 2  # of a multiprocessor at once, where they wait for memory
+_KEYS_A_PROGRAM = 256  # fewer, and writing and combining the parts costs as much as reading the keys
+_KEYS_A_SPLIT = 1024  # of a tile of many tokens
 _MOST_SPLITS = 128
-_KEYS_A_SPLIT = 256  # fewer, and writing and combining the parts costs as much as reading the keys
-_KEYS_IN_A_CROWD = 1024  # where sequences and heads alone occupy the device
-_SPLITS_A_PLACE = 8
-_PARTS_AT_ONCE = 64  # and channels, of a program that combines parts
+_ROWS_EACH = 8  # and parts, and channels, of a program that combines parts
+_PARTS_AT_ONCE = 64
 _CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
 _SHARED_MEMORY = 227 << 10  # of a Hopper block; asked of the device where there is one
-_MULTIPROCESSORS = 132
+_MULTIPROCESSORS = 4  # of no GPU: the interpreter's programs run one after another
 
 
 class GeneralBackend(Backend):
@@ -110,11 +111,13 @@ class _Size:
         """Tokens of a sequence, on average."""
         return self.tokens if self.page_size == 0 else -(-self.tokens // max(1, self.sequences))
 
-    def blocks(self, block_q: int) -> int:
-        """Tiles of tokens. Paged: every sequence begins one, and so do the pad tokens behind the last."""
+    def blocks(self, block_q: int, few: int) -> int:
+        """Tiles of tokens, at most. Paged: every sequence served begins one, and so do the pad tokens behind the last."""
         if self.page_size == 0:
             return self.sequences * -(-self.tokens // block_q)
-        return self.tokens if block_q == 1 else self.tokens // block_q + self.sequences + 1
+        if few > 0 or block_q == 1:
+            return self.sequences if few > 0 else self.tokens
+        return self.tokens // block_q + 1 + (min(self.sequences, self.tokens // (1 - few)) if few else self.sequences)
 
 
 def _launch(
@@ -128,34 +131,47 @@ def _launch(
     out: torch.Tensor,
     scaled: tuple[bool, bool],
 ) -> None:
-    from compile_attn.kernels import general_triton as kernels
+    from compile_attn.kernels import combine_triton, grid_triton
 
     if out.numel() == 0:
         return
-    whole = tuple(not tensor.is_floating_point() for tensor in captured)
     shared, multiprocessors = _device(q.device)
-    functions = functions_of(spec, whole)
+    whole = tuple(not tensor.is_floating_point() for tensor in captured)
+    functions, flat = functions_of(spec, whole), _flat(spec, captured)
     wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
     read = sum(captured[number].element_size() for number in pairwise(spec))
-    tiles = tiles_of(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size.tokens_each(), shared, read)
-    heads = spec.num_q_heads // tiles.group
-    blocks = size.blocks(tiles.block_q)
-    splits, least = _splits(spec, size, blocks * heads, tiles, multiprocessors)
     alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
-    plan = _plan(spec, tiles, size.page_size, scaled, alike, splits > 1, wide)
-    parts, rows = kernels.Parts(out, out, out, out, out), blocks * heads * tiles.block_q * tiles.group
-    if splits > 1:
-        highest, totals = q.new_empty((2, rows * splits), dtype=torch.float32).unbind()
-        used, place = q.new_empty((2, rows), dtype=torch.int32).unbind()
-        parts = kernels.Parts(q.new_empty((rows * splits, spec.head_dim_v), dtype=torch.float32), highest, totals, used, place)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        kernels.attend[(blocks, heads, splits)](
-            q, q_strides, *pools, batch, _flat(spec, captured), out, parts, size.tokens, size.sequences, size.keys, splits, least,
-            functions.per_row, functions.score, functions.sink, plan, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        if splits > 1:
-            block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (splits - 1).bit_length())
-            kernels.combine[(rows, plan.block_dv // block)](parts, out, splits, at_once, block, plan)
+    for each in launches(spec, _dot_dtype(q.dtype, pools[0].at.dtype), size, shared, read, multiprocessors):
+        tiles, (blocks, heads, splits) = each.tiles, each.grid
+        plan = _plan(spec, tiles, each.few, size.page_size, scaled, pools[1].at.dtype.itemsize == 1, alike, splits > 1, wide)
+        parts = _parts(out, each)
+        tensors = q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences
+        printed = functions.per_row, functions.score, functions.sink
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | ({"maxnreg": tiles.registers} if tiles.registers else {})
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+            if each.programs:
+                grid_triton.attend_evenly[(each.programs,)](*tensors, blocks, each.least, *printed, plan, **options)
+            else:
+                grid_triton.attend[each.grid](*tensors, size.keys, splits, each.least, *printed, plan, **options)
+            if each.in_parts:
+                rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
+                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (each.most_parts - 1).bit_length())
+                over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
+                combine_triton.combine[over](batch, parts, out, size.tokens, size.sequences, at_once, rows_each, block, plan)
+
+
+def _parts(out: torch.Tensor, launch: Launch) -> Parts:
+    """Room for what several programs find for one tile."""
+    from compile_attn.kernels.general_triton import Parts
+
+    if not launch.in_parts:
+        return Parts(out, out, out, out, out, out)
+    blocks, heads, splits = launch.grid
+    tiles, dim, rows = blocks * heads, out.shape[-1], launch.tiles.block_q * launch.tiles.group
+    found = rows * (tiles + launch.programs if launch.programs else tiles * splits)
+    acc, top, total = out.new_empty(found * (dim + 2), dtype=torch.float32).split_with_sizes((found * dim, found, found))
+    numbers = out.new_empty(tiles * (2 + rows), dtype=torch.int32).split_with_sizes((tiles, tiles, tiles * rows))
+    return Parts(acc, top, total, *numbers)
 
 
 def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
@@ -199,6 +215,7 @@ class Tiles:
     warps: int
     stages: int
     dot: torch.dtype
+    registers: int = 0  # of a thread, at most; 0: as many as the compiler takes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -228,30 +245,78 @@ def tiles_of(spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, re
             block_m //= 2
     group = max(each for each in range(1, block_m + 1) if per_kv_head % each == 0)
     block_q = 1 if tokens <= 1 else block_m // group  # with one, no sequence is searched for
-    warps = 8 if block_m == 128 or block_m * _padded(spec.head_dim_v) >= 1 << 14 else 4  # or the output spills
+    if block_m == 128 and block_n == 64 and dims == 256 and stages == 3 and not read:
+        block_n = 128
+    warps = (
+        4 if dims <= 128 and bytes_ == 2 else 8 if block_m == 128 or block_m * _padded(spec.head_dim_v) >= 1 << 14 else 4
+    )  # or the output spills
     return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
 
 
-def _splits(spec: AttentionSpec, size: _Size, programs: int, tiles: Tiles, multiprocessors: int) -> tuple[int, int]:
-    """Programs that may share the keys of a tile, and the fewest blocks of keys of each. How many do, its length decides.
+@dataclass(frozen=True)
+class Launch:
+    """Which sequences it serves, and how work is spread."""
 
-    A few sequences would not occupy the whole device; of many, one may be much longer than the others.
+    tiles: Tiles
+    few: int  # `Plan.few`
+    grid: tuple[int, int, int]  # tiles of tokens, tiles of heads, programs that may share the keys of a tile
+    least: int  # blocks of keys of a program that shares them
+    programs: int  # that share all work evenly; 0: a tile, or its part, each
+
+    @property
+    def most_parts(self) -> int:
+        return self.programs or self.grid[2]
+
+    @property
+    def in_parts(self) -> bool:
+        """May a tile be of several programs? Those that share all work say so of every tile."""
+        return self.programs > 0 or self.grid[2] > 1
+
+
+@functools.lru_cache(maxsize=1024)
+def launches(
+    spec: AttentionSpec, dot: torch.dtype, size: _Size, shared: int, read: int, multiprocessors: int
+) -> tuple[Launch, ...]:
+    """In a batch of chunks and single tokens a tile fit for a chunk would be empty but for one token: those have a launch of
+    their own. What a batch holds is known on the device alone, so both launches look for theirs.
     """
+    if size.page_size == 0 or size.sequences == 1 or size.tokens <= size.sequences:
+        served = [(tiles_of(spec, dot, size.tokens_each(), shared, read), 0)]
+    else:
+        single = tiles_of(spec, dot, max(1, 16 * spec.num_kv_heads // spec.num_q_heads), shared, read)
+        longest = tiles_of(spec, dot, size.tokens, shared, read)
+        served = [(single, single.block_q), (longest, -single.block_q)] if longest.block_m > single.block_m else [(longest, 0)]
+    return tuple(_spread(spec, size, *each, shared, multiprocessors) for each in served)
+
+
+def _spread(spec: AttentionSpec, size: _Size, tiles: Tiles, few: int, shared: int, multiprocessors: int) -> Launch:
+    """Tiles of few tokens wait for memory, and their sequences may differ a thousandfold: an equal share for every program.
+
+    Tiles of many tokens are many programs, or share the keys of each where they are not. How many do, its length decides.
+    """
+    blocks, heads = size.blocks(tiles.block_q, few), spec.num_q_heads // tiles.group
     window = spec.mask.window()
     keys = size.keys if window is None else min(size.keys, window + tiles.block_q)
-    at_once = multiprocessors * (4 if tiles.block_m == 16 else 1)  # small tiles wait for memory: several fit a multiprocessor
-    least = _KEYS_A_SPLIT if programs < at_once else _KEYS_IN_A_CROWD
-    wanted = -(-at_once * _SPLITS_A_PLACE // max(1, programs)) if tiles.block_m == 16 else at_once // max(1, programs)
-    splits = max(1, min(_MOST_SPLITS, wanted, keys // least))
-    return splits, -(-least // tiles.block_n)
+    if few > 0 or (size.page_size > 0 and tiles.block_q == 1 and size.tokens <= size.sequences):
+        least = -(-_KEYS_A_PROGRAM // tiles.block_n)
+        fit = max(
+            1, shared // (tiles.block_n * tiles.stages * (_padded(spec.head_dim) + _padded(spec.head_dim_v)) * tiles.dot.itemsize)
+        )
+        programs = min(multiprocessors * min(_PROGRAMS_EACH, fit), blocks * heads * -(-keys // _KEYS_A_PROGRAM))
+        return Launch(tiles, few, (blocks, heads, 1), least, max(1, programs))
+    wanted = -(-multiprocessors * _PROGRAMS_EACH // max(1, blocks * heads))
+    splits = max(1, min(_MOST_SPLITS, wanted, keys // _KEYS_A_SPLIT))
+    return Launch(tiles, few, (blocks, heads, splits), -(-_KEYS_A_SPLIT // tiles.block_n), 0)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     spec: AttentionSpec,
     tiles: Tiles,
+    few: int,
     page_size: int,
     scaled: tuple[bool, bool],
+    narrow: bool,
     alike: bool,
     split: bool,
     wide: bool,
@@ -266,6 +331,7 @@ def _plan(
         page_size=page_size,
         group=tiles.group,
         groups=spec.num_q_heads // spec.num_kv_heads // tiles.group,
+        heads=spec.num_q_heads,
         dim=spec.head_dim,
         dim_v=spec.head_dim_v,
         causal=spec.mask.causal(),
@@ -278,6 +344,9 @@ def _plan(
         v_scaled=scaled[1],
         whole=tl.int64 if wide else tl.int32,
         dot=dots[tiles.dot],
+        # Values of 8 bits are exact in float16, to which the device converts them at once, and weights are at most 1.
+        dot_v=tl.float16 if narrow and tiles.dot == torch.bfloat16 else dots[tiles.dot],
+        few=few,
         block_q=tiles.block_q,
         block_m=tiles.block_m,
         block_n=tiles.block_n,

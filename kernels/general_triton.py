@@ -22,6 +22,7 @@ class Plan:
     page_size: int  # 0: stateless, every sequence has its keys in one page of its own
     group: int  # query heads in a tile
     groups: int  # tiles that share a KV head
+    heads: int  # query heads
     dim: int
     dim_v: int
     causal: bool  # no key to the right of its query is visible
@@ -33,7 +34,9 @@ class Plan:
     k_scaled: bool  # pages hold the values by a scale
     v_scaled: bool
     whole: tl.dtype  # of positions: int32, or int64 where a product could exceed it
-    dot: tl.dtype  # of the operands of both products
+    dot: tl.dtype  # of the operands of the product of queries and keys, and of that of weights and values
+    dot_v: tl.dtype
+    few: int  # n: only sequences of at most n new tokens, a tile each; -n: only the others; 0: all
     block_q: int  # tokens of a tile; its rows: block_q * group, padded to
     block_m: int
     block_n: int  # keys of a tile
@@ -67,48 +70,22 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Per row and split: values before normalisation, highest score, sum of weights. Per row: splits used, row of the output."""
+    """What several programs found for one tile. Per row of a part: values before normalisation, highest score, sum of weights.
+
+    Per tile: its first part, and how many. Per row of a tile: its row of the output, or -1.
+    """
 
     acc: Any
     top: Any
     total: Any
+    first: Any
     used: Any
     place: Any
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode.
-
-    Every sequence begins a block of its own: it has blocks from starts[b] // block_q + b on, enough and at most one too
-    many. Pad tokens are a sequence without keys, behind the last.
-    """
-    if PLAN.block_q == 1:
-        first = block
-        b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
-        b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
-    else:
-        b = 0
-        beyond = num_sequences
-        while b < beyond:  # the last sequence whose blocks begin at or before this one
-            middle = (b + beyond + 1) // 2
-            begun = tl.load(batch.starts + middle) // PLAN.block_q + middle <= block
-            b = tl.where(begun, middle, b)
-            beyond = tl.where(begun, beyond, middle - 1)
-        begin = tl.load(batch.starts + b)
-        first = begin + (block - begin // PLAN.block_q - b) * PLAN.block_q
-    real = b < num_sequences
-    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
-    length = tl.load(batch.lengths + b, mask=real, other=0)
-    return tl.minimum(b, num_sequences - 1), first, end, length
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _key_blocks(i, inside, length, split, splits, least, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks [begin, end) to visit, of them [clear, clear_end) in which every row sees every key, and the splits in use.
-
-    Splits are for the longest sequence that there may be: a tile with few keys uses as many as are worth it.
-    """
+def key_blocks(i, inside, length, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks [begin, end) to visit, and of them [clear, clear_end) in which every row sees every key."""
     last = tl.max(tl.where(inside, i, 0))
     first = tl.min(tl.where(inside, i, last))
     low = 0
@@ -123,18 +100,22 @@ def _key_blocks(i, inside, length, split, splits, least, PLAN: tl.constexpr):  #
         clear_high = tl.minimum(length, first + 1)
     begin = low // PLAN.block_n
     end = tl.maximum((high + PLAN.block_n - 1) // PLAN.block_n, begin)
-    used = 1
-    if PLAN.split:
-        share = tl.maximum((end - begin + splits - 1) // splits, least)
-        used = tl.maximum((end - begin + share - 1) // share, 1)
-        begin = tl.minimum(begin + split * share, end)
-        end = tl.minimum(begin + share, end)
     clear = begin
     clear_end = begin
     if PLAN.bounded:
-        clear = tl.minimum(tl.maximum((clear_low + PLAN.block_n - 1) // PLAN.block_n, begin), end)
-        clear_end = tl.minimum(tl.maximum(clear_high // PLAN.block_n, clear), end)
-    return (begin, end, clear, clear_end), used
+        clear = (clear_low + PLAN.block_n - 1) // PLAN.block_n
+        clear_end = clear_high // PLAN.block_n
+    return begin, end, clear, clear_end
+
+
+@triton.jit
+def portion(blocks, low, high, of):  # type: ignore[no-untyped-def]
+    """Of these blocks the part from low to high, where all are `of`."""
+    begin, end, clear, clear_end = blocks
+    number = (end - begin).to(tl.int64)
+    end = begin + (number * high // of).to(tl.int32)
+    begin = begin + (number * low // of).to(tl.int32)
+    return begin, end, clear, clear_end
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -144,7 +125,7 @@ def _edge(n, clear, clear_end, PLAN: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exp(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def exponential(x, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.exp2(x) if PLAN.binary else tl.exp(x)
 
 
@@ -218,50 +199,43 @@ def _visit(  # type: ignore[no-untyped-def]
         value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
-    weights = _exp(value * PLAN.factor - against[:, None], PLAN)
-    fade = _exp(top * PLAN.factor - against, PLAN)
+    weights = exponential(value * PLAN.factor - against[:, None], PLAN)
+    fade = exponential(top * PLAN.factor - against, PLAN)
     if not PLAN.alike:
         slots = slot * values.slot
         pages = page * values.page
     v = _tile(values, slots, pages, kv_head, owned, MASKED, PLAN.dim_v, PLAN.block_dv)
-    acc = tl.dot(weights.to(PLAN.dot), v.to(PLAN.dot), acc * fade[:, None], input_precision="tf32x3")
+    acc = tl.dot(weights.to(PLAN.dot_v), v.to(PLAN.dot_v), acc * fade[:, None], input_precision="tf32x3")
     return acc, higher, total * fade + tl.sum(weights, 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _begin(b, head, i, split, captured, SINK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _begin(b, head, i, opens, captured, SINK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The softmax of no keys; a sink is a key without a value, seen first."""
     top = tl.full((PLAN.block_m,), float("-inf"), tl.float32)
     total = tl.full((PLAN.block_m,), 0.0, tl.float32)
     if SINK is not None:
         sink = tl.full((PLAN.block_m,), 0.0, tl.float32) + SINK(b, head, i, captured)
-        top = tl.where(split == 0, sink, top)  # as scores are printed: without the factor
+        top = tl.where(opens, sink, top)  # as scores are printed: without the factor
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     return tl.full((PLAN.block_m, PLAN.block_dv), 0.0, tl.float32), top, total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the rows of this tile are in `parts`."""
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    return tile * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _end(state, place, inside, split, splits, used, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     acc, top, total = state
     if PLAN.v_scaled:
         acc = acc * scale
     channel = tl.arange(0, PLAN.block_dv)[None, :]
     stored = inside[:, None] & (channel < PLAN.dim_v)
-    if used > 1:
-        part = _rows(PLAN).to(tl.int64) * splits + split
-        tl.store(parts.acc + part[:, None] * PLAN.dim_v + channel, acc, mask=stored)
-        tl.store(parts.top + part, top, mask=inside)
-        tl.store(parts.total + part, total, mask=inside)
-    else:
+    if alone:
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key: 0
         tl.store(out + place[:, None] * PLAN.dim_v + channel, acc.to(out.dtype.element_ty), mask=stored)
+    else:
+        row = part.to(tl.int64) * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
+        tl.store(parts.acc + row[:, None] * PLAN.dim_v + channel, acc, mask=stored)
+        tl.store(parts.top + row, top, mask=inside)
+        tl.store(parts.total + row, total, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -270,6 +244,8 @@ def _walk(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """All blocks of keys: first those without a mask."""
     begin, end, clear, clear_end = blocks
+    clear = tl.minimum(tl.maximum(clear, begin), end)
+    clear_end = tl.minimum(tl.maximum(clear_end, clear), end)
     limit = clear_end * PLAN.block_n
     page = _pages(clear * PLAN.block_n, limit, b, batch, False, PLAN)
     for n in range(clear, clear_end):
@@ -288,84 +264,26 @@ def _walk(  # type: ignore[no-untyped-def]
     return state
 
 
-# Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.
-@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
-def attend(  # type: ignore[no-untyped-def]
-    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
+@triton.jit  # type: ignore[untyped-decorator]
+def compute(  # type: ignore[no-untyped-def]
+    b, rows, head_tile, length, blocks, opens, part, alone, q, q_strides, keys, values, batch, captured, out, parts,
     PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
+    """The rows of a tile over some blocks of keys: to the output, or, where others have more of them, to `part` of the parts.
 
-    splits: programs that may share the keys of a tile, each with `least` blocks of them or more.
-    q_strides: sequence (paged: 0), token, head, channel. The output is contiguous rows of dim_v, a row a token and head;
-    stateless: a head and token of a sequence.
+    opens: these are the first blocks, which a sink goes before.
     """
-    # Late tokens see the most keys under a causal mask: they begin first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = (tl.program_id(1) // PLAN.groups).to(tl.int64)
-    split = tl.program_id(2)
-    if PLAN.page_size > 0:
-        b, first, end, length = _sequence(block, batch, num_tokens, num_sequences, PLAN)
-    else:
-        blocks = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
-        b = block // blocks
-        first = block % blocks * PLAN.block_q
-        end = num_tokens
-        length = num_keys
-    r = tl.arange(0, PLAN.block_m)
-    token = first + r // PLAN.group
-    in_tile = r < PLAN.block_q * PLAN.group
-    inside = (token < end) & in_tile
-    head = tl.program_id(1) * PLAN.group + r % PLAN.group
-    num_heads = tl.num_programs(1) * PLAN.group
-    i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32) if PLAN.page_size > 0 else token
-    blocks, used = _key_blocks(i, inside, length, split, splits, least, PLAN)
-    wide = token.to(tl.int64)
-    place = wide * num_heads + head if PLAN.page_size > 0 else (b * num_heads + head).to(tl.int64) * num_tokens + token
-    if PLAN.split:
-        tl.store(parts.used + _rows(PLAN), tl.where(inside, used, 0), mask=in_tile & (split == 0))
-        tl.store(parts.place + _rows(PLAN), place.to(tl.int32), mask=inside & (split == 0))
-    if (first >= end) | (split >= used):
-        return
+    token, head, i, place, inside = rows
+    kv_head = (head_tile // PLAN.groups).to(tl.int64)
     channel = tl.arange(0, PLAN.block_d)[None, :]
-    at = q + b.to(tl.int64) * q_strides[0] + wide * q_strides[1] + head.to(tl.int64) * q_strides[2]
+    at = q + b.to(tl.int64) * q_strides[0] + token.to(tl.int64) * q_strides[1] + head.to(tl.int64) * q_strides[2]
     queries = tl.load(at[:, None] + channel * q_strides[3], mask=inside[:, None] & (channel < PLAN.dim), other=0.0).to(PLAN.dot)
     b_whole = b.to(PLAN.whole)
     i = i.to(PLAN.whole)
     head = head.to(PLAN.whole)
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
-    state = _begin(b_whole, head, i, split, captured, SINK, PLAN)
+    state = _begin(b_whole, head, i, opens, captured, SINK, PLAN)
     state = _walk(state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE, PLAN)
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
-    _end(state, place, inside, split, splits, used, scale, out, parts, PLAN)
-
-
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
-def combine(parts, out, splits, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The parts of one row, one a split of its keys, to their common softmax; for one block of channels."""
-    row = tl.program_id(0).to(tl.int64)
-    used = tl.load(parts.used + row)
-    if used <= 1:  # no row, or written already
-        return
-    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    stored = channel < PLAN.dim_v
-    acc = tl.full((1, BLOCK), 0.0, tl.float32)
-    highest = float("-inf")
-    total = 0.0
-    for first in range(0, used, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        part = row * splits + split
-        top = tl.load(parts.top + part, mask=split < used, other=float("-inf")) * PLAN.factor
-        higher = tl.maximum(highest, tl.max(top, 0))
-        against = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = _exp(top - against, PLAN)
-        fade = _exp(highest - against, PLAN)
-        highest = higher
-        total = total * fade + tl.sum(tl.load(parts.total + part, mask=split < used, other=0.0) * weight, 0)
-        seen = (top > float("-inf"))[:, None] & stored
-        values = tl.load(parts.acc + part[:, None] * PLAN.dim_v + channel, mask=seen, other=0.0)
-        acc = acc * fade + tl.sum(values * weight[:, None], 0, keep_dims=True)
-    place = tl.load(parts.place + row).to(tl.int64)
-    value = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out + place * PLAN.dim_v + channel, value.to(out.dtype.element_ty), mask=stored)
+    _end(state, place, inside, part, alone, scale, out, parts, PLAN)

@@ -13,7 +13,7 @@ import torch
 
 from compile_attn.kernels import batch, blocks
 from compile_attn.kernels import write_kv as pages
-from compile_attn.kernels.backend import Paged
+from compile_attn.kernels.backend import DeviceStep, Paged, plan_size
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -89,6 +89,50 @@ def write_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any, k_scale: An
     pages.write_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
 
 
+def _plan_fake(
+    table: Any,
+    seq_lens: Any,
+    starts: Any,
+    at: Any,
+    rows: Any,
+    page_size: int,
+    dtype: Any,
+    spec: str,
+    kernel: str,
+    numbers: Any = None,
+) -> torch.Tensor:
+    made = backend(kernel).plan_numbers if numbers is None else numbers
+    return seq_lens.new_empty((plan_size(seq_lens.shape[0], made),), dtype=torch.int32)  # type: ignore[no-any-return]
+
+
+@_op(
+    "plan(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor positions, Tensor token_seq, int page_size, "
+    "ScalarType dtype, str spec, str kernel, int? numbers=None) -> Tensor",
+    _plan_fake,
+)
+def plan(
+    block_table: Any,
+    seq_lens: Any,
+    cu_seqlens_q: Any,
+    positions: Any,
+    token_seq: Any,
+    page_size: int,
+    dtype: torch.dtype,
+    spec: str,
+    kernel: str,
+    numbers: int | None = None,
+) -> torch.Tensor:
+    """Once a step: what the kernel's `attend` needs of the batch and not of the layer. See `Backend.plan`.
+
+    `numbers`: the kernel's `plan_numbers` when a graph was made, so that a cache of compiled graphs holds none of another size.
+    """
+    run = backend(kernel)
+    if numbers not in (None, run.plan_numbers):
+        raise ValueError(f"this graph plans {numbers} numbers a sequence, kernel {kernel!r} {run.plan_numbers}; compile it again")
+    step = DeviceStep(block_table, seq_lens, cu_seqlens_q, positions, token_seq, page_size, dtype)
+    return run.plan(step, AttentionSpec.decode(spec))
+
+
 def _attend_fake(q: Any, k_pages: Any, v_pages: Any, *_: Any, **__: Any) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))  # type: ignore[no-any-return]
 
@@ -96,7 +140,7 @@ def _attend_fake(q: Any, k_pages: Any, v_pages: Any, *_: Any, **__: Any) -> torc
 @_op(
     "attend(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
     "Tensor positions, Tensor token_seq, Tensor[] captured, str spec, str kernel, "
-    "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? plan=None) -> Tensor",
     _attend_fake,
 )
 def attend(
@@ -113,9 +157,10 @@ def attend(
     kernel: str,
     k_scale: Any = None,
     v_scale: Any = None,
+    plan: Any = None,
 ) -> torch.Tensor:
     """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0."""
-    kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale)
+    kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale, plan)
     return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
 
 

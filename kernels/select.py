@@ -12,12 +12,15 @@ import torch
 from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.speeds import speeds
 
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
     "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttnBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
+    "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
+    "flashinfer_jit": ("compile_attn.kernels.flashinfer", "FlashInferJitBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
 }
 
@@ -68,23 +71,24 @@ def choose(
             raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
         return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
     passed_over: dict[str, tuple[str, ...]] = {}
-    taken = ""
-    for name in _preferred(request):
+    taken, order, measured = "", _preferred(request), speeds(request)
+    for name in order if measured is None else measured.best_first(order):
         reasons = _reasons(name, request)
         if not reasons and not taken:
             taken = name
         else:
-            passed_over[name] = reasons or (f"could; {taken!r} is preferred on {device.type}",)
+            slower = measured.against(name, taken) if measured is not None and not reasons else None
+            passed_over[name] = reasons or (slower or f"could; {taken!r} is preferred on {device.type}",)
     return Choice(taken, passed_over)
 
 
 def _preferred(request: Request) -> tuple[str, ...]:
-    """All kernels, best first. "reference" serves everything, so the first that can always exists."""
+    """All kernels, best first where nothing was measured. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
-        return ("sdpa", "reference", "general", "flash_attn")
+        return ("sdpa", "reference", "general", "flash_attn", "flashinfer", "flashinfer_jit")
     if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and the others compute
-        return ("flash_attn", "general", "sdpa", "reference")
-    return ("sdpa", "flash_attn", "general", "reference")
+        return ("flash_attn", "general", "flashinfer", "sdpa", "reference", "flashinfer_jit")
+    return ("sdpa", "flash_attn", "general", "flashinfer", "reference", "flashinfer_jit")
 
 
 def _needs_mask_tensor(spec: AttentionSpec) -> bool:

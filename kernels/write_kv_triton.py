@@ -23,14 +23,24 @@ def _read(new, token, real, first, strides, HEADS: tl.constexpr, DIM: tl.constex
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put(  # type: ignore[no-untyped-def]
-    value, pages, slot, held, first, scale, HEADS: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr
-):
+def _read_scale(scale, first, HEADS: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of those features; None without one."""
+    by = None
+    if scale is not None:
+        if PER_HEAD:
+            feature = first + tl.arange(0, BLOCK)
+            by = tl.load(scale + feature // DIM, mask=feature < HEADS * DIM, other=1.0)[None, :]
+        else:
+            by = tl.load(scale)
+    return by
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put(value, by, pages, slot, held, first, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store them in contiguous pages, divided by the scale and in the dtype of the pages."""
     feature = first + tl.arange(0, BLOCK)
     inside = feature < HEADS * DIM
-    if scale is not None:
-        by = tl.load(scale + feature // DIM, mask=inside, other=1.0)[None, :] if PER_HEAD else tl.load(scale)
+    if by is not None:
         value = tl.div_rn(value.to(tl.float32), by.to(tl.float32))  # as torch divides; `/` is approximate
     kind: tl.constexpr = pages.dtype.element_ty
     if kind.primitive_bitwidth == 8:  # fp8: saturate, where a plain cast gives NaN or infinity
@@ -50,13 +60,15 @@ def write(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     real = token < num_tokens
     first = tl.program_id(1) * BLOCK
-    # All three are read before anything is stored, so that they wait for memory together; a pad token's are read in vain.
+    # All is read before anything is stored, so that it is waited for once; what belongs to a pad token is read in vain.
     slot = tl.load(slots + token, mask=real, other=-1)
     key = _read(k, token, real, first, k_strides, HEADS, DIM, BLOCK)
     value = _read(v, token, real, first, v_strides, HEADS, DIM_V, BLOCK)
+    k_by = _read_scale(k_scale, first, HEADS, DIM, K_PER_HEAD, BLOCK)
+    v_by = _read_scale(v_scale, first, HEADS, DIM_V, V_PER_HEAD, BLOCK)
     held = (slot >= 0) & (slot < num_slots)
-    _put(key, k_pages, slot, held, first, k_scale, HEADS, DIM, K_PER_HEAD, BLOCK)
-    _put(value, v_pages, slot, held, first, v_scale, HEADS, DIM_V, V_PER_HEAD, BLOCK)
+    _put(key, k_by, k_pages, slot, held, first, HEADS, DIM, BLOCK)
+    _put(value, v_by, v_pages, slot, held, first, HEADS, DIM_V, BLOCK)
 
 
 @functools.cache
@@ -82,7 +94,7 @@ def write_pages(
         return
     per_token, block, parts = _tile(heads * max(dim, dim_v))
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
-        write[(triton.cdiv(tokens, per_token), parts)](
+        write[(-(-tokens // per_token), parts)](
             k, v, k_pages, v_pages, slots, k_scale, v_scale, k.stride(), v.stride(), tokens, k_pages.shape[0] * k_pages.shape[1],
             heads, dim, dim_v, k_scale is not None and k_scale.numel() > 1, v_scale is not None and v_scale.numel() > 1,
             per_token, block,

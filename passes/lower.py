@@ -15,7 +15,7 @@ from torch import fx
 
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
 from compile_attn.kernels.mask import Bidirectional, Causal
-from compile_attn.kernels.select import Choice, choose
+from compile_attn.kernels.select import Choice, backend, choose
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes import emit
 from compile_attn.passes.graph import is_tensor, placeholders, same_size, val
@@ -166,7 +166,7 @@ def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Nod
 
 
 def page(
-    module: fx.GraphModule, step: StepNodes, num_pages: int, page_size: int, kv_dtype: torch.dtype | None = None
+    module: fx.GraphModule, step: StepNodes, num_pages: int | torch.SymInt, page_size: int, kv_dtype: torch.dtype | None = None
 ) -> tuple[LayerKV, ...]:
     """Turn every fused node into write_kv and attend over pages of its own, placeholders `k_pages_n` and `v_pages_n`.
 
@@ -175,6 +175,7 @@ def page(
     """
     graph = module.graph
     layers: list[LayerKV] = []
+    plans: dict[tuple[str, str, torch.dtype], fx.Node] = {}
     for fused in [n for n in graph.nodes if n.target is _ops.attention.default]:
         q, k, v, captured, spec, kernel = fused.args
         key, value = val(k), val(v)
@@ -192,14 +193,36 @@ def page(
             q, k, v = (_token_major(graph, node, fused) for node in (q, k, v))
             emit.call(graph, _ops.write_kv.default, k, v, *pools, step.slot_mapping, *scales, like=fused)
             where = (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
-            out = emit.call(graph, _ops.attend.default, q, *pools, *where, captured, spec, kernel, *scales, like=fused)
-            # In this order, so that the model's way back to tokens and channels gives contiguous strides, and copies nothing.
+            planned = _plan(graph, where, page_size, fused, plans)
+            more = scales if planned is None else [*(scales or (None, None)), planned]
+            out = emit.call(graph, _ops.attend.default, q, *pools, *where, captured, spec, kernel, *more, like=fused)
+            # In this order the result is [1, T, H, D] laid out as if new, so that a model's own contiguous() after it is no copy.
             out = emit.call(graph, _aten.unsqueeze.default, out, 0, like=fused)
             out = emit.call(graph, _aten.transpose.int, out, 1, 2, like=fused)
         fused.replace_all_uses_with(out)
         graph.erase_node(fused)
         layers.append(layer)
     return tuple(layers)
+
+
+def _plan(
+    graph: fx.Graph,
+    where: tuple[fx.Node, ...],
+    page_size: int,
+    fused: fx.Node,
+    plans: dict[tuple[str, str, torch.dtype], fx.Node],
+) -> fx.Node | None:
+    """The plan that this site shares with others, made where the first of them stands; None if its kernel makes none."""
+    kernel = str(fused.args[5])
+    run = backend(kernel)
+    shared = run.planned(spec_of(fused))
+    if shared is None:
+        return None
+    key = (kernel, shared.encode(), val(fused.args[0]).dtype)  # type: ignore[arg-type]
+    if key not in plans:
+        more = (page_size, key[2], key[1], kernel, run.plan_numbers)
+        plans[key] = emit.call(graph, _ops.plan.default, *where, *more, like=fused)
+    return plans[key]
 
 
 def _token_major(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -35,11 +35,9 @@ __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting
 
 @dataclass(frozen=True)
 class PagedGeometry:
-    """Pages of a cache: P pages of PS tokens, at most max_pages of them for one sequence; of the model's dtype, or of kv_dtype."""
+    """Pages of a cache, PS tokens each, of the model's dtype or of kv_dtype. How many there are a graph does not know."""
 
-    num_pages: int
     page_size: int
-    max_pages: int
     kv_dtype: torch.dtype | None = None
 
 
@@ -60,17 +58,21 @@ class Rewriting:
         assert self.inputs is not None
         verify(self.module, self.inputs)
 
-    def most_tokens(self, max_seqs: int, own_inputs: int) -> int | None:
+    def most_tokens(self, own_inputs: int, max_seqs: int, max_pages: int, num_pages: int) -> int | None:
         """The most tokens of a step: the model's own limit, and what compiling it has assumed. Rows are tokens too.
 
-        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where too few sequences fit.
+        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where the cache is too large.
         """
         assert self.inputs is not None
         bounds = assumed_bounds(self.inputs)
         block_table = self.inputs.values[own_inputs]
-        sequences = bounds.pop(block_table.shape[0].node.expr, max_seqs)
-        if sequences < max_seqs:
-            raise ValueError(f"max_seqs={max_seqs}; the compiled graph takes at most {sequences} sequences a step: lower it")
+        sizes = [("max_seqs", block_table.shape[0], max_seqs), ("pages of a sequence", block_table.shape[1], max_pages)]
+        if self.layers:
+            sizes.append(("pages", self.inputs.values[own_inputs + len(STEP_INPUTS)].shape[0], num_pages))
+        for name, size, asked in sizes:
+            most = bounds.pop(size.node.expr, asked)
+            if most < asked:
+                raise ValueError(f"{name}={asked}; the compiled graph takes at most {most}: make the cache smaller")
         return min((*bounds.values(), *([] if self.max_tokens is None else [self.max_tokens])), default=None)
 
 
@@ -158,12 +160,13 @@ def rewrite_paged(
     with clock.phase("lower"):
         rewritten, refused = _fuse_all(normalized, sites, kernel, geometry, needs_grad=False)
         cleanup(graph)
-        step = lower.add_step_inputs(module, tokens[0], _step_examples(tokens[0], geometry), geometry.page_size)
+        step_inputs, num_pages = _step_examples(tokens[0])
+        step = lower.add_step_inputs(module, tokens[0], step_inputs, geometry.page_size)
     rejected = [*rejected, *refused]
     report = replace(report, sites=rewritten, rejected=tuple(rejected))
     proof = _prove(normalized, tokens, step, position_inputs, rejected, report, clock)
     with clock.phase("lower"):
-        layers = lower.page(module, step, geometry.num_pages, geometry.page_size, geometry.kv_dtype)
+        layers = lower.page(module, step, num_pages, geometry.page_size, geometry.kv_dtype)
         cleanup(graph)
         for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
             node.meta.pop("unbacked_bindings", None)
@@ -290,24 +293,25 @@ def _fixed_at(node: fx.Node) -> str | None:
     return next((str(line.maybe_user_loc or "") for line in fixed if line is not None), None)
 
 
-def _step_examples(tokens: fx.Node, geometry: PagedGeometry) -> list[torch.Tensor]:
-    """Fake tensors for the step's inputs in the graph's own fake mode, with symbols for B and R."""
+def _step_examples(tokens: fx.Node) -> tuple[list[torch.Tensor], torch.SymInt]:
+    """Fake tensors for the step's inputs in the graph's own fake mode, with symbols for B, R and max_pages; a symbol for P."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     mode = tokens.meta["val"].fake_mode
     env = mode.shape_env
     made = []
-    for name, hint in (("sequences", 17), ("rows", 19)):
+    for name, hint in (("sequences", 17), ("rows", 19), ("max_pages", 23), ("pages", 29)):
         source = ConstantSource(f"paged_attn_{name}")
         symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         made.append(env.create_symintnode(symbol, hint=hint, source=source))
-    sequences, rows = made
+    sequences, rows, max_pages, num_pages = made
     device = tokens.meta["val"].device
     with mode:
-        return [
-            torch.empty((sequences, geometry.max_pages), dtype=torch.int32, device=device),
+        examples = [
+            torch.empty((sequences, max_pages), dtype=torch.int32, device=device),
             torch.empty((sequences,), dtype=torch.int32, device=device),
             torch.empty((sequences,), dtype=torch.int32, device=device),
             torch.empty((rows,), dtype=torch.int64, device=device),
         ]
+    return examples, num_pages

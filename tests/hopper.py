@@ -81,12 +81,13 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
 def main() -> None:
     from triton.runtime import driver
 
-    from compile_attn.kernels import general_triton
+    from compile_attn.kernels import combine_triton, grid_triton
 
     driver.set_active(H200())
     found: list[Any] = []
-    general_triton.attend = Compiled(general_triton.attend, found)
-    general_triton.combine = Compiled(general_triton.combine, found)
+    grid_triton.attend = Compiled(grid_triton.attend, found)
+    grid_triton.attend_evenly = Compiled(grid_triton.attend_evenly, found)
+    combine_triton.combine = Compiled(combine_triton.combine, found)
     for name in sys.argv[1:] or CASES:
         compile_call(*CASES[name])
         shared = max(each.metadata.shared for each in found)

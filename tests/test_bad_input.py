@@ -100,7 +100,7 @@ def test_samplings_and_prompts_must_match(lm: PagedLM) -> None:
     [
         ({"kv_tokens": 50}, r"kv_tokens=50 is not a multiple of page_size=4; the nearest is 48"),
         ({"kv_tokens": 0}, r"kv_tokens=0; it must be a whole number of at least 1"),
-        ({"kv_tokens": None}, r"kv_tokens=None: sizing the cache from free memory is not supported yet; give a number"),
+        ({"kv_tokens": None}, r"kv_tokens=None sizes the cache from a GPU's memory, and the model is on cpu; give a number"),
         ({"page_size": -4}, r"page_size=-4; it must be a whole number of at least 1"),
         ({"max_seqs": 0}, r"max_seqs=0; it must be a whole number of at least 1"),
         ({"max_seqs": True}, r"max_seqs=True"),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import attend, decode, direct, floor, workload
-from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
+from bench import attend, decode, direct, floor, speeds, steady, workload
+from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
-from bench.paged_case import MIXED, Case, Inputs, Pool, plain, prefill
+from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
-from bench.sides import llama_config, ours
+from bench.processes import Progress, keep_measuring
+from bench.sides import llama_config
+from compile_attn.kernels.speeds import STATELESS, Point
 
 CPU = torch.device("cpu")
 SPEC = plain(16, heads=4, kv_heads=2)
@@ -60,25 +63,28 @@ def test_work_of_a_case() -> None:
 
 def fake(inputs: Inputs, captured: bool) -> direct.Ways:
     """A library that answers as ours does, one that is wrong, and one that fails."""
-    reference = attend.attend_layers("reference", SPEC, "eager")
+    reference = attend_layers("reference", SPEC)
 
     def broken() -> Sequence[torch.Tensor]:
         raise RuntimeError("no kernel image")
 
     ways: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
-        "right": lambda: reference(inputs),
-        "wrong": lambda: [-each for each in reference(inputs)],
+        "right": lambda: reference(inputs, None),
+        "wrong": lambda: [-each for each in reference(inputs, None)],
     }
     return {**{name: (lambda call=call: call) for name, call in ways.items()}, "broken": broken}
 
 
-def test_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attend, "LIBRARIES", {"reference": fake, "flashinfer": direct.flashinfer})
     kernels = ["reference", "sdpa"]
-    bench = attend.Bench(SPEC, kernels, CASES, CPU, inner="eager")
+    progress = Progress(tmp_path / "progress.json")
+    progress.without[f"{CASES[0].name}, reference: wrong, eager"] = "ended its process"
+    bench = attend.Bench(SPEC, kernels, CASES, CPU, progress, inner="eager")
     assert "does not serve paged calls" in bench.missing["sdpa"]
     found = [bench.run(case, seconds=0.0) for case in CASES]
-    for one in found:
+    assert found[0]["errors"]["reference: wrong"] == "ended its process" and "reference: wrong" not in found[0]["eager"]
+    for one in found[1:]:
         assert set(one["graph"]) == set(one["eager"]) == {"reference", "reference: right", "reference: wrong"}
         assert one["off"]["reference: right"] == 0 and one["off"]["reference: wrong"] == pytest.approx(2)
         assert "no kernel image" in one["errors"]["reference: broken"] and "flashinfer" in one["errors"]["flashinfer: direct"]
@@ -98,13 +104,66 @@ def test_direct_is_the_fastest_way_of_the_library() -> None:
 
 
 def test_pages_of_a_pool_are_distinct_by_layer() -> None:
-    pool = Pool(8, SPEC, CPU, torch.float32, step=8)
+    pool = Pool(8, SPEC, CPU, torch.float32, apart=1 << 14)
     inputs = Inputs(decode_case(3, 24), pool, max_pages=10)
     assert inputs.metadata.block_table.shape == (3, 10)
     assert sorted(page for table in inputs.tables for page in table) == list(range(6))
     assert not torch.equal(inputs.layers[0][0], inputs.layers[1][0])
     with pytest.raises(ValueError, match="needs 16 pages, the pool has 8"):
         Inputs(decode_case(8, 24), pool)
+
+
+def test_speeds(tmp_path: Path) -> None:
+    points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1))
+    progress = Progress(tmp_path / "progress.json")
+    progress.without["decode 16 2 3 24, reference"] = "ended its process"
+    progress.add("prefill 16 2 1 20", {"times": {"reference": 1.0}, "against": {}})
+    speeds.measure(SPEC, ["reference", "sdpa"], CPU, Clock(60), progress, points, seconds=0.0)
+    found = {name: (set(each["times"]), set(each["against"])) for name, each in Progress(tmp_path / "progress.json").found.items()}
+    assert found == {
+        "prefill 16 2 1 20": ({"reference"}, set()),
+        "decode 16 2 3 24": (set(), {"reference", "sdpa"}),
+        "stateless 16 2 2 9": ({"reference", "sdpa"}, set()),
+    }
+    by_key = {speeds.key_of(name): each["times"] for name, each in progress.found.items()}
+    made: dict[str, object] = {}
+    text = speeds.as_module(by_key, "a device")
+    exec(text, made)
+    assert made["MICROSECONDS"] == {key: times for key, times in by_key.items() if times} and made["WHERE"] == "a device"
+    assert [speeds.name_of(key) for key in by_key] == list(progress.found) and max(map(len, text.splitlines())) <= 132
+
+
+BREAKING = """
+import os, sys
+from pathlib import Path
+from bench.processes import Progress
+progress = Progress(Path(sys.argv[1]))
+for name in ("a", "b", "c"):
+    if name not in progress.found and name not in progress.without:
+        progress.trying(name)
+        if name == "b":
+            os.abort()
+        progress.add(name, os.getpid())
+if sys.argv[2:]:
+    sys.exit(1)
+"""
+
+
+def test_measuring_goes_on_after_a_broken_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "progress.json"
+    progress = keep_measuring([sys.executable, "-c", BREAKING, str(file)], file, 60)
+    assert list(progress.found) == ["a", "c"] and progress.found["a"] != progress.found["c"]
+    assert progress.without == {"b": "ended its process with status -6"}
+    keep_measuring([sys.executable, "-c", BREAKING, str(file), "and fail"], file, 60)
+    assert "the process itself ended with status 1" in capfd.readouterr().out
+    keep_measuring([sys.executable, "-c", "import time; time.sleep(60)"], file, 0.1)
+    assert "cut off after 0 s" in capfd.readouterr().out
+
+
+def test_the_table_of_speeds_names_what_auto_takes() -> None:
+    found = {(p.phase, 64, 1, p.sequences, p.length): {"sdpa": 2.0, "general": 1.0} for p in STATELESS}
+    paged, stateless = speeds.table(found, ["sdpa", "general"]).rows
+    assert paged == ["paged", "64", "1", MISSING, MISSING, ""] and stateless[3:] == ["2.00", "1.00", "general"]
 
 
 def test_work_of_llama() -> None:
@@ -158,6 +217,43 @@ def test_decode_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps[0] == "2, 4" and float(steps[4]) == 0 and steps[6] == "0 %"
 
 
-def test_ours_counts_tokens() -> None:
-    generate, seconds = ours(SHAPES["tiny"], CPU, inner="eager", kv_tokens=256, kernel="reference")
-    assert generate([[11, 12], [13]], [2, 3]) == [2, 3] and set(seconds) >= {"weights", "PagedLM"}
+STEP = [  # two steps: the host launches a graph and waits for an earlier one; the device multiplies and attends, with a gap
+    {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 4},
+    {"cat": "kernel", "name": "void nvjet_gemm(float)", "ts": 2, "dur": 6},
+    {"cat": "kernel", "name": "attend", "ts": 6, "dur": 4},
+    {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "ts": 5, "dur": 2},
+    {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 8, "dur": 1},
+    {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize", "ts": 9, "dur": 14},
+    {"cat": "cpu_op", "name": "aten::copy_", "ts": 5, "dur": 2},
+    {"cat": "kernel", "name": "triton_red_fused_attend", "ts": 20, "dur": 2},
+    {"cat": "kernel", "name": "no length", "ts": 30},
+]
+
+
+def test_a_trace_is_read(tmp_path: Path) -> None:
+    host, ran = steady.read_trace(STEP)
+    assert [event.name for event in host] == ["cudaGraphLaunch", "cudaEventSynchronize", "cudaLaunchKernel"]
+    assert [steady.kind_of(event.name) for event in ran] == ["matrix products", "attention", steady.OTHER]
+    assert steady.busy(ran) == pytest.approx((8 + 2) / 20)
+    rows = steady.kernels_of(ran, 2).rows
+    assert rows[0] == ["all matrix products", "", "3.00", "50 %"] and rows[3] == ["nvjet_gemm", "0.50", "3.00", "50 %"]
+    assert steady.waits(host, 2).rows[0] == ["cudaGraphLaunch", "0.50", "2.00"]
+
+
+def test_a_trace_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steady.picture(*steady.read_trace(STEP), 2, "Two steps", tmp_path / "steady.png")
+    assert (tmp_path / "steady.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steady_steps_and_churn() -> None:
+    with steady.made(SHAPES["tiny"], CPU, 3, kv_tokens=1024, inner="eager", kernel="reference") as lm:
+        samples = steady.churn(lm, CPU, steps=40, settle=10, most_new=9)
+        assert [one["steps"] for one in samples] == [0, 20, 40]
+        assert [row[0] for row in steady.memory_table(samples).rows] == ["0", "20", "40"]
+        while lm.has_work:
+            lm.step()
+        steady.until_steady(lm, 3, 10, steps=30)
+        assert steady.milliseconds(lm, CPU, 20) > 0
+        host, ran = steady.traced(lm, CPU, 2)
+        assert not host and not ran and lm.has_work, "no one has left"

@@ -99,3 +99,16 @@ def test_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("compile_attn.demo.demo", failing)
     assert main(["demo", "--seconds", "2", "--tokens", "5", "--inner", "eager", "--html", "x.html"]) == 1
     assert calls == [(2.0, "eager", "x.html", "cpu", 5)]
+
+
+def test_bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert main(["bench"]) == 0
+    listed = capfd.readouterr().out
+    assert "floor          How fast can this device copy memory" in listed and "naive_llama" not in listed
+    assert main(["bench", "flor"]) == 2
+    assert "bench/ has no 'flor'; choose one of the above" in capfd.readouterr().err
+    assert main(["bench", "floor", "--help"]) == 0
+    assert "usage: floor.py" in capfd.readouterr().out
+    monkeypatch.setattr("compile_attn.cli.__file__", str(tmp_path / "compile_attn" / "cli.py"))
+    assert main(["bench", "floor"]) == 2
+    assert "it is part of the source checkout" in capfd.readouterr().err

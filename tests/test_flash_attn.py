@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import sympy
@@ -15,17 +17,22 @@ import torch
 
 from compile_attn.kernels import flash_attn
 from compile_attn.kernels import mask as m
-from compile_attn.kernels.backend import Request
-from compile_attn.kernels.expr import H, Load
-from compile_attn.kernels.flash_providers import Call, Provider
+from compile_attn.kernels.backend import HostStep, PlannedSite, Request
+from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.flash_providers import Call, Grid, Provider
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
-from tests.oracle import CAPTURED, SPECS, attend_row
-from tests.paged import paged_batch
+from compile_attn.lm import PagedLM
+from compile_attn.sampling import Sampling
+from tests.oracle import CAPTURED, SLOPE, SPECS, attend_row
+from tests.paged import PagedBatch, paged_batch
 from tests.test_general import paged, stateless
 from tests.test_reference import FLOAT32, MIXED
+from tests.tiny import alone, prompts_of, tiny
 
 CUDA = torch.device("cuda")
+# All but the one that compares values: what a plan holds in its gaps is any number.
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 DECODE = [(9, 1), (0, 1), (0, 0), (30, 1)]
 SPECULATIVE = [(9, 3), (4, 0), (0, 1), (17, 0)]  # as many tokens as sequences, and no decode
 
@@ -42,16 +49,23 @@ class Emulated(Provider):
     def found(self) -> bool:
         return True
 
+    def schedule(self, grid: Grid) -> torch.Tensor:
+        assert grid.lengths is not None
+        return torch.cat([grid.starts, grid.lengths])
+
     def run(self, call: Call) -> torch.Tensor:
         self.calls.append(call)
+        grid = call.grid
+        if call.schedule is not None:
+            assert torch.equal(call.schedule, self.schedule(grid))
         out = torch.full((*call.q.shape[:2], call.v.shape[-1]), torch.nan)
-        starts = call.starts.tolist()
+        starts = grid.starts.tolist()
         assert starts == sorted(starts)
         for row, (begin, end) in enumerate(itertools.pairwise(starts)):
-            assert end - begin <= call.most_queries
+            assert end - begin <= grid.most_queries
             if end > begin:
                 k, v = self.keys(call, row)
-                assert k.shape[0] <= call.most_keys
+                assert k.shape[0] <= grid.most_keys
                 out[begin:end] = self.row(call, call.q[begin:end], k, v)
         return out
 
@@ -61,23 +75,23 @@ class Emulated(Provider):
             assert call.k_starts is not None
             span = slice(*call.k_starts[row : row + 2].tolist())
             return call.k[span], call.v[span]
-        assert call.lengths is not None and call.rows is not None
-        length, pages = call.lengths[row].item(), call.table[call.rows[row]]
+        assert call.grid.lengths is not None and call.grid.of_table is not None
+        length, pages = call.grid.lengths[row].item(), call.table[call.grid.of_table[row]]
         place = torch.arange(length)
         at = pages[place // call.k.shape[1]].long(), place % call.k.shape[1]
         return call.k[at], call.v[at]
 
     @staticmethod
     def row(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
+        grid, group = call.grid, q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        score = torch.einsum("ihd,jhd->hij", q, k) * call.scale
-        score = call.softcap * torch.tanh(score / call.softcap) if call.softcap else score
+        score = torch.einsum("ihd,jhd->hij", q, k) * grid.spec.scale
+        score = grid.softcap * torch.tanh(score / grid.softcap) if grid.softcap else score
         distance = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0] - torch.arange(k.shape[0])
         if call.slopes is not None:
             score = score - call.slopes[:, None, None] * distance.abs()
-        hidden = (distance > call.left) if call.left >= 0 else torch.zeros_like(distance, dtype=torch.bool)
-        hidden = hidden | (distance < -call.right) if call.right >= 0 else hidden
+        hidden = (distance > grid.left) if grid.left >= 0 else torch.zeros_like(distance, dtype=torch.bool)
+        hidden = hidden | (distance < -grid.right) if grid.right >= 0 else hidden
         score = score.masked_fill(hidden, -torch.inf)
         if call.sinks is not None:
             score = torch.cat([score, call.sinks[:, None, None].expand(*score.shape[:2], 1)], -1)
@@ -85,14 +99,20 @@ class Emulated(Provider):
         return torch.einsum("hij,jhd->ihd", weights.nan_to_num(), v)
 
 
+def forget() -> None:
+    """Which provider was chosen for what."""
+    flash_attn._chosen.cache_clear()
+    flash_attn._fit.cache_clear()
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     provider = Emulated()
     monkeypatch.setattr(flash_attn, "PROVIDERS", (provider,))
-    flash_attn._first.cache_clear()
+    forget()
     monkeypatch.setattr(Emulated, "reasons", lambda self, request: ())
     yield provider
-    flash_attn._first.cache_clear()
+    forget()
 
 
 def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = torch.bfloat16) -> Request:
@@ -127,6 +147,20 @@ def test_paged_equals_oracle(name: str, sequences: list[tuple[int, int]], emulat
         if batch.q.numel():
             found = batch.attend(CAPTURED, "flash_attn").double()
             torch.testing.assert_close(found, batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
+            assert torch.equal(planned(batch), found)
+
+
+def planned(batch: PagedBatch) -> torch.Tensor:
+    """With a plan that the step made once."""
+    at, spec = batch.metadata, batch.spec
+    where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
+    shared = backend("flash_attn").planned(spec)
+    assert shared is not None
+    plan = torch.ops.paged_attn.plan(*where, at.page_size, batch.q.dtype, shared.encode(), "flash_attn", 8)
+    pools = batch.k_pages, batch.v_pages
+    captured = list(CAPTURED)
+    out = torch.ops.paged_attn.attend(batch.q, *pools, *where, captured, spec.encode(), "flash_attn", None, None, plan)
+    return out.double()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (5, 12), (12, 9)], ids=str)
@@ -169,28 +203,91 @@ def test_numbers_follow_from_shapes(emulated: Emulated) -> None:
     for sequences, pad_tokens, most_queries in ((DECODE, 1, 1), (SPECULATIVE, 0, 1), ([(9, 1), (0, 5)], 0, 6)):
         batch = paged_batch(spec, sequences, pad_tokens=pad_tokens)
         batch.attend([], "flash_attn")
-        call = emulated.calls[-1]
-        assert call.most_queries == most_queries
-        assert call.most_keys == batch.metadata.block_table.shape[1] * 4
-        assert (call.left, call.right, call.softcap, call.sinks, call.slopes, call.splits) == (-1, 0, 0.0, None, None, 1)
+        call, grid = emulated.calls[-1], emulated.calls[-1].grid
+        assert grid.most_queries == most_queries
+        assert grid.most_keys == batch.metadata.block_table.shape[1] * 4
+        assert (grid.left, grid.right, grid.softcap, grid.splits, call.sinks, call.slopes) == (-1, 0, 0.0, 1, None, None)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sequences", "keys", "spec", "splits"),
-    [
-        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128), 17),  # a KV head has a share of the device
-        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 128),
-        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128, m.Window(1023)), 2),
-        (8, 8, 4_096, AttentionSpec(32, 8, 128, 128), 8),
-        (8, 8, 1_000, AttentionSpec(32, 8, 128, 128), 1),
-        (512, 512, 131_072, AttentionSpec(32, 8, 128, 128), 16),  # by the memory that parts take
-        (8192, 4, 131_072, AttentionSpec(32, 8, 128, 128), 1),
-        (1000, 1000, 131_072, AttentionSpec(32, 8, 128, 128), 1),
-    ],
-)
-def test_splits(tokens: int, sequences: int, keys: int, spec: AttentionSpec, splits: int) -> None:
-    q = torch.empty((tokens, spec.num_q_heads, spec.head_dim), device="meta")
-    assert flash_attn._splits(spec, q, sequences, keys) == splits
+def test_a_plan_is_used(emulated: Emulated) -> None:
+    for sequences, pad_tokens in ((DECODE, 1), (MIXED, 2)):
+        planned(paged_batch(SPECS["gqa"], sequences, pad_tokens=pad_tokens))
+        assert emulated.calls[-1].schedule is not None
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, on importing Inductor
+def test_a_model_generates_through_it(
+    inner: Literal["eager", "inductor"], emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one plan a step for all its layers."""
+    for limit in ("devices", "dtypes"):
+        monkeypatch.setattr(flash_attn.FlashAttnBackend, limit, None)
+    plans: list[torch.Tensor] = []
+    plan = flash_attn.FlashAttnBackend.plan
+    monkeypatch.setattr(flash_attn.FlashAttnBackend, "plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    prompts = prompts_of([5, 23, 1])
+    with PagedLM(tiny(), kv_tokens=256, page_size=4, max_seqs=2, kernel="flash_attn", inner=inner, poison=True) as lm:
+        found = lm.generate(prompts, max_new_tokens=5)
+        assert {site.kernel for site in lm.report.sites} == {"flash_attn"}
+        assert len(lm.report.sites) == 2
+        assert len(emulated.calls) == 2 * len(plans) == 2 * lm.cache.steps_run
+    assert found == [alone(tiny(), prompt, Sampling(max_new_tokens=5)) for prompt in prompts]
+    assert all(call.schedule is not None for call in emulated.calls)
+
+
+def test_opcheck(emulated: Emulated) -> None:
+    batch = paged_batch(SPECS["gqa"], MIXED, pad_tokens=1)
+    at, spec = batch.metadata, batch.spec.encode()
+    where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
+    given = (*where, 4, torch.float32, spec, "flash_attn", 8)
+    torch.library.opcheck(torch.ops.paged_attn.plan.default, given, test_utils=OPCHECKS)
+    plan = torch.ops.paged_attn.plan(*given)
+    with pytest.raises(ValueError, match="plans 7 numbers a sequence, kernel 'flash_attn' 8; compile it again"):
+        torch.ops.paged_attn.plan(*given[:-1], 7)
+    attended = (batch.q, batch.k_pages, batch.v_pages, *where, [], spec, "flash_attn", None, None, plan)
+    torch.library.opcheck(torch.ops.paged_attn.attend.default, attended)
+
+
+def test_what_shares_a_plan() -> None:
+    run = backend("flash_attn")
+    spec = AttentionSpec(8, 2, 64, 64, m.Window(9), scale=0.1, softcap=30.0, sinks=Load(0, H))
+    assert run.planned(spec) == run.planned(replace(spec, scale=0.2, softcap=20.0, sinks=Load(2, H)))
+    for other in (
+        replace(spec, mask=m.Window(10)), replace(spec, softcap=None), replace(spec, sinks=None),
+        replace(spec, num_kv_heads=4), replace(spec, head_dim_v=32), replace(spec, bias=SLOPE * (J - I)),
+    ):  # fmt: skip
+        assert run.planned(spec) != run.planned(other)
+    assert run.planned(spec).features() == spec.features()  # so that the same provider serves both
+
+
+def test_what_the_host_says_decides_splits(emulated: Emulated) -> None:
+    """And nothing else: another step, or a lie, gives the same numbers."""
+    spec = AttentionSpec(32, 8, 16, 16, scale=0.25)
+    batch = paged_batch(spec, [(900, 1), (4, 1)], page_size=16)
+    at, wide = batch.metadata, torch.zeros((2, 4096), dtype=torch.int32)
+    wide[:, : at.block_table.shape[1]] = at.block_table
+    batch.metadata = at = replace(at, block_table=wide)
+    wanted = batch.attend([], "flash_attn")
+    assert emulated.calls[-1].grid.splits == 15
+    site = PlannedSite(spec, torch.float32, torch.float32)
+
+    def said(seq_lens: torch.Tensor, captured: bool, longest: int | None, tokens: int = 2) -> int:
+        step = HostStep(wide, seq_lens, at.query_lens, tokens, 16, captured, longest)
+        backend("flash_attn").plan_on_host(step, [site])
+        assert torch.equal(batch.attend([], "flash_attn"), wanted)
+        splits = emulated.calls[-1].grid.splits
+        assert torch.equal(planned(batch), wanted.double())
+        assert emulated.calls[-1].grid.splits == splits
+        return splits
+
+    assert said(at.seq_lens, False, None) == 2
+    assert said(at.seq_lens, True, None) == 15
+    assert said(at.seq_lens, True, 1024) == 2
+    assert said(at.seq_lens, True, 1000) == 2
+    assert said(at.seq_lens, True, 500) == 1
+    assert said(torch.full((2,), 30_000, dtype=torch.int32), False, None) == 15
+    assert said(at.seq_lens, False, None, tokens=9) == 15  # another step
 
 
 @pytest.mark.parametrize(

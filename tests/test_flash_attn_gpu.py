@@ -16,7 +16,7 @@ import torch
 
 from compile_attn.kernels import flash_attn, reference
 from compile_attn.kernels import mask as m
-from compile_attn.kernels.backend import Paged, Request
+from compile_attn.kernels.backend import DeviceStep, Paged, Request
 from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flash_providers import HopperExtension, HopperPackage
 from compile_attn.kernels.select import backend
@@ -52,6 +52,10 @@ class Batch:
     def attend(self) -> torch.Tensor:
         return backend("flash_attn").attend(self.q, self.kv, captured(), self.spec)
 
+    def planned(self) -> torch.Tensor:
+        """The same by a plan that a step would make once."""
+        return attend_planned(self.q, self.kv, self.spec)
+
     def expected(self) -> torch.Tensor:
         out = torch.zeros(self.q.shape[0], self.spec.num_q_heads, self.spec.head_dim_v, dtype=torch.float64, device="cuda")
         sinks, first = [each.double() for each in captured()], 0
@@ -66,6 +70,16 @@ class Batch:
                 out[first : first + new] = reference.attention(q, *parts, b, i, j, None, sinks, self.spec)[0].transpose(0, 1)
             first += new
         return out
+
+
+def attend_planned(q: torch.Tensor, kv: Paged, spec: AttentionSpec) -> torch.Tensor:
+    """What the second of two layers gives, that share a plan: the first must have left it as it was."""
+    run = backend("flash_attn")
+    shared = run.planned(spec)
+    assert shared is not None
+    at = (kv.block_table, kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
+    kv = replace(kv, plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), shared))
+    return [run.attend(q, kv, captured(), spec) for _ in range(2)][1]
 
 
 def captured() -> list[torch.Tensor]:
@@ -122,6 +136,7 @@ def check(batch: Batch) -> None:
     expected = batch.expected()
     torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype] / 4)
     assert not found[int(batch.query_lens.sum()) :].any()
+    assert torch.equal(batch.planned(), found)
 
 
 def spec_of(group: int = 4, kv_heads: int = 2, dims: tuple[int, int] = (128, 128), **more: Any) -> AttentionSpec:
@@ -260,7 +275,7 @@ def test_a_cuda_graph_holds_any_lengths(lengths: str, name: str) -> None:
         static.fill(batch)
         graph.replay()
         eager = batch.attend()
-        assert torch.equal(out, eager)  # the same kernels, splits and order
+        assert torch.equal(out, eager)  # the same kernels, splits and order; planned there, not here
         torch.testing.assert_close(out.double(), batch.expected(), atol=2**-6, rtol=2**-8)
 
 
@@ -286,7 +301,7 @@ class Static:
         q, k_pages, v_pages, *at = self.buffers
         starts, positions, _, token_seq = torch.ops.paged_attn.build_metadata(*at, self.tokens, k_pages.shape[1])
         kv = Paged(k_pages, v_pages, at[0], at[1], starts, positions, token_seq)
-        return backend("flash_attn").attend(q, kv, captured(), self.spec)
+        return attend_planned(q, kv, self.spec)
 
 
 def test_the_provider_that_was_found() -> None:

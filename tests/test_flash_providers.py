@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from compile_attn.kernels import flash_attn, flash_providers
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.expr import B, H, I, J, Load
-from compile_attn.kernels.flash_providers import Call, Classic, HopperExtension, HopperPackage, Provider, Torch
+from compile_attn.kernels.flash_providers import Call, Classic, Grid, HopperExtension, HopperPackage, Provider, Torch
 from compile_attn.kernels.select import backend, choose
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import SLOPE, SPECS
+from tests.test_flash_attn import forget
 
 CUDA = torch.device("cuda")
 
@@ -39,27 +39,41 @@ class Recorder(types.ModuleType):
     def recording(self, function: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.seen.append((function, args, kwargs))
-            return torch.zeros(args[0].shape), None
+            return torch.zeros(args[0].shape if isinstance(args[0], torch.Tensor) else 1), None
 
         return call
 
 
-def call_of(**changed: Any) -> Call:
+SPEC = AttentionSpec(4, 2, 8, 8, scale=0.5, softcap=3.0)
+
+
+def call_of(grid: dict[str, Any] | None = None, **changed: Any) -> Call:
     """A paged decode of three rows."""
-    made = {each.name: None for each in fields(Call)} | {
-        "q": torch.zeros(3, 4, 8), "k": torch.zeros(5, 256, 2, 8), "v": torch.zeros(5, 256, 2, 8),
-        "starts": torch.arange(4, dtype=torch.int32), "lengths": torch.tensor([1, 2, 0], dtype=torch.int32),
-        "rows": torch.tensor([1, 1, 0], dtype=torch.int32), "table": torch.arange(6, dtype=torch.int32).view(2, 3),
-        "most_queries": 1, "most_keys": 768, "scale": 0.5, "left": 7, "right": 0, "softcap": 3.0, "splits": 4,
+    made = {
+        "spec": SPEC, "dtype": torch.float32, "page_size": 256, "starts": torch.arange(4, dtype=torch.int32),
+        "lengths": torch.tensor([1, 2, 0], dtype=torch.int32), "left_pads": torch.zeros(3, dtype=torch.int32),
+        "of_table": torch.tensor([1, 1, 0], dtype=torch.int32),
+        "most_queries": 1, "most_keys": 768, "left": 7, "right": 0, "splits": 4,
     }  # fmt: skip
-    return Call(**(made | changed))
+    pools = {name: torch.zeros(5, 256, 2, 8) for name in ("k", "v")}
+    tensors = {"q": torch.zeros(3, 4, 8), "table": torch.arange(6, dtype=torch.int32).view(2, 3)} | pools | changed
+    return Call(Grid(**(made | (grid or {}))), **tensors)
 
 
-PREFILL = {"most_queries": 3, "left": -1}
-PACKED = {
-    "k": torch.zeros(6, 2, 8), "v": torch.zeros(6, 2, 8), "lengths": None, "rows": None, "table": None,
-    "k_starts": torch.arange(0, 7, 2, dtype=torch.int32), "most_keys": 2, "right": 1, "left": -1, "splits": 1,
-}  # fmt: skip
+def packed_call() -> Call:
+    """The same queries over two keys each, shifted by one."""
+    grid = {
+        "lengths": None,
+        "of_table": None,
+        "left_pads": None,
+        "page_size": None,
+        "most_keys": 2,
+        "right": 1,
+        "left": -1,
+        "splits": 1,
+    }
+    k_starts = torch.arange(0, 7, 2, dtype=torch.int32)
+    return call_of(grid, k=torch.zeros(6, 2, 8), v=torch.zeros(6, 2, 8), table=None, k_starts=k_starts)
 
 
 def test_the_hopper_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,13 +85,23 @@ def test_the_hopper_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (name, args) == ("flash_attn_with_kvcache", (call.q, call.k, call.v))
     assert given == {
         "softmax_scale": 0.5, "causal": True, "window_size": (7, 0), "softcap": 3.0, "num_splits": 4,
-        "cache_seqlens": call.lengths, "cache_batch_idx": call.rows, "page_table": call.table,
-        "cu_seqlens_q": call.starts, "max_seqlen_q": 1, "scheduler_metadata": call.schedule,
+        "cache_seqlens": call.grid.lengths, "cache_batch_idx": call.grid.of_table, "cache_leftpad": call.grid.left_pads,
+        "page_table": call.table,
+        "cu_seqlens_q": call.grid.starts, "max_seqlen_q": 1, "scheduler_metadata": call.schedule,
     }  # fmt: skip
-    packed = call_of(**PACKED)
+    module.get_scheduler_metadata = module.recording("get_scheduler_metadata")
+    HopperPackage().schedule(call.grid)
+    name, args, given = module.seen[-1]
+    assert args == (3, 1, 768, 4, 2, 8, call.grid.lengths, torch.float32, 8)
+    assert given == {
+        "cu_seqlens_q": call.grid.starts, "cache_leftpad": call.grid.left_pads, "page_size": 256,
+        "causal": True, "window_size": (7, 0), "has_softcap": True,
+        "num_splits": 4,
+    }  # fmt: skip
+    packed = packed_call()
     HopperPackage().run(packed)
     name, args, given = module.seen[-1]
-    assert (name, args) == ("flash_attn_varlen_func", (packed.q, packed.k, packed.v, packed.starts, packed.k_starts, 1, 2))
+    assert (name, args) == ("flash_attn_varlen_func", (packed.q, packed.k, packed.v, packed.grid.starts, packed.k_starts, 1, 2))
     assert given == {"softmax_scale": 0.5, "causal": False, "window_size": (-1, 1), "softcap": 3.0, "num_splits": 1}
 
 
@@ -126,8 +150,10 @@ def test_the_hopper_extension(extension: dict[str, dict[str, Any]]) -> None:
     given = {name: value for name, value in extension["fwd"].items() if value is not None}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     wanted = {
-        "q": call.q, "k": call.k, "v": call.v, "cu_seqlens_q": call.starts, "seqused_k": call.lengths, "page_table": call.table,
-        "kv_batch_idx": call.rows, "scheduler_metadata": call.schedule, "s_aux": call.sinks,
+        "q": call.q, "k": call.k, "v": call.v, "cu_seqlens_q": call.grid.starts,
+        "seqused_k": call.grid.lengths, "page_table": call.table,
+        "kv_batch_idx": call.grid.of_table, "leftpad_k": call.grid.left_pads,
+        "scheduler_metadata": call.schedule, "s_aux": call.sinks,
     }  # fmt: skip
     assert tensors.keys() == wanted.keys()
     assert all(tensors[name].data_ptr() == value.data_ptr() for name, value in wanted.items() if value is not None)
@@ -136,14 +162,14 @@ def test_the_hopper_extension(extension: dict[str, dict[str, Any]]) -> None:
         "window_size_right": 0, "softcap": 3.0, "is_rotary_interleaved": True, "num_splits": 4, "sm_margin": 0,
         "cp_world_size": 1, "cp_rank": 0,
     }  # fmt: skip
-    HopperExtension().schedule(call)
+    HopperExtension().schedule(call.grid)
     numbers = {name: value for name, value in extension["get_scheduler_metadata"].items() if not isinstance(value, torch.Tensor)}
     assert {name: value for name, value in numbers.items() if value is not None} == {
         "batch_size": 3, "max_seqlen_q": 1, "max_seqlen_k": 768, "num_heads": 4, "num_heads_k": 2, "headdim": 8, "headdim_v": 8,
         "qkv_dtype": torch.float32, "page_size": 256, "max_seqlen_k_new": 0, "is_causal": True, "window_size_left": 7,
         "window_size_right": 0, "has_softcap": True, "num_splits": 4, "sm_margin": 0,
     }  # fmt: skip
-    packed = call_of(**PACKED)
+    packed = packed_call()
     HopperExtension().run(packed)
     assert extension["fwd"]["page_table"] is extension["fwd"]["seqused_k"] is None
     assert extension["fwd"]["cu_seqlens_k"].tolist() == [0, 2, 4, 6]
@@ -165,31 +191,31 @@ def test_the_classic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args[0].shape == (3, 1, 4, 8)
     assert given.pop("block_table").tolist() == [[3, 4, 5], [3, 4, 5], [0, 1, 2]]
     shared = {"softmax_scale": 0.5, "causal": True, "window_size": (7, 0), "softcap": 3.0, "alibi_slopes": slopes}
-    assert given == {"cache_seqlens": call.lengths, "num_splits": 0} | shared
-    call = call_of(**PREFILL)
+    assert given == {"cache_seqlens": call.grid.lengths, "num_splits": 0} | shared
+    call = call_of({"most_queries": 3, "left": -1})
     Classic().run(call)
     name, args, given = module.seen[-1]
-    assert (name, args[:4]) == ("flash_attn_varlen_func", (call.q, call.k, call.v, call.starts))
+    assert (name, args[:4]) == ("flash_attn_varlen_func", (call.q, call.k, call.v, call.grid.starts))
     assert args[4].tolist() == [0, 1, 3, 3]
     assert args[5:] == (3, 768)
     assert given.pop("block_table").shape == (3, 3)
     assert given == shared | {"window_size": (-1, 0), "alibi_slopes": None}
-    packed = call_of(**PACKED)
+    packed = packed_call()
     Classic().run(packed)
     name, args, given = module.seen[-1]
-    assert (name, args) == ("flash_attn_varlen_func", (packed.q, packed.k, packed.v, packed.starts, packed.k_starts, 1, 2))
+    assert (name, args) == ("flash_attn_varlen_func", (packed.q, packed.k, packed.v, packed.grid.starts, packed.k_starts, 1, 2))
     assert given["block_table"] is None
 
 
 def test_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Recorder("torch.nn.attention.varlen", "varlen_attn")
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    call = call_of(softcap=0.0)
+    call = call_of()
     Torch().run(call)
     _, args, given = module.seen[-1]
-    assert args == (call.q, call.k, call.v, call.starts, None, 1, 768)
+    assert args == (call.q, call.k, call.v, call.grid.starts, None, 1, 768)
     assert given.pop("block_table").shape == (3, 3)
-    assert given == {"scale": 0.5, "window_size": (7, 0), "enable_gqa": True, "seqused_k": call.lengths, "num_splits": 1}
+    assert given == {"scale": 0.5, "window_size": (7, 0), "enable_gqa": True, "seqused_k": call.grid.lengths, "num_splits": 1}
 
 
 # What they refuse.
@@ -204,6 +230,14 @@ def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = 
     return Request(spec, CUDA, dtype, page_size)
 
 
+def test_fp8_pages_are_refused(installed: Any) -> None:
+    """FlashAttention 3 would round queries and weights to fp8 as well, which nobody asked for."""
+    installed(HopperExtension)
+    asked_for = Request(PLAIN, CUDA, torch.bfloat16, 16, torch.float8_e4m3fn)
+    [reason] = backend("flash_attn").reasons(asked_for)
+    assert reason == "reads no pages of float8_e4m3fn; use kv_dtype='auto', or choose kernel='auto'"
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Says which providers are installed, on whatever machine this runs."""
@@ -215,7 +249,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     yield only
-    flash_attn._first.cache_clear()
+    forget()
 
 
 REFUSED = {
@@ -309,7 +343,7 @@ def test_the_first_that_can_serves(installed: Any) -> None:
             assert choose(each.spec, CUDA, each.dtype, each.page_size, "flash_attn").kernel == "flash_attn"
             assert type(flash_attn._chosen(each.spec, CUDA, each.dtype, each.page_size)) is kind
     installed(Torch)
-    flash_attn._first.cache_clear()
+    forget()
     assert type(flash_attn._chosen(PLAIN, CUDA, torch.bfloat16, 256)) is Torch
     with pytest.raises(ValueError, match=r"flash_attn cannot: is used for paged calls only \(through torch.nn.attention.varlen\)"):
         flash_attn._chosen(PLAIN, CUDA, torch.bfloat16, None)

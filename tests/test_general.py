@@ -81,7 +81,7 @@ def test_stateless_equals_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", ["gqa", "sinks", "everything", "bidirectional", "rounded"])
 def test_keys_shared_by_several_programs(name: str, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of keys without a mask, at both edges of a window, and parts that see no key at all."""
-    monkeypatch.setattr(general, "_KEYS_A_SPLIT", 8)
+    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 8)
     batch = paged_batch(SPECS[name], sequences, page_size=16, pad_tokens=1)
     torch.testing.assert_close(batch.attend(CAPTURED, "general").double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
 

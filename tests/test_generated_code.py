@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code  # private; what Inductor's o
 
 from bench.naive_llama import NaiveLlama, Shape
 from compile_attn.cache import Chunk, PagedKVCache
+from compile_attn.demo_model import GPT
 from tests.gpu_code import gpu_code
 from tests.tiny import tiny
 
@@ -41,3 +42,16 @@ def test_a_layer_on_a_gpu() -> None:
     assert two.count("tl_math.cos(") == two.count("tl_math.sin(") == 1
     values = re.findall(r"write_kv\.default\(\w+, reinterpret_tensor\(\w+, \(\w+, 2, 16\), \(128, 16, 1\), 96\)", two)
     assert len(values) == 2, "values go to the pages as they lie among the columns of the joined product"
+
+
+def test_what_attention_returns_is_not_copied() -> None:
+    """A model's y.transpose(1, 2).contiguous() finds the result laid out as it wants it."""
+    model = GPT(31, width=16, heads=2, layers=2, context=64).eval().requires_grad_(False)
+    cache = PagedKVCache(kv_tokens=256, page_size=4, max_seqs=4)
+    step = torch.compile(model, backend="paged_attn", options={"cache": cache}, fullgraph=True)
+    batch = cache.batch([Chunk(cache.add(), [1, 2, 3, 4, 5, 6, 7])])
+    with torch.no_grad():
+        _, codes = run_and_get_code(step, batch.input_ids)
+    first = "\n".join(codes).split("def call")[-1].split("paged_attn.attend.default(")[1]
+    after = [line.strip() for line in first.splitlines() if re.match(r"\s+(cpp_fused|extern_kernels)", line)]
+    assert after[0].startswith("extern_kernels."), f"between the attention and the projection stands {after[0]}"

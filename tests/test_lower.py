@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,41 @@ def test_fused_nodes_carry_their_spec_and_place() -> None:
 
 def test_pages() -> None:
     """Each fused node becomes one write and one read of pages of its own, fed by one build_metadata."""
+    module, layers, step = _paged("reference")
+    graph = module.graph
+    assert [step.block_table.name, step.seq_lens.name, step.logits_rows.name] == ["block_table", "seq_lens", "logits_rows"]
+    assert layers == (lower.LayerKV(HKV, D, DV, torch.float32, torch.device("cpu")),) * 2
+    assert lower.remaining_attention(graph) == []
+    pages = {node.name: tuple(node.meta["val"].shape) for node in graph.nodes if "_pages_" in node.name}
+    assert pages == {f"{kind}_pages_{n}": (10, 4, HKV, d) for n in (0, 1) for kind, d in (("k", D), ("v", DV))}
+    ops = [node.target for node in graph.nodes if str(node.target).startswith("paged_attn")]
+    assert ops == [_ops.build_metadata.default, *[_ops.write_kv.default, _ops.attend.default] * 2]
+    graph.lint()
+
+
+def test_a_kernel_that_plans_does_so_once_for_equal_sites() -> None:
+    module, _, step = _paged("flash_attn")
+    [plan] = [node for node in module.graph.nodes if node.target is _ops.plan.default]
+    attends = [node for node in module.graph.nodes if node.target is _ops.attend.default]
+    assert [node.args[-1] for node in attends] == [plan, plan]
+    assert plan.args[:5] == (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
+    assert plan.args[5:7] == (4, torch.float32)
+    assert plan.meta["val"].dtype == torch.int32
+    module.graph.lint()
+    module, _, _ = _paged("flash_attn", second=windowed)
+    plans = [node for node in module.graph.nodes if node.target is _ops.plan.default]
+    assert [node.args[-1] for node in module.graph.nodes if node.target is _ops.attend.default] == plans
+    assert ["Causal" in str(node.args[7]) for node in plans] == [True, False]
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    score = q @ k.repeat_interleave(HQ // HKV, 1).mT
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
+    return score.masked_fill((j > i) | (i - j > 2), -torch.inf).softmax(-1) @ v.repeat_interleave(HQ // HKV, 1)
+
+
+def _paged(kernel: str, second: Any = None) -> tuple[Any, Any, Any]:
+    """A model of two layers, paged."""
     ids = torch.arange(T)[None]
 
     class Two(nn.Module):
@@ -123,25 +159,18 @@ def test_pages() -> None:
             x = self.qkv(self.table(ids))
             q, k, v = x.split([HQ * D, HKV * D, HKV * DV], -1)
             q, k, v = (y.unflatten(-1, (-1, d)).transpose(1, 2) for y, d in ((q, D), (k, D), (v, DV)))
-            return heads_first(q, k, v) + heads_first(q.sin(), k, v)
+            return heads_first(q, k, v) + (second or heads_first)(q.sin(), k, v)
 
     normalized = captured(Two().requires_grad_(False), ids, dynamic=[(ids, 1)])
     module, graph = normalized.module, normalized.module.graph
     sites, _ = recognise(normalized, paged=True, positions=frozenset())
     for site in sites:
-        lower.fuse(graph, site, "reference")
+        lower.fuse(graph, site, kernel)
     cleanup(graph)
     [tokens] = [node for node, name in normalized.sources.items() if name == "ids"]
     with tokens.meta["val"].fake_mode:
         table, rows = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
         examples = [table, rows, rows, torch.empty(2, dtype=torch.int64)]
     step = lower.add_step_inputs(module, tokens, examples, page_size=4)
-    assert [step.block_table.name, step.seq_lens.name, step.logits_rows.name] == ["block_table", "seq_lens", "logits_rows"]
     layers = lower.page(module, step, num_pages=10, page_size=4)
-    assert layers == (lower.LayerKV(HKV, D, DV, torch.float32, torch.device("cpu")),) * 2
-    assert lower.remaining_attention(graph) == []
-    pages = {node.name: tuple(node.meta["val"].shape) for node in graph.nodes if "_pages_" in node.name}
-    assert pages == {f"{kind}_pages_{n}": (10, 4, HKV, d) for n in (0, 1) for kind, d in (("k", D), ("v", DV))}
-    ops = [node.target for node in graph.nodes if str(node.target).startswith("paged_attn")]
-    assert ops == [_ops.build_metadata.default, *[_ops.write_kv.default, _ops.attend.default] * 2]
-    graph.lint()
+    return module, layers, step

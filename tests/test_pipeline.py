@@ -16,7 +16,7 @@ from compile_attn.passes.report import RefusedError, Rejected, Report
 from tests.tiny import POSITIONS, TinyDecoder, tiny
 
 _ops = torch.ops.paged_attn
-GEOMETRY = PagedGeometry(num_pages=12, page_size=4, max_pages=5)
+GEOMETRY = PagedGeometry(page_size=4)
 
 
 def _rewritten(

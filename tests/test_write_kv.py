@@ -158,7 +158,7 @@ def test_the_kernels_of_a_step_compile_for_an_h200() -> None:
 @pytest.mark.gpu
 def test_in_a_cuda_graph() -> None:
     """One capture; other keys and other slots, pads among them, at every replay."""
-    k, v = joined(8, 8, (128, 128), torch.bfloat16, "cuda")
+    k, v = joined(8, 8, 128, 128, torch.bfloat16, "cuda")
     pages = [torch.zeros(4, 16, 8, 128, dtype=torch.float8_e4m3fn, device="cuda") for _ in range(2)]
     scales = [torch.tensor(0.05, device="cuda"), torch.tensor(0.1, device="cuda")]
     slots = torch.full((8,), -1, device="cuda")

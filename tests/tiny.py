@@ -95,16 +95,16 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
-def layer_kv() -> LayerKV:
+def layer_kv(device: torch.device | None = None) -> LayerKV:
     size = WIDTH // HEADS
-    return LayerKV(HEADS, size, size, torch.float32, torch.device("cpu"))
+    return LayerKV(HEADS, size, size, torch.float32, device or torch.device("cpu"))
 
 
 def by_hand(model: TinyDecoder, cache: PagedKVCache) -> Callable[[Tensor], Tensor]:
     """What a paged compilation of this model should do, written out on the low-level ops."""
     ops = torch.ops.paged_attn
     spec = AttentionSpec(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, scale=(WIDTH // HEADS) ** -0.5).encode()
-    cache.bind([layer_kv()] * len(model.attention), owner=model, max_positions=POSITIONS)
+    cache.bind([layer_kv(cache.device)] * len(model.attention), owner=model, max_positions=POSITIONS)
 
     def step(input_ids: Tensor) -> Tensor:
         cache.check_inputs(input_ids, None)

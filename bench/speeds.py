@@ -1,0 +1,182 @@
+"""Which kernel is fastest, by head size and by query heads a KV head? Writes the table that `auto` chooses by.
+
+Each point of the mix (`kernels/speeds.py`) is one op a layer in a CUDA graph, causal, bfloat16, 32 query heads.
+
+    python -m bench.speeds [--dims 64 128 256] [--groups 1 4 8] [--seconds 120] [--write kernels/measured.py] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.attend import why_not
+from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, recorded, said, stamp
+from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
+from bench.processes import Progress, keep_measuring
+from compile_attn.kernels import speeds
+from compile_attn.kernels.select import known_kernels
+from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.kernels.speeds import PAGED, STATELESS, Point
+
+QUERY_HEADS = 32
+SLOW = ("reference",)  # never the fastest, and it would take most of the time
+LONGEST = 40960  # what block tables have room for
+Key = tuple[str, int, int, int, int]
+Found = dict[Key, dict[str, float]]
+
+
+def measure(
+    spec: AttentionSpec,
+    kernels: Sequence[str],
+    device: torch.device,
+    clock: Clock,
+    progress: Progress,
+    points: Sequence[Point] = PAGED + STATELESS,
+    seconds: float = 0.03,
+) -> None:
+    """Adds microseconds of each kernel at each point, for one layer, and what is against the kernels that did not run."""
+    paged = [_case(each) for each in points if each.phase != "stateless"]
+    pool = Pool(max(case.pages for case in paged), spec, device, apart=APART if device.type == "cuda" else 1) if paged else None
+    group = spec.num_q_heads // spec.num_kv_heads
+    for point in points:
+        name = name_of((point.phase, spec.head_dim, group, point.sequences, point.length))
+        if clock.over or name in progress.found or f"{name}, all" in progress.without:
+            continue
+        inputs = None if pool is None or point.phase == "stateless" else _inputs(point, pool)
+        calls: dict[str, Call] = {}
+        against: dict[str, str] = {}
+        for kernel in kernels:
+            why = why_not(kernel, spec, device, torch.bfloat16, None if inputs is None else PAGE_SIZE)
+            why = why or progress.without.get(f"{name}, {kernel}", "")
+            if why:
+                against[kernel] = why
+                continue
+            progress.trying(f"{name}, {kernel}")
+            try:
+                call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
+                call()
+                calls[kernel] = recorded(call, device)
+            except Exception as error:
+                against[kernel] = f"{type(error).__name__}: {str(error)[:200]}"
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # raises again where the device is lost; the next process leaves this call out
+        layers = 1 if inputs is None else len(inputs.layers)
+        progress.trying(f"{name}, all")
+        times = compare(calls, device, seconds) if calls else {}
+        progress.add(name, {"times": {kernel: round(time / layers, 2) for kernel, time in times.items()}, "against": against})
+        print(f"{clock.spent:5.1f} s  {name}: {progress.found[name]['times']}", flush=True)
+
+
+def name_of(key: Key) -> str:
+    return " ".join(map(str, key))
+
+
+def key_of(name: str) -> Key:
+    phase, *numbers = name.split()
+    dim, group, sequences, length = map(int, numbers)
+    return phase, dim, group, sequences, length
+
+
+def _case(point: Point) -> Case:
+    return (decode if point.phase == "decode" else prefill)(point.sequences, point.length)
+
+
+def _inputs(point: Point, pool: Pool) -> Inputs:
+    case = _case(point)
+    return Inputs(case, pool, 2 if case.tokens > 4096 else LAYERS, LONGEST // PAGE_SIZE)
+
+
+def _paged(inputs: Inputs, kernel: str) -> Call:
+    step, plan = attend_layers(kernel, inputs.spec), inputs.plan(kernel, captured=True)
+    return lambda: step(inputs, plan)
+
+
+def _stateless(point: Point, spec: AttentionSpec, kernel: str, device: torch.device) -> Call:
+    def random(heads: int) -> torch.Tensor:
+        return torch.randn(point.sequences, point.length, heads, spec.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
+
+    q, k, v = random(spec.num_q_heads), random(spec.num_kv_heads), random(spec.num_kv_heads)
+    attention, text = torch.ops.paged_attn.attention, spec.encode()
+    return lambda: attention(q, k, v, [], text, kernel)
+
+
+def as_module(found: Mapping[Key, Mapping[str, float]], where: str) -> str:
+    """The text of kernels/measured.py."""
+    rows = [f'    ("{key[0]}", {", ".join(map(str, key[1:]))}): {_times(times)},' for key, times in sorted(found.items()) if times]
+    return "\n".join(
+        [
+            '"""How fast was each kernel? Written by `python -m bench.speeds`, not by hand."""',
+            "",
+            "from __future__ import annotations",
+            "",
+            f'WHERE = "{where}"',
+            "# phase, head size, query heads a KV head, sequences, length: microseconds by kernel",
+            "MICROSECONDS: dict[tuple[str, int, int, int, int], dict[str, float]] = {",
+            *rows,
+            "}",
+            "",
+        ]
+    )
+
+
+def _times(times: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f'"{kernel}": {time}' for kernel, time in times.items()) + "}"
+
+
+def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> Table:
+    """The mean over the mix, and what `auto` would take."""
+    rows = []
+    for dim, group in sorted({key[1:3] for key in found}):
+        for name, points in (("paged", PAGED), ("stateless", STATELESS)):
+            means = speeds.means(points, dim, group, found)
+            best = min(means, key=lambda kernel: means[kernel], default="")
+            rows.append([name, str(dim), str(group), *(number(means.get(kernel)) for kernel in kernels), best])
+    note = "Weighted geometric means of microseconds over the mix in kernels/speeds.py."
+    return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto"], rows, note)
+
+
+def main() -> None:
+    able = tuple(name for name in known_kernels() if name not in SLOW)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", default=able)
+    parser.add_argument("--dims", nargs="+", type=int, default=(64, 128, 256))
+    parser.add_argument("--groups", nargs="+", type=int, default=(1, 4, 8))
+    parser.add_argument("--seconds", type=float, default=120, help="for all together")
+    parser.add_argument("--write", type=Path, help="the module to write: kernels/measured.py")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speeds.md and speeds.json")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.file:
+        return _run_here(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "speeds.json"
+        command = [sys.executable, "-m", "bench.speeds", *sys.argv[1:], "--file", str(file)]
+        progress = keep_measuring(command, file, chosen.seconds)
+    stamped = progress.found.pop("stamp", {})
+    found = {key_of(name): each["times"] for name, each in progress.found.items()}
+    against = {f"{kernel}: {why}" for each in progress.found.values() for kernel, why in each["against"].items()}
+    print(*sorted(against), sep="\n")
+    if chosen.write:
+        where = said({name: stamped[name] for name in ("device", "date", "commit", "torch")})
+        chosen.write.write_text(as_module(found, where))
+    publish("speeds", "Which kernel is fastest", [table(found, chosen.kernels)], progress.found, stamped, chosen.out)
+
+
+def _run_here(chosen: argparse.Namespace) -> None:
+    """Everything in this process; goes on where the last one stopped."""
+    device, clock, progress = torch.device("cuda"), Clock(chosen.seconds - 5), Progress(chosen.file)
+    progress.add("stamp", stamp(device))
+    for dim in chosen.dims:
+        for group in chosen.groups:
+            measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock, progress)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Which tile of queries does a program take, and which of its keys?
+
+Either one tile a program, or, where tiles are of few tokens, an equal share of all blocks of keys of the batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from compile_attn.kernels.general_triton import compute, key_blocks, portion
+
+SEQUENCES = tl.constexpr(256)  # looked through at once
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sequence of a block of tokens, and its first token: every sequence that this launch serves begins a block.
+
+    Pad tokens are one sequence more, behind the last.
+    """
+    b = num_sequences
+    first = num_tokens
+    done = 0
+    for some in range(0, num_sequences + 1, SEQUENCES):
+        each = some + tl.arange(0, SEQUENCES)
+        begin = tl.load(batch.starts + each, mask=each <= num_sequences, other=num_tokens)
+        end = tl.load(batch.starts + each + 1, mask=each < num_sequences, other=num_tokens)
+        blocks = (end - begin + PLAN.block_q - 1) // PLAN.block_q
+        if PLAN.few < 0:
+            blocks = tl.where((end - begin > -PLAN.few) | (each == num_sequences), blocks, 0)
+        ends = done + tl.cumsum(blocks, 0)
+        mine = (block < ends) & (block >= ends - blocks)
+        b += tl.sum(tl.where(mine, each - num_sequences, 0))
+        first += tl.sum(tl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0))
+        done += tl.sum(blocks)
+    return b, first
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode."""
+    if PLAN.few > 0:
+        b = block
+        first = tl.load(batch.starts + b)
+    elif PLAN.block_q == 1:
+        first = block
+        b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
+        b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
+    else:
+        b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
+    real = b < num_sequences
+    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
+    length = tl.load(batch.lengths + b, mask=real, other=0)
+    if PLAN.few > 0:
+        end = tl.where(end - first > PLAN.few, first, end)
+    return tl.minimum(b, num_sequences - 1), first, end, length
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(b, first, end, head_tile, batch, num_tokens, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Token, head, position and row of the output of every row of a tile, and whether there is such a row."""
+    r = tl.arange(0, PLAN.block_m)
+    token = first + r // PLAN.group
+    inside = (token < end) & (r < PLAN.block_q * PLAN.group)
+    head = head_tile * PLAN.group + r % PLAN.group
+    if PLAN.page_size > 0:
+        i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32)
+        place = token.to(tl.int64) * PLAN.heads + head
+    else:
+        i = token
+        place = (b * PLAN.heads + head).to(tl.int64) * num_tokens + token
+    return token, head, i, place, inside
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _announce(tile, first, used, rows, opens, parts, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By the program that has the first blocks of a tile: where its parts will be."""
+    place, inside = rows[3], rows[4]
+    r = tl.arange(0, PLAN.block_m)
+    tl.store(parts.first + tile, first, mask=opens)
+    tl.store(parts.used + tile, used, mask=opens)
+    at = parts.place + tile * (PLAN.block_q * PLAN.group) + r
+    tl.store(at, tl.where(inside, place, -1).to(tl.int32), mask=opens & (r < PLAN.block_q * PLAN.group))
+
+
+# Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.
+@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
+def attend(  # type: ignore[no-untyped-def]
+    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
+
+    splits: programs that may share the keys of a tile, each with `least` blocks of them or more.
+    q_strides: sequence (paged: 0), token, head, channel. The output is contiguous rows of dim_v, a row a token and head;
+    stateless: a head and token of a sequence.
+    """
+    # Late tokens see the most keys under a causal mask: they begin first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head_tile = tl.program_id(1)
+    split = tl.program_id(2)
+    if PLAN.page_size > 0:
+        b, first, end, length = _sequence(block, batch, num_tokens, num_sequences, PLAN)
+    else:
+        each = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
+        b = block // each
+        first = block % each * PLAN.block_q
+        end = num_tokens
+        length = num_keys
+    rows = _rows(b, first, end, head_tile, batch, num_tokens, PLAN)
+    blocks = key_blocks(rows[2], rows[4], length, PLAN)
+    used = 1
+    part = 0
+    if PLAN.split:
+        tile = block * tl.num_programs(1) + head_tile
+        used = tl.minimum(splits, tl.maximum((blocks[1] - blocks[0]) // least, 1))
+        part = tile * splits + split
+        blocks = portion(blocks, split, split + 1, used)
+        _announce(tile, tile * splits, used, rows, split == 0, parts, PLAN)
+    if (first >= end) | (split >= used):
+        return
+    compute(
+        b, rows, head_tile, length, blocks, split == 0, part, used == 1,
+        q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, PLAN,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weights(item, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks of keys of an item, about, and one where there are none: its output is to be written. 0: there is no such item.
+
+    An item is a token, or, where `few` says how many of its tokens make a tile, a sequence.
+    """
+    if PLAN.few > 0:
+        real = item < num_sequences
+        new = tl.load(batch.starts + item + 1, mask=real, other=0) - tl.load(batch.starts + item, mask=real, other=0)
+        keys = tl.load(batch.lengths + item, mask=real, other=0)
+        real = (new > 0) & (new <= PLAN.few)
+    else:
+        real = item < num_tokens
+        b = tl.load(batch.token_seq + item, mask=real, other=0)
+        keys = tl.load(batch.lengths + b, mask=item < tl.load(batch.starts + num_sequences), other=0)
+    if PLAN.window >= 0:
+        keys = tl.minimum(keys, PLAN.window + PLAN.block_q)
+    return tl.where(real, tl.maximum((keys + PLAN.block_n - 1) // PLAN.block_n, 1), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _item(at, batch, num_tokens, num_sequences, num_items, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The item at this place of all blocks of keys, its weight, the weights before it, and the weight of all."""
+    heads: tl.constexpr = PLAN.heads // PLAN.group
+    item = 0
+    weight = 0
+    before = 0
+    total = 0
+    for some in range(0, num_items, SEQUENCES):
+        each = some + tl.arange(0, SEQUENCES)
+        blocks = weights(each, batch, num_tokens, num_sequences, PLAN)
+        ends = total + tl.cumsum(blocks, 0)
+        here = (at < ends * heads) & (at >= (ends - blocks) * heads)
+        item += tl.sum(tl.where(here, each, 0))
+        weight += tl.sum(tl.where(here, blocks, 0))
+        before += tl.sum(tl.where(here, ends - blocks, 0))
+        total += tl.sum(blocks)
+    return item, weight, before * heads, total * heads
+
+
+@triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_items", "least"])  # type: ignore[untyped-decorator]
+def attend_evenly(  # type: ignore[no-untyped-def]
+    q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_items, least,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """An equal share of all blocks of keys, `least` or more: item after item, of each the tiles of its heads one by one.
+
+    However long the sequences are, and however long they may become, all programs end at about the same time.
+    """
+    heads: tl.constexpr = PLAN.heads // PLAN.group
+    program = tl.program_id(0)
+    total = _item(0, batch, num_tokens, num_sequences, num_items, PLAN)[3]
+    share = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), least)
+    at = program * share
+    until = tl.minimum(at + share, total)
+    while at < until:
+        item, weight, before, _ = _item(at, batch, num_tokens, num_sequences, num_items, PLAN)
+        head_tile = (at - before) // weight
+        begin = before + head_tile * weight
+        low = at - begin
+        high = tl.minimum(until - begin, weight)
+        tile = item * heads + head_tile  # parts are counted through programs and tiles: each begins one at most
+        used = (begin + weight - 1) // share - begin // share + 1
+        b, first, end, length = _sequence(item, batch, num_tokens, num_sequences, PLAN)
+        rows = _rows(b, first, end, head_tile, batch, num_tokens, PLAN)
+        _announce(tile, begin // share + tile, used, rows, low == 0, parts, PLAN)
+        blocks = portion(key_blocks(rows[2], rows[4], length, PLAN), low, high, weight)
+        compute(
+            b, rows, head_tile, length, blocks, low == 0, program + tile, used == 1,
+            q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, PLAN,
+        )  # fmt: skip
+        at = begin + high
