@@ -16,12 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 
 from compile_attn.kernels.backend import FP8, Backend, Paged, Request
-from compile_attn.kernels.expr import I, J
-from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
 
@@ -331,7 +328,7 @@ def _plan(
         dim_v=spec.head_dim_v,
         causal=spec.mask.causal(),
         window=-1 if window is None else window,
-        bounded=_is_bounds(spec.mask),
+        bounded=spec.mask.is_bounds(),
         binary=binary(spec),
         factor=factor(spec),
         alike=alike,
@@ -349,14 +346,6 @@ def _plan(
         block_dv=_padded(spec.head_dim_v),
         split=split,
     )
-
-
-def _is_bounds(mask: Mask) -> bool:
-    """Does the mask say no more than its bounds do: j <= i, i - j <= window?"""
-    bounds = [sympy.Le(J, I)] if mask.causal() else []
-    window = mask.window()
-    bounds += [] if window is None else [sympy.Le(I - J, window)]
-    return bool(mask.predicate() == sympy.And(*bounds))
 
 
 def _dot_dtype(queries: torch.dtype, keys: torch.dtype) -> torch.dtype:
