@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,33 +49,35 @@ def batch(sequences: Sequence[tuple[int, int]], page_size: int, pools: int = 1) 
     return out
 
 
-def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
-    """Of one call, from a graph that holds all of them several times."""
-    times = max(1, 24 // len(calls))
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            for call in calls:
-                call()
+def microseconds(calls: dict[str, Sequence[Callable[[], Any]]]) -> dict[str, float]:
+    """Of one call of each, from graphs that hold all of them several times and are run in turn, so that all see the same clock."""
+    graphs, times = {}, {}
+    for name, each in calls.items():
+        for call in each:
+            call()
+        times[name] = max(1, 24 // len(each))
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for _ in range(times[name]):
+                for call in each:
+                    call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end) * 1000 / times / len(calls))
-    return best
+    for _ in range(7):
+        for name, graph in graphs.items():
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found[name].append(begin.elapsed_time(end) * 1000 / times[name] / len(calls[name]))
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
-def raw(q: torch.Tensor, kv: Paged, most_queries: int, splits: int, planned: bool) -> Callable[[], Any]:
-    """The library itself, told the truth about the batch: rows are sequences."""
+def raw(q: torch.Tensor, kv: Paged, most_queries: int, splits: int, planned: bool, named: bool = False) -> Callable[[], Any]:
+    """The library itself, told the truth about the batch: rows are sequences. `named`: and says which row of the table is whose."""
     most_keys = kv.block_table.shape[1] * kv.k_pages.shape[1]
-    grid = Grid(
-        SPEC, q.dtype, kv.k_pages.shape[1], kv.cu_seqlens_q, kv.seq_lens, None, None, most_queries, most_keys, -1, 0, splits
-    )
+    rows = kv.cu_seqlens_q, kv.seq_lens, kv.token_seq if named else None, None
+    grid = Grid(SPEC, q.dtype, kv.k_pages.shape[1], *rows, most_queries, most_keys, -1, 0, splits)
     call = Call(grid, q, kv.k_pages, kv.v_pages, kv.block_table, schedule=FA3.schedule(grid) if planned else None)
     return lambda: FA3.run(call)
 
@@ -92,12 +95,17 @@ def compare(name: str, sequences: Sequence[tuple[int, int]], page_size: int, spl
     batches = batch(sequences, page_size, max(1, min(8, 4 * _L2 // max(1, keys))))
     most = max(new for _, new in sequences)
     row: dict[str, Any] = {"case": name, "page": page_size}
-    for count in splits:
-        for planned in (False, True):
-            row[f"{count}{'p' if planned else ''}"] = microseconds([raw(q, kv, most, count, planned) for q, kv in batches])
-    row["T"] = microseconds([raw(q, kv, q.shape[0], 1, False) for q, kv in batches]) if most < batches[0][0].shape[0] else 0.0
-    for planned in (False, True):
-        row["oursp" if planned else "ours"] = microseconds([ours(q, kv, planned) for q, kv in batches])
+    calls = {
+        f"{count}{'p' * planned}": [raw(q, kv, most, count, planned) for q, kv in batches]
+        for count in splits
+        for planned in (False, True)
+    }
+    if most == 1:
+        calls["named"] = [raw(q, kv, most, splits[-1], True, True) for q, kv in batches]
+    else:
+        calls["T"] = [raw(q, kv, q.shape[0], 1, False) for q, kv in batches]
+    calls |= {f"ours{'p' * planned}": [ours(q, kv, planned) for q, kv in batches] for planned in (False, True)}
+    row |= microseconds(calls)
     numbers = " ".join(f"{key}={value:.1f}" for key, value in row.items() if isinstance(value, float))
     print(f"{name:18} page {page_size:3}  floor {keys / 4.27e6:.1f}  {numbers}", flush=True)
     return row
@@ -105,13 +113,14 @@ def compare(name: str, sequences: Sequence[tuple[int, int]], page_size: int, spl
 
 def main(asked: Sequence[str]) -> None:
     rows = []
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; us a call; Np: N splits, planned; T: most_queries = T")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; microseconds a call, Np: N splits and planned,")
+    print("named: the last of these with table rows by name, T: one split and most_queries = T")
     flash_attn._multiprocessors(torch.device("cuda", 0))
     if "decode" in asked:
         for size, context in ((1, 127), (1, 8191), (1, 32_700), (8, 1023), (8, 8191), (32, 127), (32, 1023), (32, 4095),
                               (128, 127), (128, 1023), (256, 511)):  # fmt: skip
-            rows.append(compare(f"decode {size}x{context + 1}", [(context, 1)] * size, 16, (1, 16, 32)))
-        rows.append(compare("decode ragged", [(32_000, 1)] + [(200, 1)] * 63, 16, (1, 16, 32)))
+            rows.append(compare(f"decode {size}x{context + 1}", [(context, 1)] * size, 16, (1, 16)))
+        rows.append(compare("decode ragged", [(32_000, 1)] + [(200, 1)] * 63, 16, (1, 16)))
         rows.append(compare("decode 32x4096", [(4095, 1)] * 32, 128, (1, 16)))
     if "prefill" in asked:
         for page_size in (16, 128):

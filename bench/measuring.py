@@ -107,7 +107,7 @@ def recorded(call: Call, device: torch.device) -> Call:
             torch.cuda.synchronize()
             graph.capture_begin()
             try:
-                held = call()  # outputs live as long as the graph
+                held = call(), call  # outputs, and what the call reads, live as long as the graph
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # it says that the recording failed
                     graph.capture_end()
@@ -119,8 +119,10 @@ def recorded(call: Call, device: torch.device) -> Call:
 
     def replay() -> object:
         graph.replay()
-        return held
+        return held[0]
 
+    replay()
+    torch.cuda.synchronize()  # what goes wrong is then said of this call
     return replay
 
 
@@ -144,11 +146,15 @@ class Clock:
     """A budget of seconds, for scripts that measure what time allows."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.perf_counter() + seconds
+        self._begin, self._budget = time.perf_counter(), seconds
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self._begin
 
     @property
     def over(self) -> bool:
-        return time.perf_counter() > self._end
+        return self.spent > self._budget
 
 
 def stamp(device: torch.device) -> dict[str, str]:

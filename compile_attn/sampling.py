@@ -129,6 +129,10 @@ def sample(logits: torch.Tensor, how: SamplingRows | None = None, draws: torch.T
 
     Without `how` each row's largest logit is taken. `draws` [R] float64 in [0, 1) stands in for `uniform` of its seeds.
     """
+    if how is None and logits.is_cuda and logits.dtype != torch.float64:
+        from compile_attn.kernels.greedy_triton import greedy
+
+        return greedy(logits, NOT_FINITE)
     best, tokens = logits.max(dim=-1)
     if how is not None:
         points = uniform(how.seeds, how.counts) if draws is None else draws

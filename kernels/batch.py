@@ -127,8 +127,9 @@ def build_metadata(
 def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
     """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1.
 
-    Pad rows stay. input_ids and position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a
-    pad row; sampled [B] or [B, 1] int64, or longer. The metadata of the step is then `build_metadata`'s.
+    Pad rows stay; a sampled number below 0, which is no token, becomes token 0. input_ids and position_ids [B] or [1, B] int64,
+    or longer by pad tokens; seq_lens [B] int32, 0 for a pad row; sampled [B] or [B, 1] int64, or longer. The metadata of the
+    step is then `build_metadata`'s.
     """
     rows = seq_lens.shape[0]
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
@@ -141,6 +142,6 @@ def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: 
         batch_triton.advance_step(tokens, positions, seq_lens, sampled)
         return
     live = seq_lens > 0
-    tokens.copy_(torch.where(live, sampled, tokens))
+    tokens.copy_(torch.where(live, sampled.clamp(min=0), tokens))
     positions.copy_(torch.where(live, seq_lens, positions))
     seq_lens.add_(live)

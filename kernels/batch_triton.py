@@ -13,9 +13,9 @@ _ROWS = 128  # of a program that advances
 
 
 # Not specialised: what changes from step to step would only compile the kernels again.
-@triton.jit(do_not_specialize=["table_stride", "num_rows", "num_tokens"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["table_stride", "width", "num_rows", "num_tokens"])  # type: ignore[untyped-decorator]
 def metadata(  # type: ignore[no-untyped-def]
-    table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq, table_stride, num_rows, num_tokens,
+    table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq, table_stride, width, num_rows, num_tokens,
     PAGE_SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -41,8 +41,9 @@ def metadata(  # type: ignore[no-untyped-def]
     row = tl.minimum(row, num_rows - 1)
     real = token < total
     position = tl.where(real, token + shift, 0)
-    page = tl.load(table + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=real, other=0).to(tl.int64)
-    slot = tl.where(real, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    held = real & (position < width * PAGE_SIZE)  # torch raises for a token beyond its table; here it is written nowhere
+    page = tl.load(table + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=held, other=0).to(tl.int64)
+    slot = tl.where(held, page * PAGE_SIZE + position % PAGE_SIZE, -1)
     wanted = token < num_tokens
     tl.store(positions + token, position.to(tl.int64), mask=wanted)
     tl.store(slot_mapping + token, slot, mask=wanted)
@@ -56,7 +57,7 @@ def advance(input_ids, position_ids, seq_lens, sampled, num_rows, ROWS: tl.const
     length = tl.load(seq_lens + row, mask=inside, other=0)
     token = tl.load(sampled + row, mask=inside, other=0)
     live = length > 0
-    tl.store(input_ids + row, token, mask=live)
+    tl.store(input_ids + row, tl.maximum(token, 0), mask=live)
     tl.store(position_ids + row, length.to(tl.int64), mask=live)
     tl.store(seq_lens + row, length + 1, mask=live)
 
@@ -86,7 +87,7 @@ def build_metadata(
     with torch.cuda.device_of(seq_lens):  # type: ignore[no-untyped-call]
         metadata[(max(1, -(-num_tokens // tokens)),)](
             block_table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq,
-            block_table.stride(0), rows, num_tokens, page_size, tokens, at_a_time,
+            block_table.stride(0), block_table.shape[1], rows, num_tokens, page_size, tokens, at_a_time,
         )  # fmt: skip
     return cu_seqlens_q, positions, slot_mapping, token_seq
 

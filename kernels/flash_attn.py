@@ -14,20 +14,18 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from compile_attn.kernels import flash_rows
-from compile_attn.kernels.backend import Backend, DeviceStep, Paged, Request, plan_size
+from compile_attn.kernels import flash_rows, flash_splits
+from compile_attn.kernels.backend import Backend, DeviceStep, HostStep, Paged, PlannedSite, Request, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
 from compile_attn.kernels.flash_rows import Rows
+from compile_attn.kernels.flash_splits import NO_HINT, Hint
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
 _CURE = "choose kernel='auto'"
-_MOST_SPLITS = 128
-_KEYS_A_SPLIT = 512  # fewer, and writing and combining the parts costs as much as reading the keys
 _LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
-_PARTS = 128 << 20  # bytes that the float32 parts of a call may take
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
 
 
@@ -39,6 +37,10 @@ class FlashAttnBackend(Backend):
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
     plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
+
+    def __init__(self) -> None:
+        # By address of the block table: shape of the step that is coming, and how to split it. Wrong, it costs speed and no more.
+        self._said: dict[int, tuple[tuple[int, int], dict[AttentionSpec, Hint]]] = {}
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -80,13 +82,27 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0])
+        hint = self._hint(kv.block_table, q.shape[0], spec)
+        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], hint)
         plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
         rows = flash_rows.read(plan, q.shape[0], fit.sequences)
         schedule = None if kv.plan is None or not fit.schedule_size else rows.behind[: fit.schedule_size]
         sinks, slopes = _vectors(spec, captured, q)
         call = Call(fit.grid(rows), _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
         return fit.provider.run(call)
+
+    def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
+        """Remember what lengths say of splits."""
+        rows = None if step.captured else (step.query_lens.numpy(), step.seq_lens.numpy())
+        hints: dict[AttentionSpec, Hint] = {}
+        for site in sites:
+            hint = flash_splits.hint(site.spec, step.longest, rows, _multiprocessors(step.block_table.device))
+            hints[site.spec] = hints[self.planned(site.spec)] = hint
+        self._said[step.block_table.data_ptr()] = (step.block_table.shape[0], step.num_tokens), hints
+
+    def _hint(self, block_table: torch.Tensor, tokens: int, spec: AttentionSpec) -> Hint:
+        shape, hints = self._said.get(block_table.data_ptr(), (None, {}))
+        return hints.get(spec, NO_HINT) if shape == (block_table.shape[0], tokens) else NO_HINT
 
     def planned(self, spec: AttentionSpec) -> AttentionSpec:
         """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
@@ -100,7 +116,8 @@ class FlashAttnBackend(Backend):
         sequences, tokens, device = step.block_table.shape[0], step.token_seq.shape[0], step.token_seq.device
         plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
         if tokens:
-            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens)
+            hint = self._hint(step.block_table, tokens, spec)
+            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, hint)
             rows = flash_rows.read(plan, tokens, sequences)
             schedule = fit.provider.schedule(fit.grid(rows))
             if schedule is not None:
@@ -139,10 +156,17 @@ class _Fit:
 
 @functools.lru_cache(maxsize=1024)
 def _fit(
-    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, page_size: int, sequences: int, most_pages: int, tokens: int
+    spec: AttentionSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int,
+    sequences: int,
+    most_pages: int,
+    tokens: int,
+    hint: Hint,
 ) -> _Fit:
     (left, right), most_keys = _window(spec, 0), most_pages * page_size
-    splits = _splits(spec, tokens, device, sequences, most_keys)
+    splits = flash_splits.splits(spec, tokens, sequences, most_keys, _multiprocessors(device), hint)
     provider = _chosen(spec, device, dtype, page_size)
     return _Fit(provider, spec, device, dtype, page_size, sequences, tokens, most_keys, left, right, splits)
 
@@ -157,20 +181,6 @@ def _window(spec: AttentionSpec, shift: int) -> tuple[int, int]:
     if window < shift:
         raise ValueError(f"flash_attn: with {shift} fewer keys than queries and {spec.mask.words()}, queries see no key; {_CURE}")
     return window - shift, shift
-
-
-def _splits(spec: AttentionSpec, tokens: int, device: torch.device, sequences: int, most_keys: int) -> int:
-    """Most programs that may share one tile. How many do is decided on the device, by the lengths; a long sequence among short
-    ones may have them all. Every one writes a float32 part of the output."""
-    window = spec.mask.window()
-    keys = most_keys if window is None else min(most_keys, window + 1)
-    if sequences >= 992:  # more rows than one block of the scheduler counts; they fill the device by themselves
-        return 1
-    share = -(
-        -10 * _multiprocessors(device) // (11 * spec.num_kv_heads)
-    )  # FlashAttention 3 leaves a tenth free, so it asks no more
-    memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
-    return max(1, min(_MOST_SPLITS, share, memory, keys // _KEYS_A_SPLIT))
 
 
 def _vectors(

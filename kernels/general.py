@@ -150,7 +150,7 @@ def _launch(
                 grid_triton.attend_evenly[(each.programs,)](*tensors, blocks, each.least, *printed, plan, **options)
             else:
                 grid_triton.attend[each.grid](*tensors, size.keys, splits, each.least, *printed, plan, **options)
-            if each.most_parts > 1:
+            if each.in_parts:
                 rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
                 block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (each.most_parts - 1).bit_length())
                 over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
@@ -161,7 +161,7 @@ def _parts(out: torch.Tensor, launch: Launch) -> Parts:
     """Room for what several programs find for one tile."""
     from compile_attn.kernels.general_triton import Parts
 
-    if launch.most_parts == 1:
+    if not launch.in_parts:
         return Parts(out, out, out, out, out, out)
     blocks, heads, splits = launch.grid
     tiles, dim, rows = blocks * heads, out.shape[-1], launch.tiles.block_q * launch.tiles.group
@@ -263,6 +263,11 @@ class Launch:
     @property
     def most_parts(self) -> int:
         return self.programs or self.grid[2]
+
+    @property
+    def in_parts(self) -> bool:
+        """May a tile be of several programs? Those that share all work say so of every tile."""
+        return self.programs > 0 or self.grid[2] > 1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -155,6 +155,15 @@ def test_triton_agrees_on_any_batch(sequences: list[tuple[int, int]], page_size:
     metadata_by_triton(sequences, page_size, pad_tokens, "cpu")
 
 
+@interpreted
+def test_a_token_beyond_its_table_is_written_nowhere() -> None:
+    from compile_attn.kernels import batch_triton
+
+    lengths, news = torch.tensor([9, 2], dtype=torch.int32), torch.tensor([3, 1], dtype=torch.int32)
+    *_, slots, _ = batch_triton.build_metadata(torch.tensor([[5, 6], [7, 8]], dtype=torch.int32), lengths, news, 4, 4)
+    assert slots.tolist() == [26, 27, -1, 29]
+
+
 def ragged(rows: int, most: int) -> list[tuple[int, int]]:
     draw = random.Random(rows)
     return [(draw.randint(0, 50), draw.choice((0, 1, 1, draw.randint(0, most)))) for _ in range(rows)]
@@ -176,7 +185,7 @@ def advances_alike(rows: int, device: str) -> None:
     from compile_attn.kernels import batch_triton
 
     lengths = torch.arange(rows, dtype=torch.int32) % 4  # 0: a pad row
-    ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 1000
+    ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) * 7 - 8
     there = [each.clone().to(device) for each in (ids, positions, lengths, sampled)]
     batch_triton.advance_step(*there)
     torch.ops.paged_attn.advance_step(ids, positions, lengths, sampled)

@@ -17,7 +17,7 @@ import torch
 
 from compile_attn.kernels import flash_attn
 from compile_attn.kernels import mask as m
-from compile_attn.kernels.backend import Request
+from compile_attn.kernels.backend import HostStep, PlannedSite, Request
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import Call, Grid, Provider
 from compile_attn.kernels.select import backend
@@ -261,21 +261,33 @@ def test_what_shares_a_plan() -> None:
     assert run.planned(spec).features() == spec.features()  # so that the same provider serves both
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sequences", "keys", "spec", "splits"),
-    [
-        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128), 15),  # a KV head has a share of the device
-        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 120),
-        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128, m.Window(1023)), 2),
-        (8, 8, 4_096, AttentionSpec(32, 8, 128, 128), 8),
-        (8, 8, 1_000, AttentionSpec(32, 8, 128, 128), 1),
-        (512, 512, 131_072, AttentionSpec(32, 4, 128, 128), 16),  # by the memory that parts take
-        (8192, 4, 131_072, AttentionSpec(32, 8, 128, 128), 1),
-        (1000, 1000, 131_072, AttentionSpec(32, 8, 128, 128), 1),
-    ],
-)
-def test_splits(tokens: int, sequences: int, keys: int, spec: AttentionSpec, splits: int) -> None:
-    assert flash_attn._splits(spec, tokens, torch.device("cpu"), sequences, keys) == splits
+def test_what_the_host_says_decides_splits(emulated: Emulated) -> None:
+    """And nothing else: another step, or a lie, gives the same numbers."""
+    spec = AttentionSpec(32, 8, 16, 16, scale=0.25)
+    batch = paged_batch(spec, [(900, 1), (4, 1)], page_size=16)
+    at, wide = batch.metadata, torch.zeros((2, 4096), dtype=torch.int32)
+    wide[:, : at.block_table.shape[1]] = at.block_table
+    batch.metadata = at = replace(at, block_table=wide)
+    wanted = batch.attend([], "flash_attn")
+    assert emulated.calls[-1].grid.splits == 15
+    site = PlannedSite(spec, torch.float32, torch.float32)
+
+    def said(seq_lens: torch.Tensor, captured: bool, longest: int | None, tokens: int = 2) -> int:
+        step = HostStep(wide, seq_lens, at.query_lens, tokens, 16, captured, longest)
+        backend("flash_attn").plan_on_host(step, [site])
+        assert torch.equal(batch.attend([], "flash_attn"), wanted)
+        splits = emulated.calls[-1].grid.splits
+        assert torch.equal(planned(batch), wanted.double())
+        assert emulated.calls[-1].grid.splits == splits
+        return splits
+
+    assert said(at.seq_lens, False, None) == 2
+    assert said(at.seq_lens, True, None) == 15
+    assert said(at.seq_lens, True, 1024) == 2
+    assert said(at.seq_lens, True, 1000) == 2
+    assert said(at.seq_lens, True, 500) == 1
+    assert said(torch.full((2,), 30_000, dtype=torch.int32), False, None) == 15
+    assert said(at.seq_lens, False, None, tokens=9) == 15  # another step
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compile_attn.sampling import NOT_FINITE, Sampling, SamplingRows, draw_seed, mixed, uniform
@@ -121,3 +122,19 @@ def test_stop_ids_become_a_tuple() -> None:
     assert Sampling(stop_ids=[3, 4]).stop_ids == (3, 4)  # type: ignore[arg-type]
     assert Sampling(stop_ids=3).stop_ids == (3,)  # type: ignore[arg-type]
     assert hash(Sampling()) == hash(Sampling())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 8192, 50257, 128256, 2_000_003])
+def test_greedy_on_a_gpu_is_greedy_on_a_cpu(dtype: torch.dtype, vocab: int) -> None:
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[1, vocab // 2] = logits[1, -1] = 99.0  # the first of equals
+    logits[2, vocab // 3] = torch.nan
+    logits[3], logits[4, -1] = -torch.inf, torch.inf
+    logits[5, : vocab // 2] = -torch.inf
+    padded = torch.zeros(9, vocab + 3, dtype=dtype)
+    padded[:, :vocab] = logits
+    for given in (logits.cuda(), padded.cuda()[:, :vocab], logits.cuda()[:0]):
+        assert sample_rows(given).tolist() == sample_rows(given.cpu()).tolist()
+    assert sample_rows(logits.cuda()).tolist()[2:5] == [NOT_FINITE] * 3

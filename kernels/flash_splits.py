@@ -1,0 +1,67 @@
+"""Among how many programs should FlashAttention divide the keys of a long sequence?
+
+The number is a bound that follows from shapes: how many really share a sequence is decided on the device, by the lengths. But that
+they may costs a second kernel, and a first one that is some percent slower. So where the host has said what is coming, a step
+whose sequences keep the device busy undivided is not told to divide them. See bench/flash_splits.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compile_attn.kernels.mask import Bidirectional
+from compile_attn.kernels.spec import AttentionSpec
+
+_MOST = 128
+_KEYS = 512  # of a part, at least: with fewer, writing and combining the parts costs as much as reading the keys
+_PARTS = 128 << 20  # bytes that the float32 parts of a call may take
+_TILE = 128  # queries, of all heads that share a KV head; and keys that are read at a time
+_MOST_ROWS = 992  # that the scheduler divides; more fill a device by themselves
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What the host knows of a step, or of all steps that a CUDA graph serves."""
+
+    longest: int | None = None  # no sequence has more keys; rounded up, so that hints are few
+    even: bool = False  # no sequence keeps a program busy much longer than its share of all
+
+
+NO_HINT = Hint()
+
+
+def hint(spec: AttentionSpec, longest: int | None, rows: tuple[Any, Any] | None, multiprocessors: int) -> Hint:
+    """`rows`: numbers of queries and of keys of each sequence, where they are known."""
+    if rows is None:
+        return Hint(None if longest is None else _rounded(longest))
+    queries, keys = (each.astype(np.int64) for each in rows)
+    real = queries > 0
+    queries, keys = queries[real], keys[real]
+    if not len(keys):
+        return NO_HINT
+    window = spec.mask.window()
+    seen = keys if window is None else np.minimum(keys, window + queries)
+    tiles = -(-queries * (spec.num_q_heads // spec.num_kv_heads) // _TILE)
+    # Of a causal prefill the first queries see few keys, so that its tiles have half of the keys on average.
+    average = seen if isinstance(spec.mask, Bidirectional) else seen - np.minimum(queries, seen) / 2
+    work = float((tiles * average).sum()) * spec.num_kv_heads
+    return Hint(_rounded(int(keys.max())), bool(int(seen.max()) * multiprocessors <= 1.3 * work))
+
+
+def _rounded(longest: int) -> int:
+    return 1 << max(0, longest - 1).bit_length()
+
+
+def splits(spec: AttentionSpec, tokens: int, sequences: int, most_keys: int, multiprocessors: int, hint: Hint) -> int:
+    """Most programs that may share one tile. A long sequence among short ones may have them all."""
+    if sequences >= _MOST_ROWS or hint.even:
+        return 1
+    bounds = (most_keys, hint.longest, None if spec.mask.window() is None else spec.mask.window() + 1)  # type: ignore[operator]
+    keys = min(bound for bound in bounds if bound is not None)
+    share = -(-10 * multiprocessors // (11 * spec.num_kv_heads))  # the scheduler leaves a tenth free, and asks no more
+    memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
+    few = sequences * spec.num_kv_heads <= multiprocessors // 2
+    return max(1, min(_MOST, share, memory, keys // (_KEYS if few else 2 * _KEYS)))

@@ -1,0 +1,66 @@
+"""Does every tile of queries, and every block of its keys, find a program, whatever the batch holds? In Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compile_attn.kernels import general
+from compile_attn.kernels import mask as m
+from compile_attn.kernels.spec import AttentionSpec
+from tests.oracle import CAPTURED, SPECS
+from tests.paged import paged_batch
+from tests.test_general import FLOAT32, interpreted
+
+MANY = [(3, 1), (0, 1), (0, 0), (40, 1), (2, 1), (0, 0), (0, 25), (7, 4), (1, 1), (30, 5), (0, 0)]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["gqa", "sinks", "everything"])
+def test_more_sequences_than_are_looked_through_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
+    from compile_attn.kernels import grid_triton
+
+    monkeypatch.setattr(grid_triton, "SEQUENCES", tl.constexpr(4))
+    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 8)
+    for sequences in (MANY, [(keys, min(new, 1)) for keys, new in MANY]):
+        batch = paged_batch(SPECS[name], sequences, page_size=8, pad_tokens=3)
+        torch.testing.assert_close(batch.attend(CAPTURED, "general").double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("sequences", [[(5, 2), (0, 0)], [(0, 0), (0, 9), (0, 0)] + [(0, 0)] * 6, [(0, 0), (3, 1)]], ids=str)
+def test_as_many_tokens_as_rows_need_not_be_one_each(sequences: list[tuple[int, int]]) -> None:
+    batch = paged_batch(SPECS["gqa"], sequences)
+    torch.testing.assert_close(batch.attend([], "general").double(), batch.expected([]), atol=FLOAT32, rtol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [m.Causal(), m.Window(20), m.Window(150)], ids=str)
+@pytest.mark.parametrize("programs", [1, 3, 7])
+def test_equal_shares_of_very_different_sequences(mask: m.Mask, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share may begin and end inside a tile, hold several, or none."""
+    monkeypatch.setattr(general, "_device", lambda device: (227 << 10, programs))
+    monkeypatch.setattr(general, "_PROGRAMS_EACH", 1)
+    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 1)
+    general.launches.cache_clear()
+    batch = paged_batch(AttentionSpec(4, 2, 8, 8, mask, scale=0.9), [(170, 1), (0, 1), (0, 0), (65, 1), (31, 1)], page_size=16)
+    found = batch.attend([], "general")
+    general.launches.cache_clear()
+    torch.testing.assert_close(found.double(), batch.expected([]), atol=FLOAT32, rtol=0)
+
+
+def test_who_serves_which_sequences() -> None:
+    spec = AttentionSpec(32, 8, 128, 128)
+
+    def found(tokens: int, sequences: int, page_size: int = 16) -> list[tuple[int, int, bool]]:
+        size = general._Size(sequences, tokens, 4096, page_size)
+        spread = general.launches(spec, torch.bfloat16, size, 227 << 10, 0, 132)
+        return [(each.tiles.block_m, each.few, each.programs > 0) for each in spread]
+
+    assert found(32, 32) == [(16, 0, True)]
+    assert found(600, 32) == [(16, 4, True), (128, -4, False)]  # tokens alone, or up to four in a tile; and chunks
+    assert found(600, 1) == [(128, 0, False)]
+    assert found(2, 1) == [(16, 0, False)]
+    assert found(1, 8, page_size=0) == [(16, 0, False)]
