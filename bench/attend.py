@@ -4,12 +4,14 @@ Times are for one layer of a step of 8 (of 2 for the prefill), inside a CUDA gra
 step is left out on both sides. Direct is the library's fastest way; the floor is bytes over the copy rate or operations over the
 matrix rate, whichever is more.
 
-    python -m bench.attend [--kernels flash_attn flashinfer general] [--dims 128 64] [--seconds 150] [--out DIR]
+    python -m bench.attend [--kernels flash_attn flashinfer general] [--dims 128 64] [--seconds 90] [--out DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from bench.floor import Floor
 from bench.floor import measure as measure_floor
 from bench.measuring import RESULTS, Call, Clock, Table, compare, number, percent, publish, ratio, recorded, stamp
 from bench.paged_case import APART, LAYERS, MIXED, PAGE_SIZE, Case, Inputs, Pool, Step, compiled_layers, decode, plain, prefill
+from bench.processes import Progress, keep_measuring
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
@@ -39,9 +42,15 @@ class Bench:
     """One spec on one device: our op compiled once a kernel, pages shared by all cases."""
 
     def __init__(
-        self, spec: AttentionSpec, kernels: Sequence[str], cases: Sequence[Case], device: torch.device, inner: str = "inductor"
+        self,
+        spec: AttentionSpec,
+        kernels: Sequence[str],
+        cases: Sequence[Case],
+        device: torch.device,
+        progress: Progress,
+        inner: str = "inductor",
     ) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.progress = spec, device, progress
         self.dtype = torch.bfloat16
         self.missing = {name: why for name in kernels if (why := why_not(name, spec, device, self.dtype))}
         torch._dynamo.reset()  # type: ignore[no-untyped-call]
@@ -55,6 +64,7 @@ class Bench:
         found: Found = {"case": case.name, "head_dim": self.spec.head_dim, "errors": {}, "off": {}}
         for kind, captured in (("graph", True), ("eager", False)):
             calls = self._calls(inputs, captured, found)
+            self.progress.trying(f"{case.name}, all")
             times = compare(calls, self.device, seconds if captured else seconds / 2) if calls else {}
             found[kind] = {name: time / layers for name, time in times.items()}
         return found
@@ -76,6 +86,11 @@ class Bench:
 
     def _try(self, name: str, make: Callable[[], Callable[[], Any]], captured: bool, calls: dict[str, Call], found: Found) -> None:
         """Keep a call that runs, and how far its result is from the first one's; note why another does not."""
+        what = f"{found['case']}, {name}{'' if captured else ', eager'}"
+        if what in self.progress.without:
+            found["errors"][name] = self.progress.without[what]
+            return
+        self.progress.trying(what)
         try:
             call: Any = make()
             call()
@@ -85,6 +100,8 @@ class Bench:
             calls[name] = call
         except Exception as error:
             found["errors"][name] = f"{type(error).__name__}: {str(error)[:200]}"
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # raises again where the device is lost; the next process leaves this call out
 
 
 def _planned(inputs: Inputs, kernel: str, captured: bool, ours: Step) -> Callable[[], list[torch.Tensor]]:
@@ -133,32 +150,53 @@ def table(found: Sequence[Found], kernels: Sequence[str], spec: AttentionSpec, f
     return Table(title, columns, rows)
 
 
+def run_here(dim: int, kernels: Sequence[str], seconds: float, file: Path) -> None:
+    """One head size; goes on where the last process stopped."""
+    clock, progress, device = Clock(seconds), Progress(file), torch.device("cuda")
+    if "floor" not in progress.found:
+        progress.add("stamp", stamp(device))
+        progress.add("floor", vars(measure_floor(device)))
+    bench = Bench(plain(dim), kernels, CASES, device, progress)
+    progress.add("missing", bench.missing)
+    for case in CASES:
+        if not (clock.over or case.name in progress.found or f"{case.name}, all" in progress.without):
+            progress.add(case.name, bench.run(case))
+            print(f"{clock.spent:5.1f} s  head size {dim}, {case.name}: {progress.found[case.name]['graph']}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", default=KERNELS)
     parser.add_argument("--dims", nargs="+", type=int, default=(128, 64))
-    parser.add_argument("--seconds", type=float, default=150, help="no case begins after them")
+    parser.add_argument("--seconds", type=float, default=90, help="for each head size")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for attend.md and attend.json")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    device, clock = torch.device("cuda"), Clock(chosen.seconds)
-    floor, tables, everything, notes = measure_floor(device), [], [], {}
+    if chosen.file:
+        return run_here(chosen.dims[0], chosen.kernels, chosen.seconds - 5, chosen.file)
+    tables, everything, stamped = [], {}, {}
     for dim in chosen.dims:
-        spec = plain(dim)
-        bench = Bench(spec, chosen.kernels, CASES, device)
-        notes[f"head size {dim}"] = bench.missing
-        found = [bench.run(case) for case in CASES if not clock.over]
-        everything += found
-        tables.append(table(found, chosen.kernels, spec, floor, CASES))
-        del bench
-        torch.cuda.empty_cache()
-    said = {f"{name}: {why}" for one in everything for name, why in one["errors"].items()}
-    print(*sorted(said), *(f"{place}: {why}" for place, why in notes.items() if why), sep="\n")
-    wrong = {name: off for one in everything for name, off in one["off"].items() if not off < 1e-2}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "attend.json"
+            command = [sys.executable, "-m", "bench.attend", "--dims", str(dim), "--seconds", str(chosen.seconds)]
+            progress = keep_measuring([*command, "--file", str(file), "--kernels", *chosen.kernels], file, chosen.seconds)
+        everything[f"head size {dim}"] = {**progress.found, "without": progress.without}
+        if "floor" in progress.found:
+            found, floor = [each for name, each in progress.found.items() if "graph" in each], Floor(**progress.found["floor"])
+            tables.append(table(found, chosen.kernels, plain(dim), floor, CASES))
+            stamped = progress.found["stamp"]
+            _complain(found, progress)
+    heading = "Our op through torch.compile over a direct call of the library"
+    publish("attend", heading, tables, everything, stamped, chosen.out)
+
+
+def _complain(found: Sequence[Found], progress: Progress) -> None:
+    """Print what did not run, each reason once, and which results are not what the others are."""
+    said = {f"{name}: {why}" for one in found for name, why in one["errors"].items()}
+    print(*sorted(said), *(f"{name}: {why}" for name, why in progress.found.get("missing", {}).items()), sep="\n")
+    wrong = {f"{one['case']}, {name}": off for one in found for name, off in one["off"].items() if not off < 1e-2}
     if wrong:
         print(f"RESULTS DIFFER by more than rounding: {wrong}")
-    heading = "Our op through torch.compile over a direct call of the library"
-    results = {"floor": vars(floor), "measured": everything, "missing": notes}
-    publish("attend", heading, tables, results, stamp(device), chosen.out)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ that a side that is missing, fails or runs out of time leaves dashes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ from bench.floor import Floor
 from bench.floor import measure as measure_floor
 from bench.measuring import RESULTS, Table, number, percent, ratio, said, stamp
 from bench.naive_llama import SHAPES, Shape
+from bench.processes import run_apart
 from bench.sides import SIDES
 from bench.workload import NEW, REQUESTS, ROWS, Found, decode_work, measure, prefill_work, row_name
 
@@ -136,15 +134,11 @@ def start_side(side: str, shape: str, chosen: argparse.Namespace) -> None:
     environment = {key: value for key, value in os.environ.items() if side == "ours" or not key.startswith("FLASHINFER_")}
     sites = [site.removeprefix(f"{side}=") for site in chosen.sites if site.startswith(f"{side}=")]
     environment["PYTHONPATH"] = os.pathsep.join([*sites, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
-    try:
-        if process.wait(chosen.limit):
-            print(f"{side} ended with status {process.returncode}", flush=True)
-    except subprocess.TimeoutExpired:
+    status = run_apart(command, chosen.limit, environment)
+    if status is None:
         print(f"{side} took longer than {chosen.limit} s", flush=True)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # an engine's own processes would keep the device's memory
+    elif status:
+        print(f"{side} ended with status {status}", flush=True)
 
 
 def merge(shapes: Sequence[str], out: Path) -> None:

@@ -121,6 +121,8 @@ def recorded(call: Call, device: torch.device) -> Call:
         graph.replay()
         return held[0]
 
+    replay()
+    torch.cuda.synchronize()  # what goes wrong is then said of this call
     return replay
 
 
@@ -144,11 +146,15 @@ class Clock:
     """A budget of seconds, for scripts that measure what time allows."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.perf_counter() + seconds
+        self._begin, self._budget = time.perf_counter(), seconds
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self._begin
 
     @property
     def over(self) -> bool:
-        return time.perf_counter() > self._end
+        return self.spent > self._budget
 
 
 def stamp(device: torch.device) -> dict[str, str]:

@@ -8,6 +8,8 @@ Each point of the mix (`kernels/speeds.py`) is one op a layer in a CUDA graph, c
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from bench.attend import why_not
 from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, recorded, said, stamp
 from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
+from bench.processes import Progress, keep_measuring
 from compile_attn.kernels import speeds
 from compile_attn.kernels.select import known_kernels
 from compile_attn.kernels.spec import AttentionSpec
@@ -33,35 +36,51 @@ def measure(
     kernels: Sequence[str],
     device: torch.device,
     clock: Clock,
+    progress: Progress,
     points: Sequence[Point] = PAGED + STATELESS,
     seconds: float = 0.03,
-) -> tuple[Found, dict[str, str]]:
-    """Microseconds of each kernel at each point, for one layer; and what is against the kernels that did not run."""
-    found: Found = {}
-    against: dict[str, str] = {}
+) -> None:
+    """Adds microseconds of each kernel at each point, for one layer, and what is against the kernels that did not run."""
     paged = [_case(each) for each in points if each.phase != "stateless"]
     pool = Pool(max(case.pages for case in paged), spec, device, apart=APART if device.type == "cuda" else 1) if paged else None
+    group = spec.num_q_heads // spec.num_kv_heads
     for point in points:
-        if clock.over:
-            break
-        calls: dict[str, Call] = {}
+        name = name_of((point.phase, spec.head_dim, group, point.sequences, point.length))
+        if clock.over or name in progress.found or f"{name}, all" in progress.without:
+            continue
         inputs = None if pool is None or point.phase == "stateless" else _inputs(point, pool)
+        calls: dict[str, Call] = {}
+        against: dict[str, str] = {}
         for kernel in kernels:
             why = why_not(kernel, spec, device, torch.bfloat16, None if inputs is None else PAGE_SIZE)
-            if not why:
-                try:
-                    call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
-                    call()
-                    calls[kernel] = recorded(call, device)
-                except Exception as error:
-                    why = f"{type(error).__name__}: {str(error)[:200]}"
+            why = why or progress.without.get(f"{name}, {kernel}", "")
             if why:
-                against[f"{kernel}, {'stateless' if inputs is None else 'paged'}"] = why
+                against[kernel] = why
+                continue
+            progress.trying(f"{name}, {kernel}")
+            try:
+                call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
+                call()
+                calls[kernel] = recorded(call, device)
+            except Exception as error:
+                against[kernel] = f"{type(error).__name__}: {str(error)[:200]}"
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # raises again where the device is lost; the next process leaves this call out
         layers = 1 if inputs is None else len(inputs.layers)
+        progress.trying(f"{name}, all")
         times = compare(calls, device, seconds) if calls else {}
-        key = (point.phase, spec.head_dim, spec.num_q_heads // spec.num_kv_heads, point.sequences, point.length)
-        found[key] = {kernel: round(time / layers, 2) for kernel, time in times.items()}
-    return found, against
+        progress.add(name, {"times": {kernel: round(time / layers, 2) for kernel, time in times.items()}, "against": against})
+        print(f"{clock.spent:5.1f} s  {name}: {progress.found[name]['times']}", flush=True)
+
+
+def name_of(key: Key) -> str:
+    return " ".join(map(str, key))
+
+
+def key_of(name: str) -> Key:
+    phase, *numbers = name.split()
+    dim, group, sequences, length = map(int, numbers)
+    return phase, dim, group, sequences, length
 
 
 def _case(point: Point) -> Case:
@@ -128,24 +147,35 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=able)
     parser.add_argument("--dims", nargs="+", type=int, default=(64, 128, 256))
     parser.add_argument("--groups", nargs="+", type=int, default=(1, 4, 8))
-    parser.add_argument("--seconds", type=float, default=120, help="no point begins after them")
+    parser.add_argument("--seconds", type=float, default=120, help="for all together")
     parser.add_argument("--write", type=Path, help="the module to write: kernels/measured.py")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speeds.md and speeds.json")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    device, clock = torch.device("cuda"), Clock(chosen.seconds)
-    found: Found = {}
-    for dim in chosen.dims:
-        for group in chosen.groups:
-            new, against = measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock)
-            found |= new
-            print(f"head size {dim}, group {group}: {against or 'all ran'}", flush=True)
-            torch.cuda.empty_cache()
-    stamped = stamp(device)
+    if chosen.file:
+        return _run_here(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "speeds.json"
+        command = [sys.executable, "-m", "bench.speeds", *sys.argv[1:], "--file", str(file)]
+        progress = keep_measuring(command, file, chosen.seconds)
+    stamped = progress.found.pop("stamp", {})
+    found = {key_of(name): each["times"] for name, each in progress.found.items()}
+    against = {f"{kernel}: {why}" for each in progress.found.values() for kernel, why in each["against"].items()}
+    print(*sorted(against), sep="\n")
     if chosen.write:
         where = said({name: stamped[name] for name in ("device", "date", "commit", "torch")})
         chosen.write.write_text(as_module(found, where))
-    results = {"microseconds": [[*key, times] for key, times in found.items()]}
-    publish("speeds", "Which kernel is fastest", [table(found, chosen.kernels)], results, stamped, chosen.out)
+    publish("speeds", "Which kernel is fastest", [table(found, chosen.kernels)], progress.found, stamped, chosen.out)
+
+
+def _run_here(chosen: argparse.Namespace) -> None:
+    """Everything in this process; goes on where the last one stopped."""
+    device, clock, progress = torch.device("cuda"), Clock(chosen.seconds - 5), Progress(chosen.file)
+    progress.add("stamp", stamp(device))
+    for dim in chosen.dims:
+        for group in chosen.groups:
+            measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock, progress)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def read_trace(found: Sequence[dict[str, Any]]) -> tuple[list[Event], list[Event
 
 
 def kind_of(name: str) -> str:
+    if name.startswith("triton_"):  # Inductor's, which names all that it has fused
+        return OTHER
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
@@ -176,23 +178,26 @@ def waits(host: Sequence[Event], steps: int) -> Table:
 
 
 def picture(host: Sequence[Event], device: Sequence[Event], steps: int, title: str, file: Path) -> None:
-    """The last steps of the trace: the host's calls above what the device runs."""
+    """Steps from the middle of the trace: the host's calls above what the device runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    end = device[-1].end
-    begin = max(device[0].begin, end - (end - device[0].begin) * min(1.0, DRAWN / steps))
+    whole, drawn = device[-1].end - device[0].begin, min(DRAWN, steps) / steps
+    begin = device[0].begin + whole * (1 - drawn) / 2
+    end = begin + whole * drawn
     figure, axes = pyplot.subplots(figsize=(12, 2.8), constrained_layout=True)
     named: set[str] = set()
     for height, events, kind in ((1, host, host_kind), (0, device, kind_of)):
-        for event in (one for one in events if one.end > begin):
+        for event in (one for one in events if one.end > begin and one.begin < end):
             what = kind(event.name)
             label = None if what in named else what
             named.add(what)
             left = max(event.begin, begin)
-            axes.barh(height, event.end - left, left=left - begin, height=0.7, color=COLOURS[what], label=label, linewidth=0)
+            axes.barh(
+                height, min(event.end, end) - left, left=left - begin, height=0.7, color=COLOURS[what], label=label, linewidth=0
+            )
     axes.set_yticks([0, 1], ["device", "host"])
     axes.set_xlabel("microseconds")
     axes.set_xlim(0, end - begin)
@@ -261,7 +266,7 @@ def main() -> None:
         tables += [waits(host, TRACED), kernels_of(ran, TRACED)]
     if chosen.steps:
         with made(SHAPES["tiny"], device, 16, kv_tokens=8192, **chosen.options) as lm:
-            found["memory"] = churn(lm, device, chosen.steps, settle=1500)
+            found["memory"] = churn(lm, device, chosen.steps, settle=4000)
         tables.append(memory_table(found["memory"]))
     publish("steady", "A steady decode step", tables, found, stamp(device), chosen.out)
 

@@ -6,6 +6,7 @@ works without an import. Without a cache the graph is rewritten statelessly; wit
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import warnings
@@ -118,8 +119,21 @@ def _compile_inner(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner) 
     # Private, fenced here: the call that torch.compile's own "inductor" backend makes.
     from torch._inductor.compile_fx import compile_fx
 
+    _teach_inductor()
     compiled: Any = compile_fx(module, list(inputs))
     return compiled  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _teach_inductor() -> None:
+    """`once` keeps its tensor in memory. Private, fenced here: without this lowering the op would copy the tensor."""
+    from torch._inductor.lowering import register_lowering
+
+    def keep(x: Any) -> Any:
+        x.realize()
+        return x
+
+    register_lowering(torch.ops.paged_attn.once.default, type_promotion_kind=None)(keep)
 
 
 def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCache) -> tuple[int, int | None]:

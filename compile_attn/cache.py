@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,12 +187,14 @@ class PagedKVCache:
             chunk.seq.length += len(new)
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
+        width = self.buffers.width(max(map(len, tables)), self.page_size)
         if advanced:
             assert self.current is not None
-            self.buffers.write_table(tables)
+            self.buffers.write_table(tables, width)
+            self.current = replace(self.current, width=width)
         else:
             logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
-            self.current = self.buffers.write(tables, starts, tokens, logits, carried, pad_to or MIN_SIZE)
+            self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
         self._plan_on_host(chunks, captured=pad_to is not None)
         return self.current
@@ -209,10 +212,15 @@ class PagedKVCache:
         for kernel, sites in self._planned.items():
             backend(kernel).plan_on_host(step, sites)
 
-    def dead_batch(self, rows: int) -> Batch:
+    def width_of(self, chunks: Sequence[Chunk]) -> int:
+        """Pages a row of the block table that a batch of these chunks will have."""
+        longest = max(chunk.seq.length + len(chunk.tokens) for chunk in chunks)
+        return self.buffers.width(self.pages_for(longest), self.page_size)
+
+    def dead_batch(self, rows: int, width: int) -> Batch:
         """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
         self._check_open()
-        self.current = self.buffers.write([], [], [], [], pad_to=rows)
+        self.current = self.buffers.write([], [], [], [], width, pad_to=rows)
         self._in_batch = ()
         self._plan_on_host([], captured=True)
         return self.current

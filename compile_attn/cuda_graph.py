@@ -20,27 +20,31 @@ from compile_attn.kernels.batch import advance_step
 from compile_attn.sampling import SamplingRows, sample
 
 Forward = Callable[[Batch], torch.Tensor]
+Kind = tuple[int, int, bool]  # rows; pages a row of the block table; whether any row draws at random
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One graph: how many rows it decodes, whether it draws at random, and what recording it took."""
+    """One graph: how many rows it decodes, of how many tokens at most, whether it draws at random, and what recording it took."""
 
     rows: int
+    tokens: int
     random: bool
     seconds: float
     bytes: int  # of GPU memory that torch reserved meanwhile
 
 
 class DecodeGraphs:
-    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows. On a CPU a step is run anew where a GPU replays it.
+    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows, with block tables of 1024, 4096, ... tokens (`StepBuffers.width`).
+
+    On a CPU a step is run anew where a GPU replays it.
 
     `forward` runs the model on the cache's current batch and returns one row of logits a row.
     """
 
     def __init__(self, forward: Forward, cache: PagedKVCache) -> None:
         self._forward, self._cache = forward, cache
-        self._steps: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._steps: dict[Kind, Callable[[], None]] = {}
         self.recorded: list[Recorded] = []
         self._on_gpu = cache.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -56,22 +60,23 @@ class DecodeGraphs:
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
-    def prepare(self, size: int, random: bool) -> None:
+    def prepare(self, kind: Kind) -> None:
         """Record the graph if it is missing. The current batch is another one afterwards."""
-        if (size, random) in self._steps:
+        if kind in self._steps:
             return
+        size, width, random = kind
         begin, held = time.perf_counter(), self._reserved()
         buffers = self._cache.buffers
         recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
-        batch = self._cache.dead_batch(size)
-        step = self._body(batch, random)
-        self._steps[size, random] = self._record(step) if self._on_gpu else step
+        step = self._body(self._cache.dead_batch(size, width), random)
+        self._steps[kind] = self._record(step) if self._on_gpu else step
         buffers.recent[:size].copy_(recent)
-        self.recorded.append(Recorded(size, random, time.perf_counter() - begin, self._reserved() - held))
+        seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
+        self.recorded.append(Recorded(size, width * self._cache.page_size, random, seconds, bytes_))
 
-    def replay(self, size: int, random: bool) -> None:
+    def replay(self, kind: Kind) -> None:
         """Run the step on the current batch; its tokens are in `buffers.recent`, and the buffers stand one token further."""
-        self._steps[size, random]()
+        self._steps[kind]()
 
     def set_sampling(self, how: SamplingRows) -> None:
         """How the first rows of the next random step are sampled; later ones, being pads, in any way."""

@@ -15,7 +15,7 @@ import torch
 
 from compile_attn.cache import Batch, Chunk, PagedKVCache
 from compile_attn.calling import logits_of
-from compile_attn.cuda_graph import DecodeGraphs
+from compile_attn.cuda_graph import DecodeGraphs, Kind
 from compile_attn.sampling import SamplingRows, sample
 from compile_attn.scheduler import Plan, Request
 
@@ -52,8 +52,9 @@ class Runner:
         """Hand the step to the device."""
         size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
         random = any(how.temperature > 0 for how in plan.how)
-        if size is not None and self._prepared(size, random):
-            self._replay(plan, size, random)
+        kind = None if size is None else (size, self._cache.width_of(plan.chunks), random)
+        if kind is not None and self._prepared(kind):
+            self._replay(plan, kind)
         else:
             self._run_once(plan, random)
         tokens = self._cache.buffers.recent[: len(plan.sampled)]
@@ -71,10 +72,10 @@ class Runner:
         batch = self._cache.batch(chunks)
         return self._rows(batch)[: batch.num_rows]
 
-    def _prepared(self, size: int, random: bool) -> bool:
+    def _prepared(self, kind: Kind) -> bool:
         assert self.graphs is not None
         try:
-            self.graphs.prepare(size, random)
+            self.graphs.prepare(kind)
         except (RuntimeError, ValueError) as error:
             if self._strict:
                 raise
@@ -84,14 +85,15 @@ class Runner:
             return False
         return True
 
-    def _replay(self, plan: Plan, size: int, random: bool) -> None:
+    def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
+        size, _, random = kind
         last = self._steady
         again = last is not None and last[:3] == (size, random, plan.sampled) and last[3] is self._cache.current
         batch = self._cache.batch(plan.chunks, pad_to=size, advanced=again)
         if random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
-        self.graphs.replay(size, random)
+        self.graphs.replay(kind)
         self._cache.replayed()
         self._steady = (size, random, plan.sampled, batch)
 

@@ -55,6 +55,7 @@ class Batch:
     num_rows: int
     num_seqs: int
     shape: tuple[int, int, int]  # B, T and R as the model sees them
+    width: int  # pages a row that the block table has room for
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
         """The real rows [num_rows, V] of what the model returned ([1, R, V] or [R, V])."""
@@ -76,15 +77,21 @@ class StepBuffers:
 
     def __init__(self, max_seqs: int, max_pages: int, max_tokens: int, device: torch.device) -> None:
         rows, tokens = max(max_seqs, MIN_SIZE), max(max_tokens, MIN_SIZE)
-        self._device = device
-        self.block_table = torch.zeros((rows, max_pages), dtype=torch.int32, device=device)
+        self._device, self._max_rows, self._max_pages = device, rows, max_pages
+        self._tables: dict[int, _Table] = {}  # by width: how long sequences may be is what kernels share work by
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.query_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.input_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.position_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.logits_rows = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.recent = torch.zeros(tokens, dtype=torch.int64, device=device)  # what the last step sampled, by row
-        self._held: list[tuple[array[int], int]] = []  # by row of the block table: the pages it shows, and how many
+
+    def width(self, pages: int, page_size: int) -> int:
+        """The narrowest table for rows of so many pages: 1024 tokens, 4096, 16384, ... or all that a sequence may have."""
+        width = max(2, 1024 // page_size)
+        while width < pages:
+            width *= 4
+        return min(width, self._max_pages)
 
     def write(
         self,
@@ -92,15 +99,19 @@ class StepBuffers:
         starts: list[int],
         tokens: list[Ints],
         logits: list[Logits],
+        width: int,
         carried: Sequence[int | None] = (),
         pad_to: int = MIN_SIZE,
     ) -> Batch:
-        """Write one batch: per sequence its pages, the tokens it had before, its new tokens, the rows wanted."""
+        """Write one batch: per sequence its pages, the tokens it had before, its new tokens, the rows wanted.
+
+        width: pages a row of the block table; see `width()`.
+        """
         lengths = np.array([len(new) for new in tokens], dtype=np.int64)
         ends, before, real = np.cumsum(lengths), np.array(starts, dtype=np.int64), int(lengths.sum())
         rows = _wanted_rows(ends, lengths, logits)
         seqs, total, wanted = (max(size, pad_to) for size in (len(tokens), real, len(rows)))
-        self.write_table(tables)
+        self.write_table(tables, width)
         self._send(self.seq_lens, before + lengths, seqs)
         self._send(self.query_lens, lengths, seqs)
         self._send(self.input_ids, np.concatenate([_NO_TOKENS, *tokens]), total)
@@ -108,32 +119,23 @@ class StepBuffers:
         self._send(self.logits_rows, _repeat_last(rows, wanted), wanted)
         self._carry([(int(end) - 1, row) for end, row in zip(ends, carried, strict=False) if row is not None])
         ids, positions = (self._packed(buffer, total) for buffer in (self.input_ids, self.position_ids))
-        return Batch(ids, positions, real, len(rows), len(tokens), (seqs, total, wanted))
+        return Batch(ids, positions, real, len(rows), len(tokens), (seqs, total, wanted), width)
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """block_table [B, max_pages], seq_lens [B], query_lens [B], logits_rows [R] of this batch."""
         seqs, _, rows = batch.shape
-        return self.block_table[:seqs], self.seq_lens[:seqs], self.query_lens[:seqs], self.logits_rows[:rows]
+        return self._tables[batch.width].on_device[:seqs], self.seq_lens[:seqs], self.query_lens[:seqs], self.logits_rows[:rows]
 
-    def write_table(self, tables: Sequence[array[int]]) -> None:
+    def write_table(self, tables: Sequence[array[int]], width: int) -> None:
         """Bring the block table to these pages, a row each. Only what changed is sent; what a row shows no more is 0."""
-        width = self.block_table.shape[1]
-        places: list[int] = []
-        pages: list[int] = []
-        rows = [*tables, *[_NO_PAGES] * (len(self._held) - len(tables))]
-        held = [*self._held, *[(_NO_PAGES, 0)] * (len(tables) - len(self._held))]
-        for row, (table, (shown, count)) in enumerate(zip(rows, held, strict=True)):
-            size = len(table)
-            if table is shown and size == count:
-                continue
-            begin = count if table is shown else 0
-            end = max(size, count)
-            places.extend(range(row * width + begin, row * width + end))
-            pages.extend([*table[begin:], *[0] * (end - size)])
-        self._held = [(table, len(table)) for table in tables]
+        if width not in self._tables:
+            shape = (self._max_rows, width)
+            self._tables[width] = _Table(torch.zeros(shape, dtype=torch.int32, device=self._device), [])
+        there = self._tables[width]
+        places, pages = there.changes(tables)
         if places:
             values = self._sent(np.array(pages, dtype=np.int32))
-            self.block_table.view(-1).index_copy_(0, self._sent(np.array(places)), values)
+            there.on_device.view(-1).index_copy_(0, self._sent(np.array(places)), values)
 
     def _carry(self, carried: list[tuple[int, int]]) -> None:
         """Token ids that only the device knows: (place among the packed tokens, row of the step before) each."""
@@ -159,6 +161,32 @@ class StepBuffers:
         packed = buffer[:total].unsqueeze(0).detach()
         maybe_mark_dynamic(packed, 1)
         return packed
+
+
+@dataclass
+class _Table:
+    """A block table, and by row the pages it shows and how many."""
+
+    on_device: torch.Tensor
+    held: list[tuple[array[int], int]]
+
+    def changes(self, tables: Sequence[array[int]]) -> tuple[list[int], list[int]]:
+        """Flat places and what they must hold from now on, to show these pages."""
+        width = self.on_device.shape[1]
+        places: list[int] = []
+        pages: list[int] = []
+        rows = [*tables, *[_NO_PAGES] * (len(self.held) - len(tables))]
+        held = [*self.held, *[(_NO_PAGES, 0)] * (len(tables) - len(self.held))]
+        for row, (table, (shown, count)) in enumerate(zip(rows, held, strict=True)):
+            size = len(table)
+            if table is shown and size == count:
+                continue
+            begin = count if table is shown else 0
+            end = max(size, count)
+            places.extend(range(row * width + begin, row * width + end))
+            pages.extend([*table[begin:], *[0] * (end - size)])
+        self.held = [(table, len(table)) for table in tables]
+        return places, pages
 
 
 def token_array(tokens: Sequence[int] | torch.Tensor) -> Ints:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ _WORKSPACE = 64 << 20  # bytes for the parts of split requests: no more are need
 # Decode on CUDA cores exists for more groups, but from 4 heads on tensor cores are faster (an H200, 8 KV heads of 128), and
 # only they skip what is before a window. fp8 pages are converted faster there, too.
 _CUDA_CORES = frozenset({1, 2, 3})
+_without_fa3: set[tuple[int, torch.dtype]] = set()  # head size and dtype, found out when a plan was made
 _LONG = 128  # new tokens a request, on average, from which on FA3's kernel, which splits no keys, is faster
 
 
@@ -80,7 +82,20 @@ class Problem:
         """The library's kernel for about that many tokens a request. FA3 splits no keys, and only Hopper has it."""
         # A template of FA3 takes minutes to compile: it is used for plain attention alone.
         plain = not (self.alibi or self.compiled or self.softcap) and self.window < 0 and self.dtype == self.kv_dtype
+        plain = plain and (self.head_dim, self.dtype) not in _without_fa3
         return "fa3" if plain and tokens_each >= _LONG and capability(device) == (9, 0) else "fa2"
+
+    def goes_without_fa3(self, kernel: str, error: RuntimeError) -> bool:
+        """Does the error say that there is no FA3 for these heads, nor a compiler? Then FA2 takes its place from now on."""
+        if kernel != "fa3" or type(error).__name__ != "MissingJITCacheError":
+            return False
+        _without_fa3.add((self.head_dim, self.dtype))
+        warnings.warn(
+            f"flashinfer has no FA3 kernel for head size {self.head_dim} in {self.dtype} and may not compile one here; prompts go "
+            "through FA2, which is slower; unset FLASHINFER_DISABLE_JIT, or install a flashinfer-jit-cache that has it",
+            stacklevel=2,
+        )
+        return True
 
     def options(self) -> dict[str, Any]:
         """What every `plan` of the library is told."""

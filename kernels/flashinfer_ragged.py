@@ -71,5 +71,10 @@ def _planned(key: _Key) -> Any:
         wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(room, "NHD", backend=kernel)
         sizes = (problem.num_q_heads, problem.num_kv_heads, problem.head_dim)
         starts = (torch.arange(batch + 1, dtype=torch.int32) * length for length in (tokens, keys))
-        wrapper.plan(*starts, *sizes, causal=problem.causal, **problem.options())
+        try:
+            wrapper.plan(*starts, *sizes, causal=problem.causal, **problem.options())
+        except RuntimeError as error:
+            if not problem.goes_without_fa3(kernel, error):
+                raise
+            return _planned(key)
     return wrapper

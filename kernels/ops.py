@@ -57,6 +57,12 @@ def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 torch.library.register_autograd("paged_attn::attention", lambda ctx, grad: None, setup_context=_no_gradient, lib=_LIBRARY)
 
 
+@_op("once(Tensor x) -> Tensor", lambda x: x.clone())
+def once(x: Any) -> torch.Tensor:
+    """x itself, to be kept where a compiler would compute it again at each use."""
+    return x.clone()  # type: ignore[no-any-return]
+
+
 def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: Any, page_size: int) -> tuple[Any, ...]:
     int32, int64 = torch.int32, torch.int64
     starts = seq_lens.new_empty((seq_lens.shape[0] + 1,), dtype=int32)

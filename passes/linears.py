@@ -84,7 +84,7 @@ class Numbering:
         self._numbers: dict[fx.Node, int] = {}
         seen: dict[str, int] = {}
         for node in graph.nodes:
-            text = self._text(node) if _functional(node) else node.name
+            text = self._text(node) if functional(node) else node.name
             self._numbers[node] = seen.setdefault(text, len(seen))
 
     def of(self, node: fx.Node) -> int:
@@ -95,7 +95,7 @@ class Numbering:
         return f"{node.target} {args!r}"
 
 
-def _functional(node: fx.Node) -> bool:
+def functional(node: fx.Node) -> bool:
     """Whether the node gives the same at every execution with the same arguments."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
@@ -119,13 +119,18 @@ def seen_as_complex(node: fx.Node) -> bool:
     return any(user.target is _aten.view_as_complex.default for user in _users_of_views(node))
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the op gives a view of its first argument, or may."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(one.alias_info is not None for one in target._schema.returns)
+
+
 def _users_of_views(node: fx.Node) -> Iterator[fx.Node]:
     """Users of a tensor and of all its views."""
     for user in node.users:
         yield user
-        target = user.target
-        if isinstance(target, torch._ops.OpOverload):
-            if any(returned.alias_info is not None for returned in target._schema.returns):
+        if isinstance(user.target, torch._ops.OpOverload):
+            if is_view(user):
                 yield from _users_of_views(user)
         elif user.op == "call_function" and not isinstance(user.meta.get("val"), torch.SymInt):
             yield from _users_of_views(user)  # getitem of a split

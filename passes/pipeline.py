@@ -21,6 +21,7 @@ from compile_attn.passes.graph import Location, location, placeholders, same_siz
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
 from compile_attn.passes.merge_linears import Merged, merge_linears
 from compile_attn.passes.normalize import Normalized, normalize
+from compile_attn.passes.once import compute_once
 from compile_attn.passes.readable import readable
 from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import LinearMerge, RefusedError, Rejected, Report, Rewritten
@@ -169,6 +170,7 @@ def rewrite_paged(
         cleanup(graph)
         for node in graph.nodes:  # they name sizes by data (of torch.where, say) in symbols that the fresh inputs do not know
             node.meta.pop("unbacked_bindings", None)
+        compute_once(graph, normalized.constants, [step.positions])
         merged = merge_linears(normalized) if merge else Merged()
     module.recompile()
     with clock.phase("report"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench.measuring import MISSING, Clock, Table, compare, number, percent, pub
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
+from bench.processes import Progress, keep_measuring
 from bench.sides import llama_config
 from compile_attn.kernels.speeds import STATELESS, Point
 
@@ -73,13 +75,16 @@ def fake(inputs: Inputs, captured: bool) -> direct.Ways:
     return {**{name: (lambda call=call: call) for name, call in ways.items()}, "broken": broken}
 
 
-def test_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attend, "LIBRARIES", {"reference": fake, "flashinfer": direct.flashinfer})
     kernels = ["reference", "sdpa"]
-    bench = attend.Bench(SPEC, kernels, CASES, CPU, inner="eager")
+    progress = Progress(tmp_path / "progress.json")
+    progress.without[f"{CASES[0].name}, reference: wrong, eager"] = "ended its process"
+    bench = attend.Bench(SPEC, kernels, CASES, CPU, progress, inner="eager")
     assert "does not serve paged calls" in bench.missing["sdpa"]
     found = [bench.run(case, seconds=0.0) for case in CASES]
-    for one in found:
+    assert found[0]["errors"]["reference: wrong"] == "ended its process" and "reference: wrong" not in found[0]["eager"]
+    for one in found[1:]:
         assert set(one["graph"]) == set(one["eager"]) == {"reference", "reference: right", "reference: wrong"}
         assert one["off"]["reference: right"] == 0 and one["off"]["reference: wrong"] == pytest.approx(2)
         assert "no kernel image" in one["errors"]["reference: broken"] and "flashinfer" in one["errors"]["flashinfer: direct"]
@@ -108,18 +113,51 @@ def test_pages_of_a_pool_are_distinct_by_layer() -> None:
         Inputs(decode_case(8, 24), pool)
 
 
-def test_speeds() -> None:
+def test_speeds(tmp_path: Path) -> None:
     points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1))
-    found, against = speeds.measure(SPEC, ["reference", "sdpa"], CPU, Clock(60), points, seconds=0.0)
-    assert list(found) == [("decode", 16, 2, 3, 24), ("prefill", 16, 2, 1, 20), ("stateless", 16, 2, 2, 9)]
-    assert [set(times) for times in found.values()] == [{"reference"}, {"reference"}, {"reference", "sdpa"}]
-    assert list(against) == ["sdpa, paged"]
+    progress = Progress(tmp_path / "progress.json")
+    progress.without["decode 16 2 3 24, reference"] = "ended its process"
+    progress.add("prefill 16 2 1 20", {"times": {"reference": 1.0}, "against": {}})
+    speeds.measure(SPEC, ["reference", "sdpa"], CPU, Clock(60), progress, points, seconds=0.0)
+    found = {name: (set(each["times"]), set(each["against"])) for name, each in Progress(tmp_path / "progress.json").found.items()}
+    assert found == {
+        "prefill 16 2 1 20": ({"reference"}, set()),
+        "decode 16 2 3 24": (set(), {"reference", "sdpa"}),
+        "stateless 16 2 2 9": ({"reference", "sdpa"}, set()),
+    }
+    by_key = {speeds.key_of(name): each["times"] for name, each in progress.found.items()}
     made: dict[str, object] = {}
-    text = speeds.as_module(found, "a device")
+    text = speeds.as_module(by_key, "a device")
     exec(text, made)
-    assert made["MICROSECONDS"] == found and made["WHERE"] == "a device" and max(map(len, text.splitlines())) <= 132
-    none, _ = speeds.measure(SPEC, ["reference"], CPU, Clock(0), points)
-    assert not none
+    assert made["MICROSECONDS"] == {key: times for key, times in by_key.items() if times} and made["WHERE"] == "a device"
+    assert [speeds.name_of(key) for key in by_key] == list(progress.found) and max(map(len, text.splitlines())) <= 132
+
+
+BREAKING = """
+import os, sys
+from pathlib import Path
+from bench.processes import Progress
+progress = Progress(Path(sys.argv[1]))
+for name in ("a", "b", "c"):
+    if name not in progress.found and name not in progress.without:
+        progress.trying(name)
+        if name == "b":
+            os.abort()
+        progress.add(name, os.getpid())
+if sys.argv[2:]:
+    sys.exit(1)
+"""
+
+
+def test_measuring_goes_on_after_a_broken_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "progress.json"
+    progress = keep_measuring([sys.executable, "-c", BREAKING, str(file)], file, 60)
+    assert list(progress.found) == ["a", "c"] and progress.found["a"] != progress.found["c"]
+    assert progress.without == {"b": "ended its process with status -6"}
+    keep_measuring([sys.executable, "-c", BREAKING, str(file), "and fail"], file, 60)
+    assert "the process itself ended with status 1" in capfd.readouterr().out
+    keep_measuring([sys.executable, "-c", "import time; time.sleep(60)"], file, 0.1)
+    assert "cut off after 0 s" in capfd.readouterr().out
 
 
 def test_the_table_of_speeds_names_what_auto_takes() -> None:
@@ -187,7 +225,7 @@ STEP = [  # two steps: the host launches a graph and waits for an earlier one; t
     {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 8, "dur": 1},
     {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize", "ts": 9, "dur": 14},
     {"cat": "cpu_op", "name": "aten::copy_", "ts": 5, "dur": 2},
-    {"cat": "kernel", "name": "triton_red_fused", "ts": 20, "dur": 2},
+    {"cat": "kernel", "name": "triton_red_fused_attend", "ts": 20, "dur": 2},
     {"cat": "kernel", "name": "no length", "ts": 30},
 ]
 

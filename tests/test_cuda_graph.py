@@ -10,6 +10,7 @@ import torch
 
 from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
+from compile_attn.step import StepBuffers
 from tests.test_fuzz import cases, play
 from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
 
@@ -40,6 +41,17 @@ def test_sizes_grow_with_the_batch() -> None:
         assert [graphs.size(rows) for rows in (9, 17, 128, 129, 300)] == [16, 32, 128, 160, 300]
         lm.cache.max_tokens = 100
         assert graphs.size(100) is None and graphs.size(96) == 96
+
+
+def test_block_tables_grow_with_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = StepBuffers(4, 5000, 64, torch.device("cpu"))
+    assert [buffers.width(pages, 16) for pages in (1, 64, 65, 256, 257, 4097, 5000)] == [64, 64, 256, 256, 1024, 5000, 5000]
+    assert [StepBuffers(4, 3, 64, torch.device("cpu")).width(pages, 2048) for pages in (1, 3)] == [2, 3]
+
+    monkeypatch.setattr(StepBuffers, "width", lambda self, pages, page_size: -(-pages // 3) * 3)  # widths change often
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        assert lm.generate(PROMPTS, max_new_tokens=30) == greedy(30) == lm.generate(PROMPTS, max_new_tokens=30)
+        assert {one.tokens for one in lm.cuda_graphs} == {24, 36, 48}
 
 
 def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import sympy
 import torch
 
 from compile_attn.kernels import flashinfer as fi
+from compile_attn.kernels import flashinfer_plans as plans
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.expr import H, I, J, Load, S
@@ -171,6 +172,38 @@ def test_what_the_library_is_told(run: fi.FlashInferBackend) -> None:
     uri, *dtypes = sinks.options["jit_args"][:5]
     assert uri == "paged_attn_sink_bf16_bf16_8_swa_True" and dtypes == [torch.bfloat16] * 3 + [torch.int32]
     assert sinks.options["jit_kwargs"]["use_sliding_window"] is True
+
+
+class MissingJITCacheError(RuntimeError):
+    pass
+
+
+@interpreted
+def test_without_fa3_prompts_take_fa2(monkeypatch: pytest.MonkeyPatch, run: fi.FlashInferBackend) -> None:
+    """Where the library may not compile. Of other kernels it is an error."""
+    monkeypatch.setattr(plans, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(plans, "_LONG", 4)
+    monkeypatch.setattr(plans, "_without_fa3", set())
+    taken = Wrapper.take
+
+    def take(self: Wrapper, *given: object) -> None:
+        if self.backend == "fa3":
+            raise MissingJITCacheError("the required module is not found in the JIT cache")
+        taken(self, *given)  # type: ignore[arg-type]
+
+    batch = paged_batch(SPECS["gqa"], [(0, 7), (9, 8)])
+    run.plan_on_host(host(batch), [site(batch.spec)])
+    check(run, batch)
+    assert [each.backend for each in Wrapper.made] == ["fa3"]
+    monkeypatch.setattr(Wrapper, "take", take)
+    with pytest.warns(UserWarning, match="flashinfer has no FA3 kernel for head size 8 in torch.float32 and may not compile one"):
+        run.plan_on_host(host(batch), [site(batch.spec)])
+    check(run, batch)
+    run.plan_on_host(host(batch), [site(batch.spec)])
+    assert [each.backend for each in Wrapper.made] == ["fa3", "fa2"]
+    monkeypatch.setattr(Wrapper, "take", lambda self, *given: (_ for _ in ()).throw(MissingJITCacheError("for fa2")))
+    with pytest.raises(MissingJITCacheError, match="for fa2"):
+        run.plan_on_host(host(batch), [site(batch.spec)])
 
 
 # Steps of a CUDA graph: fixed addresses, other lengths.

@@ -1,4 +1,4 @@
-"""Does the code that Inductor generates leave the pages where they are?"""
+"""Does the code that Inductor generates leave the pages where they are, and is a layer few kernels?"""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 import torch
 from torch._inductor.utils import run_and_get_code  # private; what Inductor's own tests read its code with
 
+from bench.naive_llama import NaiveLlama, Shape
 from compile_attn.cache import Chunk, PagedKVCache
 from compile_attn.demo_model import GPT
+from tests.gpu_code import gpu_code
 from tests.tiny import tiny
 
 PAGES = 61  # a number that occurs in no other shape of the model
@@ -29,6 +31,17 @@ def test_no_page_is_copied_by_functionalization() -> None:
     pools = [shape for shape in shapes if re.match(rf"\s*{PAGES}\s*,", shape)]
     assert pools == [], f"a buffer as large as a page pool is allocated: {pools}"
     assert not re.search(rf"range\({PAGES * 4}|< {PAGES}L|x0<static_cast<int64_t>\({PAGES}", code)
+
+
+def test_a_layer_on_a_gpu() -> None:
+    """Beside four products, write_kv and attend: norm, rotated k and q, norm, gate. No copies, and no cosine made again."""
+    two, three = (gpu_code(NaiveLlama(Shape(64, 96, layers, 4, 2, 61)).bfloat16()) for layers in (2, 3))
+    launches = [len(re.findall(r"\btriton_\w+\.run\(", code)) for code in (two, three)]
+    products = [len(re.findall(r"extern_kernels\.\w+\(", code)) for code in (two, three)]
+    assert launches[1] - launches[0] == 5 and products[1] - products[0] == 4
+    assert two.count("tl_math.cos(") == two.count("tl_math.sin(") == 1
+    values = re.findall(r"write_kv\.default\(\w+, reinterpret_tensor\(\w+, \(\w+, 2, 16\), \(128, 16, 1\), 96\)", two)
+    assert len(values) == 2, "values go to the pages as they lie among the columns of the joined product"
 
 
 def test_what_attention_returns_is_not_copied() -> None:

@@ -54,6 +54,7 @@ METADATA = (
         (OPS.attend.default, attend_arguments("buckets")),
         (OPS.write_kv.default, write_arguments()),
         (OPS.build_metadata.default, METADATA),
+        (OPS.once.default, (torch.randn(3, 4).T,)),
         (
             OPS.advance_step.default,
             (torch.ones(1, 3).long(), torch.ones(1, 3).long(), torch.tensor([4, 2, 0]).int(), torch.tensor([8, 9, 1])),
