@@ -177,9 +177,7 @@ def _work(known, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _item(  # type: ignore[no-untyped-def]
-    at, known, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr
-):
+def _item(at, known, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The item at this place of all blocks of keys, its weight, and the weights before it. `known`: those of the first items."""
     item = 0
     weight = 0
