@@ -5,7 +5,7 @@ different pages, and called one by one; the share of the floor (bytes over copy 
 both measured first); and the others, where installed.
 
     python -m bench.general [--json FILE]            the table
-    python -m bench.general --sweep decode|prefill   tiles and splits, from which general.py's are chosen
+    python -m bench.general --sweep decode|prefill   tiles and splits, from which those of kernels/tiles.py are chosen
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from compile_attn.kernels import general
+from compile_attn.kernels import tiles as tiling
+from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.batch import AttentionMetadata
 from compile_attn.kernels.select import backend
@@ -246,27 +247,27 @@ def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def tuned(knobs: dict[str, int]) -> Iterator[None]:
     """Other tiles, or other constants of the module, than `general` would choose."""
-    tiles_of, constants = general.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
+    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
     tiles = {name: value for name, value in knobs.items() if not name.startswith("_")}
-    before = {name: getattr(general, name) for name in constants}
+    before = {name: getattr(tiling, name) for name in constants}
 
-    def chosen(spec: AttentionSpec, *rest: Any) -> general.Tiles:
+    def chosen(spec: AttentionSpec, *rest: Any) -> tiling.Tiles:
         return changed(tiles_of(spec, *rest), spec, tiles)
 
     try:
         for name, value in constants.items():
-            setattr(general, name, value)
-        general.tiles_of = chosen
-        general.launches.cache_clear()
+            setattr(tiling, name, value)
+        triton_launch.tiles_of = chosen
+        tiling.launches.cache_clear()
         yield
     finally:
-        general.tiles_of = tiles_of
-        general.launches.cache_clear()
+        triton_launch.tiles_of = tiles_of
+        tiling.launches.cache_clear()
         for name, value in before.items():
-            setattr(general, name, value)
+            setattr(tiling, name, value)
 
 
-def changed(tiles: general.Tiles, spec: AttentionSpec, knobs: dict[str, int]) -> general.Tiles:
+def changed(tiles: tiling.Tiles, spec: AttentionSpec, knobs: dict[str, int]) -> tiling.Tiles:
     tiles = replace(tiles, **knobs)
     if "block_m" in knobs and tiles.block_q > 1:
         tiles = replace(tiles, block_q=tiles.block_m // tiles.group)

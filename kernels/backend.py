@@ -64,8 +64,7 @@ class HostStep:
 
     block_table [B, max_pages] int32 is the step's own buffer, whose address never changes; what it holds may still be on its
     way to the device. seq_lens and query_lens [B] int32 are on the CPU, as of this step, 0 for a pad row. `captured`: the step
-    is recorded into a CUDA graph or replayed from one, so the addresses that a kernel has seen must hold the new plan. `longest`:
-    no sequence is longer, neither in this step nor in any other that the graph serves; None: not said.
+    is recorded into a CUDA graph or replayed from one, so the addresses that a kernel has seen must hold the new plan.
     """
 
     block_table: torch.Tensor
@@ -74,7 +73,6 @@ class HostStep:
     num_tokens: int  # T, pads included
     page_size: int
     captured: bool
-    longest: int | None = None
 
 
 @dataclass(frozen=True)

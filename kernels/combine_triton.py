@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from compile_attn.kernels.general_triton import exponential
-from compile_attn.kernels.grid_triton import weights
+from compile_attn.kernels.grid_triton import served
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -40,7 +40,7 @@ def combine(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0)
     if PLAN.few > 0:  # nobody has announced the tiles of other sequences
         heads: tl.constexpr = PLAN.heads // PLAN.group
-        used = tl.load(parts.used + tile, mask=weights(tile // heads, batch, num_tokens, num_sequences, PLAN) > 0, other=0)
+        used = tl.load(parts.used + tile, mask=served(tile // heads, batch, num_tokens, num_sequences, PLAN)[0], other=0)
     else:
         used = tl.load(parts.used + tile)
     if used <= 1:  # written already

@@ -20,7 +20,6 @@ from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
 from compile_attn.kernels.flash_rows import Rows
-from compile_attn.kernels.flash_splits import NO_HINT, Hint
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
@@ -39,8 +38,8 @@ class FlashAttnBackend(Backend):
     plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
 
     def __init__(self) -> None:
-        # By address of the block table: shape of the step that is coming, and how to split it. Wrong, it costs speed and no more.
-        self._said: dict[int, tuple[tuple[int, int], dict[AttentionSpec, Hint]]] = {}
+        # By address of the block table: B and T of the coming step, and what is even in it. Wrong, it costs speed and no more.
+        self._said: dict[int, tuple[tuple[int, int], dict[AttentionSpec, bool]]] = {}
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -82,8 +81,8 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        hint = self._hint(kv.block_table, q.shape[0], spec)
-        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], hint)
+        even = self._even(kv.block_table, q.shape[0], spec)
+        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], even)
         plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
         rows = flash_rows.read(plan, q.shape[0], fit.sequences)
         schedule = None if kv.plan is None or not fit.schedule_size else rows.behind[: fit.schedule_size]
@@ -92,17 +91,17 @@ class FlashAttnBackend(Backend):
         return fit.provider.run(call)
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        """Remember what lengths say of splits."""
-        rows = None if step.captured else (step.query_lens.numpy(), step.seq_lens.numpy())
-        hints: dict[AttentionSpec, Hint] = {}
-        for site in sites:
-            hint = flash_splits.hint(site.spec, step.longest, rows, _multiprocessors(step.block_table.device))
-            hints[site.spec] = hints[self.planned(site.spec)] = hint
-        self._said[step.block_table.data_ptr()] = (step.block_table.shape[0], step.num_tokens), hints
+        """Remember what lengths say of splits, but not for a graph, which will see others."""
+        table, even = step.block_table, dict[AttentionSpec, bool]()
+        for site in () if step.captured else sites:
+            lengths = step.query_lens.numpy(), step.seq_lens.numpy()
+            even[site.spec] = flash_splits.even(site.spec, *lengths, _multiprocessors(table.device))
+            even[self.planned(site.spec)] = even[site.spec]
+        self._said[table.data_ptr()] = (table.shape[0], step.num_tokens), even
 
-    def _hint(self, block_table: torch.Tensor, tokens: int, spec: AttentionSpec) -> Hint:
-        shape, hints = self._said.get(block_table.data_ptr(), (None, {}))
-        return hints.get(spec, NO_HINT) if shape == (block_table.shape[0], tokens) else NO_HINT
+    def _even(self, block_table: torch.Tensor, tokens: int, spec: AttentionSpec) -> bool:
+        shape, even = self._said.get(block_table.data_ptr(), (None, {}))
+        return shape == (block_table.shape[0], tokens) and even.get(spec, False)
 
     def planned(self, spec: AttentionSpec) -> AttentionSpec:
         """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
@@ -116,8 +115,8 @@ class FlashAttnBackend(Backend):
         sequences, tokens, device = step.block_table.shape[0], step.token_seq.shape[0], step.token_seq.device
         plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
         if tokens:
-            hint = self._hint(step.block_table, tokens, spec)
-            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, hint)
+            even = self._even(step.block_table, tokens, spec)
+            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, even)
             rows = flash_rows.read(plan, tokens, sequences)
             schedule = fit.provider.schedule(fit.grid(rows))
             if schedule is not None:
@@ -163,10 +162,10 @@ def _fit(
     sequences: int,
     most_pages: int,
     tokens: int,
-    hint: Hint,
+    even: bool,
 ) -> _Fit:
     (left, right), most_keys = _window(spec, 0), most_pages * page_size
-    splits = flash_splits.splits(spec, tokens, sequences, most_keys, _multiprocessors(device), hint)
+    splits = flash_splits.splits(spec, tokens, sequences, most_keys, _multiprocessors(device), even)
     provider = _chosen(spec, device, dtype, page_size)
     return _Fit(provider, spec, device, dtype, page_size, sequences, tokens, most_keys, left, right, splits)
 

@@ -7,7 +7,6 @@ whose sequences keep the device busy undivided is not told to divide them. See b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,45 +21,27 @@ _TILE = 128  # queries, of all heads that share a KV head; and keys that are rea
 _MOST_ROWS = 992  # that the scheduler divides; more fill a device by themselves
 
 
-@dataclass(frozen=True)
-class Hint:
-    """What the host knows of a step, or of all steps that a CUDA graph serves."""
-
-    longest: int | None = None  # no sequence has more keys; rounded up, so that hints are few
-    even: bool = False  # no sequence keeps a program busy much longer than its share of all
-
-
-NO_HINT = Hint()
-
-
-def hint(spec: AttentionSpec, longest: int | None, rows: tuple[Any, Any] | None, multiprocessors: int) -> Hint:
-    """`rows`: numbers of queries and of keys of each sequence, where they are known."""
-    if rows is None:
-        return Hint(None if longest is None else _rounded(longest))
-    queries, keys = (each.astype(np.int64) for each in rows)
+def even(spec: AttentionSpec, queries: Any, keys: Any, multiprocessors: int) -> bool:
+    """Does no sequence keep a program busy much longer than its share of all? By int arrays [B] of new tokens and of all."""
     real = queries > 0
-    queries, keys = queries[real], keys[real]
+    queries, keys = (each[real].astype(np.int64) for each in (queries, keys))
     if not len(keys):
-        return NO_HINT
+        return False
     window = spec.mask.window()
     seen = keys if window is None else np.minimum(keys, window + queries)
     tiles = -(-queries * (spec.num_q_heads // spec.num_kv_heads) // _TILE)
     # Of a causal prefill the first queries see few keys, so that its tiles have half of the keys on average.
     average = seen if isinstance(spec.mask, Bidirectional) else seen - np.minimum(queries, seen) / 2
     work = float((tiles * average).sum()) * spec.num_kv_heads
-    return Hint(_rounded(int(keys.max())), bool(int(seen.max()) * multiprocessors <= 1.3 * work))
+    return bool(int(seen.max()) * multiprocessors <= 1.3 * work)
 
 
-def _rounded(longest: int) -> int:
-    return 1 << max(0, longest - 1).bit_length()
-
-
-def splits(spec: AttentionSpec, tokens: int, sequences: int, most_keys: int, multiprocessors: int, hint: Hint) -> int:
+def splits(spec: AttentionSpec, tokens: int, sequences: int, most_keys: int, multiprocessors: int, even: bool) -> int:
     """Most programs that may share one tile. A long sequence among short ones may have them all."""
-    if sequences >= _MOST_ROWS or hint.even:
+    if sequences >= _MOST_ROWS or even:
         return 1
-    bounds = (most_keys, hint.longest, None if spec.mask.window() is None else spec.mask.window() + 1)  # type: ignore[operator]
-    keys = min(bound for bound in bounds if bound is not None)
+    window = spec.mask.window()
+    keys = most_keys if window is None else min(most_keys, window + 1)
     share = -(-10 * multiprocessors // (11 * spec.num_kv_heads))  # the scheduler leaves a tenth free, and asks no more
     memory = _PARTS // max(1, tokens * spec.num_q_heads * spec.head_dim_v * 4)
     few = sequences * spec.num_kv_heads <= multiprocessors // 2

@@ -21,11 +21,10 @@ from torch.utils.weak import TensorWeakRef
 
 from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.evaluate import constant, evaluator
-from compile_attn.kernels.expr import H, I, J, Load
+from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
 from compile_attn.kernels.flashinfer_ragged import RaggedPlans
 from compile_attn.kernels.flashinfer_score import variant
-from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.text import print_expr
 
@@ -113,7 +112,7 @@ def _common_limits(request: Request) -> Iterator[str]:
     yield from (f"{reason}, or {cure}" for reason in _library())
     if (0, 0) < capability(request.device) < (8, 0):
         yield f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}"
-    if not is_bounds(request.spec.mask):
+    if not request.spec.mask.is_bounds():
         yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
 
 
@@ -277,14 +276,6 @@ def _sinks(spec: AttentionSpec, captured: Sequence[torch.Tensor], device: torch.
 @functools.lru_cache(maxsize=256)
 def _sink_of(sinks: sympy.Expr) -> Any:
     return evaluator(sinks)
-
-
-def is_bounds(mask: Mask) -> bool:
-    """Does the mask say no more than its bounds do: j <= i, i - j <= window?"""
-    window = mask.window()
-    bounds = [sympy.Le(J, I)] if mask.causal() else []
-    bounds += [] if window is None else [sympy.Le(I - J, window)]
-    return bool(mask.predicate() == sympy.And(*bounds))
 
 
 def is_standard(slope: sympy.Expr, heads: int) -> bool:

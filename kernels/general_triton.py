@@ -25,9 +25,6 @@ class Plan:
     heads: int  # query heads
     dim: int
     dim_v: int
-    causal: bool  # no key to the right of its query is visible
-    window: int  # greatest i - j of a visible key; -1: unbounded
-    bounded: bool  # the mask is what causal and window say, nothing more
     binary: bool  # a weight is a power of 2, not of e
     factor: float  # what a printed score is multiplied by before
     alike: bool  # keys and values of a token stand at the same place of their pools
@@ -42,6 +39,7 @@ class Plan:
     block_n: int  # keys of a tile
     block_d: int  # head sizes, padded to a power of two
     block_dv: int
+    together: bool  # one loop over the blocks of keys, not one without a mask and another
     split: bool  # several programs share the keys of a tile of queries
 
 
@@ -65,7 +63,6 @@ class Batch(NamedTuple):
     width: int
     lengths: Any
     starts: Any
-    positions: Any
     token_seq: Any
 
 
@@ -83,45 +80,10 @@ class Parts(NamedTuple):
     place: Any
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def key_blocks(i, inside, length, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks [begin, end) to visit, and of them [clear, clear_end) in which every row sees every key."""
-    last = tl.max(tl.where(inside, i, 0))
-    first = tl.min(tl.where(inside, i, last))
-    low = 0
-    clear_low = 0
-    if PLAN.window >= 0:
-        low = tl.maximum(first - PLAN.window, 0)
-        clear_low = tl.maximum(last - PLAN.window, 0)
-    high = length
-    clear_high = length
-    if PLAN.causal:
-        high = tl.minimum(length, last + 1)
-        clear_high = tl.minimum(length, first + 1)
-    begin = low // PLAN.block_n
-    end = tl.maximum((high + PLAN.block_n - 1) // PLAN.block_n, begin)
-    clear = begin
-    clear_end = begin
-    if PLAN.bounded:
-        clear = (clear_low + PLAN.block_n - 1) // PLAN.block_n
-        clear_end = clear_high // PLAN.block_n
-    return begin, end, clear, clear_end
-
-
 @triton.jit
-def portion(blocks, low, high, of):  # type: ignore[no-untyped-def]
-    """Of these blocks the part from low to high, where all are `of`."""
-    begin, end, clear, clear_end = blocks
-    number = (end - begin).to(tl.int64)
-    end = begin + (number * high // of).to(tl.int32)
-    begin = begin + (number * low // of).to(tl.int32)
-    return begin, end, clear, clear_end
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _edge(n, clear, clear_end, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of the n-th block, where those from `clear` to `clear_end` are left out."""
-    return tl.where(n < clear, n, n + clear_end - clear) * PLAN.block_n
+def portion(number, low, high, of):  # type: ignore[no-untyped-def]
+    """Of this number of blocks the part from low to high, where all are `of`."""
+    return (number.to(tl.int64) * low // of).to(tl.int32), (number.to(tl.int64) * high // of).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -177,7 +139,7 @@ def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.cons
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    state, page, queries, row, start, length, kv_head, scale, keys, values, captured,
+    state, page, queries, row, start, length, kv_head, scale, keys, values, captured, edge,
     SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
@@ -194,9 +156,15 @@ def _visit(  # type: ignore[no-untyped-def]
     s = tl.dot(queries, tl.trans(k.to(PLAN.dot)), input_precision="tf32x3")
     if PLAN.k_scaled:
         s = s * scale
-    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
-    if MASKED:
-        value = tl.where(owned[None, :], value, float("-inf"))
+    if PLAN.together:
+        if edge:
+            value = tl.where(owned[None, :], SCORE(s, j[None, :].to(PLAN.whole), row, captured, True), float("-inf"))
+        else:
+            value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, False)
+    else:
+        value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
+        if MASKED:
+            value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
     weights = exponential(value * PLAN.factor - against[:, None], PLAN)
@@ -239,37 +207,66 @@ def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _walk(  # type: ignore[no-untyped-def]
-    state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE: tl.constexpr, PLAN: tl.constexpr
+def _block(k, clears, seen, CLEAR: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of the k-th block: clear ones come before the others."""
+    if PLAN.together:
+        n = tl.where(k < clears, CLEAR(k, seen), EDGE(k - clears, seen))
+    else:
+        n = EDGE(k - clears, seen) if MASKED else CLEAR(k, seen)
+    return n * PLAN.block_n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _loop(  # type: ignore[no-untyped-def]
+    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of keys: first those without a mask."""
-    begin, end, clear, clear_end = blocks
-    clear = tl.minimum(tl.maximum(clear, begin), end)
-    clear_end = tl.minimum(tl.maximum(clear_end, clear), end)
-    limit = clear_end * PLAN.block_n
-    page = _pages(clear * PLAN.block_n, limit, b, batch, False, PLAN)
-    for n in range(clear, clear_end):
-        start = n * PLAN.block_n
-        ahead = _pages(start + PLAN.block_n, limit, b, batch, False, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, False, PLAN)
-        page = ahead
-    start = _edge(begin, clear, clear_end, PLAN)
-    page = _pages(start, length, b, batch, True, PLAN)
-    for n in range(begin, end - (clear_end - clear)):
-        following = _edge(n + 1, clear, clear_end, PLAN)
-        ahead = _pages(following, length, b, batch, True, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, True, PLAN)
+    """Blocks of keys from the begin-th on."""
+    start = _block(begin, clears, seen, CLEAR, EDGE, MASKED, PLAN)
+    page = _pages(start, tl.where(begin < end, length, 0), b, batch, MASKED, PLAN)
+    for k in range(begin, end):
+        following = _block(k + 1, clears, seen, CLEAR, EDGE, MASKED, PLAN)
+        ahead = _pages(following, tl.where(k + 1 < end, length, 0), b, batch, MASKED, PLAN)
+        state = _visit(
+            state, page, queries, row, start, length, kv_head, scale, keys, values, captured, k >= clears, SCORE, MASKED, PLAN
+        )
         page = ahead
         start = following
     return state
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def compute(  # type: ignore[no-untyped-def]
-    b, rows, head_tile, length, blocks, opens, part, alone, q, q_strides, keys, values, batch, captured, out, parts,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+def _walk(  # type: ignore[no-untyped-def]
+    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile over some blocks of keys: to the output, or, where others have more of them, to `part` of the parts.
+    """Blocks of keys from the begin-th on: clear ones first."""
+    if PLAN.together:
+        state = _loop(
+            state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+            CLEAR, EDGE, SCORE, True, PLAN,
+        )  # fmt: skip
+    else:
+        state = _loop(
+            state, begin, tl.minimum(end, clears), clears, seen, queries, row, b, kv_head, length, scale, keys, values,
+            batch, captured, CLEAR, EDGE, SCORE, False, PLAN,
+        )  # fmt: skip
+        state = _loop(
+            state, tl.maximum(begin, clears), end, clears, seen, queries, row, b, kv_head, length, scale, keys, values,
+            batch, captured, CLEAR, EDGE, SCORE, True, PLAN,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def compute(  # type: ignore[no-untyped-def]
+    b, rows, head_tile, length, begin, end, clears, seen, opens, part, alone,
+    q, q_strides, keys, values, batch, captured, out, parts,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a tile over its blocks of keys from the begin-th on; `clears` of all need no mask.
+
+    To the output, or, where other programs have more of them, to `part` of the parts.
 
     opens: these are the first blocks, which a sink goes before.
     """
@@ -284,6 +281,9 @@ def compute(  # type: ignore[no-untyped-def]
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, opens, captured, SINK, PLAN)
-    state = _walk(state, blocks, queries, row, b, kv_head, length, scale, keys, values, batch, captured, SCORE, PLAN)
+    state = _walk(
+        state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        CLEAR, EDGE, SCORE, PLAN,
+    )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, part, alone, scale, out, parts, PLAN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compile_attn.kernels.general_triton import compute, key_blocks, portion
+from compile_attn.kernels.general_triton import compute, portion
 
 SEQUENCES = tl.constexpr(256)  # looked through at once
 
@@ -39,7 +39,7 @@ def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sequence, first token, end of its tokens and number of its keys, for a block of tokens in paged mode."""
+    """Sequence, first token, end of its tokens, number of its keys, and position of token 0, for a block of tokens."""
     if PLAN.few > 0:
         b = block
         first = tl.load(batch.starts + b)
@@ -52,25 +52,32 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
     real = b < num_sequences
     end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
     length = tl.load(batch.lengths + b, mask=real, other=0)
+    origin = length - end  # the last token is the last key: what `positions` holds, without a load that waits for this one
     if PLAN.few > 0:
         end = tl.where(end - first > PLAN.few, first, end)
-    return tl.minimum(b, num_sequences - 1), first, end, length
+    return tl.minimum(b, num_sequences - 1), first, end, length, origin
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(b, first, end, head_tile, batch, num_tokens, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(b, first, end, origin, head_tile, num_tokens, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Token, head, position and row of the output of every row of a tile, and whether there is such a row."""
     r = tl.arange(0, PLAN.block_m)
     token = first + r // PLAN.group
     inside = (token < end) & (r < PLAN.block_q * PLAN.group)
     head = head_tile * PLAN.group + r % PLAN.group
+    i = tl.maximum(token + origin, 0)  # of a pad token, 0
     if PLAN.page_size > 0:
-        i = tl.load(batch.positions + token, mask=inside, other=0).to(tl.int32)
         place = token.to(tl.int64) * PLAN.heads + head
     else:
-        i = token
         place = (b * PLAN.heads + head).to(tl.int64) * num_tokens + token
     return token, head, i, place, inside
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sight(first, end, origin, head_tile, length, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many blocks of keys a tile sees, clear ones and others, and what tells which."""
+    last = tl.minimum(first + PLAN.block_q, end) - 1
+    return COUNT(tl.maximum(first + origin, 0), tl.maximum(last + origin, 0), head_tile * PLAN.group, length)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -88,7 +95,8 @@ def _announce(tile, first, used, rows, opens, parts, PLAN: tl.constexpr):  # typ
 @triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_keys", "splits", "least"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_keys, splits, least,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr,
+    COUNT: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Stateless: num_tokens queries and num_keys keys in each of the sequences.
 
@@ -101,34 +109,37 @@ def attend(  # type: ignore[no-untyped-def]
     head_tile = tl.program_id(1)
     split = tl.program_id(2)
     if PLAN.page_size > 0:
-        b, first, end, length = _sequence(block, batch, num_tokens, num_sequences, PLAN)
+        b, first, end, length, origin = _sequence(block, batch, num_tokens, num_sequences, PLAN)
     else:
         each = (num_tokens + PLAN.block_q - 1) // PLAN.block_q
         b = block // each
         first = block % each * PLAN.block_q
         end = num_tokens
         length = num_keys
-    rows = _rows(b, first, end, head_tile, batch, num_tokens, PLAN)
-    blocks = key_blocks(rows[2], rows[4], length, PLAN)
+        origin = 0
+    rows = _rows(b, first, end, origin, head_tile, num_tokens, PLAN)
+    clears, edges, seen = _sight(first, end, origin, head_tile, length, COUNT, PLAN)
+    begin = 0
+    finish = clears + edges
     used = 1
     part = 0
     if PLAN.split:
         tile = block * tl.num_programs(1) + head_tile
-        used = tl.minimum(splits, tl.maximum((blocks[1] - blocks[0]) // least, 1))
+        used = tl.minimum(splits, tl.maximum(finish // least, 1))
         part = tile * splits + split
-        blocks = portion(blocks, split, split + 1, used)
+        begin, finish = portion(finish, split, split + 1, used)
         _announce(tile, tile * splits, used, rows, split == 0, parts, PLAN)
     if (first >= end) | (split >= used):
         return
     compute(
-        b, rows, head_tile, length, blocks, split == 0, part, used == 1,
-        q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, PLAN,
+        b, rows, head_tile, length, begin, finish, clears, seen, split == 0, part, used == 1,
+        q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, CLEAR, EDGE, PLAN,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def weights(item, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks of keys of an item, about, and one where there are none: its output is to be written. 0: there is no such item.
+def served(item, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Is there such an item, how many tokens has it, and how many keys?
 
     An item is a token, or, where `few` says how many of its tokens make a tile, a sequence.
     """
@@ -139,15 +150,22 @@ def weights(item, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type
         real = (new > 0) & (new <= PLAN.few)
     else:
         real = item < num_tokens
+        new = 1
         b = tl.load(batch.token_seq + item, mask=real, other=0)
         keys = tl.load(batch.lengths + b, mask=item < tl.load(batch.starts + num_sequences), other=0)
-    if PLAN.window >= 0:
-        keys = tl.minimum(keys, PLAN.window + PLAN.block_q)
-    return tl.where(real, tl.maximum((keys + PLAN.block_n - 1) // PLAN.block_n, 1), 0)
+    return real, new, keys
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _item(at, batch, num_tokens, num_sequences, num_items, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weights(item, batch, num_tokens, num_sequences, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks of keys that an item's first heads see, and one where they see none: its output is to be written. 0: no item."""
+    real, new, keys = served(item, batch, num_tokens, num_sequences, PLAN)
+    clears, edges, _ = COUNT(tl.maximum(keys - new, 0), tl.maximum(keys - 1, 0), 0, keys)
+    return tl.where(real, tl.maximum(clears + edges, 1), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _item(at, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The item at this place of all blocks of keys, its weight, the weights before it, and the weight of all."""
     heads: tl.constexpr = PLAN.heads // PLAN.group
     item = 0
@@ -156,7 +174,7 @@ def _item(at, batch, num_tokens, num_sequences, num_items, PLAN: tl.constexpr): 
     total = 0
     for some in range(0, num_items, SEQUENCES):
         each = some + tl.arange(0, SEQUENCES)
-        blocks = weights(each, batch, num_tokens, num_sequences, PLAN)
+        blocks = _weights(each, batch, num_tokens, num_sequences, COUNT, PLAN)
         ends = total + tl.cumsum(blocks, 0)
         here = (at < ends * heads) & (at >= (ends - blocks) * heads)
         item += tl.sum(tl.where(here, each, 0))
@@ -169,7 +187,8 @@ def _item(at, batch, num_tokens, num_sequences, num_items, PLAN: tl.constexpr): 
 @triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_items", "least"])  # type: ignore[untyped-decorator]
 def attend_evenly(  # type: ignore[no-untyped-def]
     q, q_strides, keys, values, batch, captured, out, parts, num_tokens, num_sequences, num_items, least,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr, PLAN: tl.constexpr,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr,
+    COUNT: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """An equal share of all blocks of keys, `least` or more: item after item, of each the tiles of its heads one by one.
 
@@ -177,24 +196,25 @@ def attend_evenly(  # type: ignore[no-untyped-def]
     """
     heads: tl.constexpr = PLAN.heads // PLAN.group
     program = tl.program_id(0)
-    total = _item(0, batch, num_tokens, num_sequences, num_items, PLAN)[3]
+    total = _item(0, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)[3]
     share = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), least)
     at = program * share
     until = tl.minimum(at + share, total)
     while at < until:
-        item, weight, before, _ = _item(at, batch, num_tokens, num_sequences, num_items, PLAN)
+        item, weight, before, _ = _item(at, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)
         head_tile = (at - before) // weight
         begin = before + head_tile * weight
         low = at - begin
         high = tl.minimum(until - begin, weight)
         tile = item * heads + head_tile  # parts are counted through programs and tiles: each begins one at most
         used = (begin + weight - 1) // share - begin // share + 1
-        b, first, end, length = _sequence(item, batch, num_tokens, num_sequences, PLAN)
-        rows = _rows(b, first, end, head_tile, batch, num_tokens, PLAN)
+        b, first, end, length, origin = _sequence(item, batch, num_tokens, num_sequences, PLAN)
+        rows = _rows(b, first, end, origin, head_tile, num_tokens, PLAN)
         _announce(tile, begin // share + tile, used, rows, low == 0, parts, PLAN)
-        blocks = portion(key_blocks(rows[2], rows[4], length, PLAN), low, high, weight)
+        clears, edges, seen = _sight(first, end, origin, head_tile, length, COUNT, PLAN)
+        from_, to = portion(clears + edges, low, high, weight)
         compute(
-            b, rows, head_tile, length, blocks, low == 0, program + tile, used == 1,
-            q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, PLAN,
+            b, rows, head_tile, length, from_, to, clears, seen, low == 0, program + tile, used == 1,
+            q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, CLEAR, EDGE, PLAN,
         )  # fmt: skip
         at = begin + high

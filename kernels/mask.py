@@ -34,6 +34,13 @@ class Mask(ABC):
         """No key to the right of its query is visible. `classify` makes this True whenever it can be proven."""
         return True
 
+    def is_bounds(self) -> bool:
+        """Does it say no more than `causal` and `window` do: j <= i, i - j <= window?"""
+        window = self.window()
+        bounds = [sympy.Le(J, I)] if self.causal() else []
+        bounds += [] if window is None else [sympy.Le(I - J, window)]
+        return bool(self.predicate() == sympy.And(*bounds))
+
     def features(self) -> frozenset[str]:
         """Names of `spec.Feature` members that a kernel must have."""
         return frozenset()

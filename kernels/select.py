@@ -19,6 +19,7 @@ _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
     "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttnBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
+    "block_sparse": ("compile_attn.kernels.block_sparse", "BlockSparseBackend"),
     "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
     "flashinfer_jit": ("compile_attn.kernels.flashinfer", "FlashInferJitBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
@@ -85,10 +86,10 @@ def choose(
 def _preferred(request: Request) -> tuple[str, ...]:
     """All kernels, best first where nothing was measured. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
-        return ("sdpa", "reference", "general", "flash_attn", "flashinfer", "flashinfer_jit")
+        return ("sdpa", "reference", "general", "block_sparse", "flash_attn", "flashinfer", "flashinfer_jit")
     if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and the others compute
-        return ("flash_attn", "general", "flashinfer", "sdpa", "reference", "flashinfer_jit")
-    return ("sdpa", "flash_attn", "general", "flashinfer", "reference", "flashinfer_jit")
+        return ("flash_attn", "general", "block_sparse", "flashinfer", "sdpa", "reference", "flashinfer_jit")
+    return ("sdpa", "flash_attn", "general", "block_sparse", "flashinfer", "reference", "flashinfer_jit")
 
 
 def _needs_mask_tensor(spec: AttentionSpec) -> bool:

@@ -82,6 +82,17 @@ def bounded(mask: Mask) -> bool:
     return all(span.cells is not None or span.stop != LENGTH or span.low != 0 for span in spans(mask, 1))
 
 
+@functools.lru_cache(maxsize=1024)
+def most_keys(mask: Mask, heads: int, rows: int, length: int) -> int:
+    """About how many keys the tile of a long sequence's last queries sees. Never fewer than 1."""
+    tile = {FIRST: max(0, length - rows), LAST: length - 1, HEAD: 0, LENGTH: length}
+    count = 0.0
+    for span in spans(mask, heads):
+        part = 1.0 if span.cells is None else (int(span.cells.lag.subs(tile)) + 1) * len(span.cells.deltas) / span.cells.period
+        count += part * max(0, int((span.stop - span.low).subs(tile)))
+    return max(1, min(length, math.ceil(count)))
+
+
 def _terms(predicate: Boolean) -> list[frozenset[Boolean]] | None:
     """The predicate as a disjunction of conjunctions; None: too many."""
     if not isinstance(predicate, (sympy.Or, sympy.And)):

@@ -1,8 +1,8 @@
-"""How does a kernel walk over the blocks of keys that a tile of queries may see? As a module of three Triton functions.
+"""Which block of keys does a tile of queries visit as its k-th? As a module of three Triton functions.
 
-`walk(first, last, head, length)` counts the blocks in which every row sees every key, and the others; `clear(k, state)` and
+`count(first, last, head, length)` counts the blocks in which every row sees every key, and the others; `clear(k, state)` and
 `edge(k, state)` give the k-th of either. Every visited block is named once. The spans of `visible` become pieces that share
-no block; inside a piece blocks are numbered, so that any share of the walk starts anywhere, without a list in memory.
+no block; inside a piece blocks are numbered, so that any share of them starts anywhere, without a list in memory.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Piece:
 
 
 @functools.lru_cache(maxsize=1024)
-def print_walk(mask: Mask, heads: int, block_n: int) -> str:
-    """Source of `walk`, `clear` and `edge` for tiles of that many query heads and blocks of `block_n` keys."""
+def print_sight(mask: Mask, heads: int, block_n: int) -> str:
+    """Source of `count`, `clear` and `edge` for tiles of that many query heads and blocks of `block_n` keys."""
     writer = _Writer(block_n)
     pieces = writer.pieces(spans(mask, heads))
     state = [name for number in range(len(pieces)) for name in (f"a{number}", f"c{number}", f"m{number}", f"e{number}")]
@@ -52,7 +52,7 @@ def print_walk(mask: Mask, heads: int, block_n: int) -> str:
     return "\n".join(
         [
             _HEAD,
-            _function("walk(first, last, head, length)", [*writer.lines, *totals, f"return clears, edges, ({', '.join(state)})"]),
+            _function("count(first, last, head, length)", [*writer.lines, *totals, f"return clears, edges, ({', '.join(state)})"]),
             _function("clear(k, state)", [given, *_numbered(pieces, "m", lambda at: f"c{at} + k"), "return n"]),
             _function("edge(k, state)", [given, *_numbered(pieces, "e", _edge), "return n"]),
         ]
@@ -97,7 +97,7 @@ def _function(signature: str, lines: Sequence[str]) -> str:
 
 
 class _Writer:
-    """Collects the lines of `walk`."""
+    """Collects the lines of `count`."""
 
     def __init__(self, block_n: int) -> None:
         self.block_n = block_n

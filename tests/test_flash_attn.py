@@ -263,31 +263,27 @@ def test_what_shares_a_plan() -> None:
 
 def test_what_the_host_says_decides_splits(emulated: Emulated) -> None:
     """And nothing else: another step, or a lie, gives the same numbers."""
-    spec = AttentionSpec(32, 8, 16, 16, scale=0.25)
+    spec = AttentionSpec(64, 64, 16, 16, scale=0.25)
     batch = paged_batch(spec, [(900, 1), (4, 1)], page_size=16)
     at, wide = batch.metadata, torch.zeros((2, 4096), dtype=torch.int32)
     wide[:, : at.block_table.shape[1]] = at.block_table
     batch.metadata = at = replace(at, block_table=wide)
     wanted = batch.attend([], "flash_attn")
-    assert emulated.calls[-1].grid.splits == 15
-    site = PlannedSite(spec, torch.float32, torch.float32)
+    assert emulated.calls[-1].grid.splits == 2
 
-    def said(seq_lens: torch.Tensor, captured: bool, longest: int | None, tokens: int = 2) -> int:
-        step = HostStep(wide, seq_lens, at.query_lens, tokens, 16, captured, longest)
-        backend("flash_attn").plan_on_host(step, [site])
+    def said(seq_lens: list[int], captured: bool, tokens: int = 2) -> int:
+        step = HostStep(wide, torch.tensor(seq_lens, dtype=torch.int32), at.query_lens, tokens, 16, captured)
+        backend("flash_attn").plan_on_host(step, [PlannedSite(spec, torch.float32, torch.float32)])
         assert torch.equal(batch.attend([], "flash_attn"), wanted)
         splits = emulated.calls[-1].grid.splits
         assert torch.equal(planned(batch), wanted.double())
         assert emulated.calls[-1].grid.splits == splits
         return splits
 
-    assert said(at.seq_lens, False, None) == 2
-    assert said(at.seq_lens, True, None) == 15
-    assert said(at.seq_lens, True, 1024) == 2
-    assert said(at.seq_lens, True, 1000) == 2
-    assert said(at.seq_lens, True, 500) == 1
-    assert said(torch.full((2,), 30_000, dtype=torch.int32), False, None) == 15
-    assert said(at.seq_lens, False, None, tokens=9) == 15  # another step
+    assert said([901, 5], captured=False) == 2
+    assert said([901, 901], captured=False) == 1
+    assert said([901, 901], captured=True) == 2
+    assert said([901, 901], captured=False, tokens=9) == 2  # another step
 
 
 @pytest.mark.parametrize(

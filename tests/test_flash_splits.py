@@ -7,38 +7,36 @@ import pytest
 
 from compile_attn.kernels import flash_splits
 from compile_attn.kernels import mask as m
-from compile_attn.kernels.flash_splits import NO_HINT, Hint
 from compile_attn.kernels.spec import AttentionSpec
 
 PLAIN, WINDOW = AttentionSpec(32, 8, 128, 128), AttentionSpec(32, 8, 128, 128, m.Window(1023))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sequences", "keys", "spec", "hint", "wanted"),
+    ("tokens", "sequences", "keys", "spec", "wanted"),
     [
-        (8, 8, 131_072, PLAIN, NO_HINT, 15),  # a KV head has a share of the device
-        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), NO_HINT, 120),
-        (8, 8, 131_072, WINDOW, NO_HINT, 2),
-        (8, 8, 4_096, PLAIN, NO_HINT, 8),
-        (32, 32, 4_096, PLAIN, NO_HINT, 4),
-        (8, 8, 1_000, PLAIN, NO_HINT, 1),
-        (512, 512, 131_072, AttentionSpec(32, 4, 128, 128), NO_HINT, 16),  # by the memory that parts take
-        (8192, 4, 131_072, PLAIN, NO_HINT, 1),
-        (1000, 1000, 131_072, PLAIN, NO_HINT, 1),
-        (8, 8, 131_072, PLAIN, Hint(512), 1),
-        (8, 8, 131_072, PLAIN, Hint(2048), 4),
-        (32, 32, 131_072, PLAIN, Hint(1024), 1),
-        (8, 8, 131_072, PLAIN, Hint(65_536, even=True), 1),
+        (8, 8, 131_072, PLAIN, 15),  # a KV head has a share of the device
+        (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 120),
+        (8, 8, 131_072, WINDOW, 2),
+        (8, 8, 4_096, PLAIN, 8),
+        (32, 32, 4_096, PLAIN, 4),
+        (8, 8, 1_000, PLAIN, 1),
+        (512, 512, 131_072, AttentionSpec(32, 4, 128, 128), 16),  # by the memory that parts take
+        (8192, 4, 131_072, PLAIN, 1),
+        (1000, 1000, 131_072, PLAIN, 1),
+        (32, 32, 1_024, PLAIN, 1),
+        (8, 8, 1_024, PLAIN, 2),
     ],
 )
-def test_splits(tokens: int, sequences: int, keys: int, spec: AttentionSpec, hint: Hint, wanted: int) -> None:
-    assert flash_splits.splits(spec, tokens, sequences, keys, 132, hint) == wanted
+def test_splits(tokens: int, sequences: int, keys: int, spec: AttentionSpec, wanted: int) -> None:
+    assert flash_splits.splits(spec, tokens, sequences, keys, 132, even=False) == wanted
+    assert flash_splits.splits(spec, tokens, sequences, keys, 132, even=True) == 1
 
 
-def said(spec: AttentionSpec, rows: list[tuple[int, int]]) -> Hint:
+def is_even(spec: AttentionSpec, rows: list[tuple[int, int]]) -> bool:
     """By (context, new) tokens."""
-    new = np.array([new for _, new in rows], dtype=np.int32)
-    return flash_splits.hint(spec, None, (new, new + np.array([before for before, _ in rows], dtype=np.int32)), 132)
+    before, new = (np.array(each, dtype=np.int32) for each in zip(*rows, strict=True))
+    return flash_splits.even(spec, new, before + new, 132)
 
 
 @pytest.mark.parametrize(
@@ -60,17 +58,14 @@ def said(spec: AttentionSpec, rows: list[tuple[int, int]]) -> Hint:
     ids=lambda value: f"{len(value)} rows, {value[0]}" if isinstance(value, list) else None,
 )
 def test_even_steps_are_not_divided(rows: list[tuple[int, int]], even: bool) -> None:
-    assert said(PLAIN, rows).even == even
+    assert is_even(PLAIN, rows) == even
 
 
 def test_a_window_bounds_what_a_long_sequence_takes() -> None:
     rows = [(100_000, 1)] + [(900, 1)] * 63
-    assert not said(PLAIN, rows).even
-    assert said(WINDOW, rows).even
+    assert not is_even(PLAIN, rows)
+    assert is_even(WINDOW, rows)
 
 
-def test_hints_are_few() -> None:
-    assert said(PLAIN, [(5000, 1)]).longest == said(PLAIN, [(7000, 1)]).longest == 8192
-    assert flash_splits.hint(PLAIN, 1000, None, 132) == Hint(1024)
-    assert flash_splits.hint(PLAIN, None, None, 132) == NO_HINT
-    assert said(PLAIN, [(9, 0), (0, 0)]) == NO_HINT
+def test_nothing_is_not_even() -> None:
+    assert not is_even(PLAIN, [(9, 0), (0, 0)])

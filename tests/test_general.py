@@ -19,8 +19,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from compile_attn.kernels import general
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import tiles
 from compile_attn.kernels.backend import Paged, Request
 from compile_attn.kernels.expr import B, H, I, J, Load, Round, S
 from compile_attn.kernels.select import backend, choose
@@ -81,7 +81,7 @@ def test_stateless_equals_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", ["gqa", "sinks", "everything", "bidirectional", "rounded"])
 def test_keys_shared_by_several_programs(name: str, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of keys without a mask, at both edges of a window, and parts that see no key at all."""
-    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 8)
+    monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 8)
     batch = paged_batch(SPECS[name], sequences, page_size=16, pad_tokens=1)
     torch.testing.assert_close(batch.attend(CAPTURED, "general").double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
 
@@ -135,7 +135,7 @@ def test_groups_and_head_sizes(kv_heads: int, group: int, dims: tuple[int, int])
 @interpreted
 def test_a_large_group_is_cut_into_tiles() -> None:
     spec = AttentionSpec(80, 1, 16, 16, scale=0.3)
-    assert general.tiles_of(spec, torch.float32, 1, 227 << 10).group < 80
+    assert tiles.tiles_of(spec, torch.float32, 1, 227 << 10).group < 80
     batch = paged_batch(spec, [(5, 1), (2, 2)])
     torch.testing.assert_close(batch.attend([], "general").double(), batch.expected([]), atol=FLOAT32, rtol=0)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_attn.kernels import general
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import CAPTURED, SPECS
 from tests.paged import paged_batch
@@ -23,7 +23,7 @@ def test_more_sequences_than_are_looked_through_at_once(name: str, monkeypatch: 
     from compile_attn.kernels import grid_triton
 
     monkeypatch.setattr(grid_triton, "SEQUENCES", tl.constexpr(4))
-    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 8)
+    monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 8)
     for sequences in (MANY, [(keys, min(new, 1)) for keys, new in MANY]):
         batch = paged_batch(SPECS[name], sequences, page_size=8, pad_tokens=3)
         torch.testing.assert_close(batch.attend(CAPTURED, "general").double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
@@ -41,13 +41,13 @@ def test_as_many_tokens_as_rows_need_not_be_one_each(sequences: list[tuple[int, 
 @pytest.mark.parametrize("programs", [1, 3, 7])
 def test_equal_shares_of_very_different_sequences(mask: m.Mask, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share may begin and end inside a tile, hold several, or none."""
-    monkeypatch.setattr(general, "_device", lambda device: (227 << 10, programs))
-    monkeypatch.setattr(general, "_PROGRAMS_EACH", 1)
-    monkeypatch.setattr(general, "_KEYS_A_PROGRAM", 1)
-    general.launches.cache_clear()
+    monkeypatch.setattr(triton_launch, "_device", lambda device: (227 << 10, programs))
+    monkeypatch.setattr(tiles, "_PROGRAMS_EACH", 1)
+    monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 1)
+    tiles.launches.cache_clear()
     batch = paged_batch(AttentionSpec(4, 2, 8, 8, mask, scale=0.9), [(170, 1), (0, 1), (0, 0), (65, 1), (31, 1)], page_size=16)
     found = batch.attend([], "general")
-    general.launches.cache_clear()
+    tiles.launches.cache_clear()
     torch.testing.assert_close(found.double(), batch.expected([]), atol=FLOAT32, rtol=0)
 
 
@@ -55,8 +55,8 @@ def test_who_serves_which_sequences() -> None:
     spec = AttentionSpec(32, 8, 128, 128)
 
     def found(tokens: int, sequences: int, page_size: int = 16) -> list[tuple[int, int, bool]]:
-        size = general._Size(sequences, tokens, 4096, page_size)
-        spread = general.launches(spec, torch.bfloat16, size, 227 << 10, 0, 132)
+        size = tiles.Size(sequences, tokens, 4096, page_size)
+        spread = tiles.launches(tiles.tiles_of, spec, torch.bfloat16, size, 227 << 10, 0, 132)
         return [(each.tiles.block_m, each.few, each.programs > 0) for each in spread]
 
     assert found(32, 32) == [(16, 0, True)]

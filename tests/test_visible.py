@@ -15,19 +15,20 @@ from compile_attn.kernels import mask as m
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
 from compile_attn.kernels.visible import bounded, spans, unit_of
-from compile_attn.kernels.visible_print import print_walk
+from compile_attn.kernels.visible_print import print_sight
 
 SINKS = m.All(m.Causal(), m.General((J < 5) | (I - J < 40)))
 DILATED = m.All(m.Causal(), m.General(sympy.Eq(sympy.Mod(sympy.floor(I / 32) - sympy.floor(J / 32), 3), 0)))
+FAR_AND_NEAR = m.All(m.Causal(), m.General(((J >= 50) & (J <= I - 60)) | ((J >= 5) & (I - J <= 130))))
 
 
 def walked(mask: m.Mask, heads: int, block_n: int, *tile: int) -> tuple[list[int], list[int]]:
     """Clear and other blocks, by the printed functions as Python."""
     names = types.SimpleNamespace(maximum=max, minimum=min, where=lambda condition, a, b: a if condition else b)
     space: dict[str, Callable[..., int]] = {}
-    source = print_walk(mask, heads, block_n).split("\n", 2)[2]
+    source = print_sight(mask, heads, block_n).split("\n", 2)[2]
     exec(source.replace("@triton.jit", ""), {"tl": names}, space)
-    clears, edges, state = space["walk"](*tile)  # type: ignore[misc]
+    clears, edges, state = space["count"](*tile)  # type: ignore[misc]
     return [space["clear"](k, state) for k in range(clears)], [space["edge"](k, state) for k in range(edges)]
 
 
@@ -85,6 +86,7 @@ ANY = st.deferred(
                 m.General(sympy.Ge(J, 2 * I - 60) & sympy.Lt(3 * J, I + 5)),
                 m.General(sympy.Eq(sympy.Mod(J, 100), 3) | sympy.Ne(I, J)),
                 m.General(I - J <= 9 * H),
+                FAR_AND_NEAR,
                 m.General(sympy.Lt(sympy.Mod(I, 50) + J - I, 3) & (sympy.Mod(J, 70) < 50)),
                 m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16) + 2 * H, 4), sympy.Mod(I, 4))),
                 m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16), 4), 1) | sympy.Eq(sympy.Mod(sympy.floor(J / 32), 3), 1)),
@@ -112,6 +114,12 @@ def test_spans_of_a_block_sparse_mask() -> None:
     assert walked(mask, 2, 64, 320, 383, 0, 384) == ([4], [5, 2, 3])  # block 2 is the second head's, 3 the first's
     assert walked(m.BlockSparse(64, 2, 4), 4, 64, 320, 320, 0, 321) == ([4, 3], [5])
     assert walked(mask, 1, 32, 320, 383, 1, 384)[0] == [8, 9, 4, 5]
+
+
+def test_a_part_of_a_mask_that_is_empty_for_a_tile() -> None:
+    """Keys 50 to i - 60 are none for i < 110: what they would cut out of the window is still there, once."""
+    clear, edge = walked(FAR_AND_NEAR, 1, 16, 64, 79, 0, 80)
+    assert sorted(clear + edge) == [0, 1, 2, 3, 4]
 
 
 def test_what_is_known_of_a_mask() -> None:
