@@ -65,10 +65,14 @@ class DecodeGraphs:
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
-    def prepare(self, kind: Kind) -> None:
-        """Record the graph if it is missing, or a weight has moved. The current batch is another one after a recording."""
-        if self._weights != self._addresses():
-            self._steps.clear()
+    def prepare(self, kind: Kind, again: bool) -> None:
+        """Record the graph if it is missing; the current batch is another one afterwards.
+
+        A changed model is noticed here: one whose tensors have moved at every step, and one that has others at every step that
+        is not the last one `again`, so that no two requests are served by different weights.
+        """
+        if not again:
+            self._tensors = [*self._model.parameters(), *self._model.buffers()]
         stands = (self._cache.compilations, [tensor.data_ptr() for tensor in self._tensors])
         if stands != self._stands:
             self._steps.clear()
