@@ -1,8 +1,8 @@
 """How fast is the Triton kernel for any score, beside the libraries and what the machine could do?
 
-Every line is a batch over pages of 16 tokens of a table 131,072 tokens wide, causal: microseconds in a CUDA graph, whose calls read
-different pages, and called one by one; the share of the floor (bytes over copy bandwidth, or operations over matrix rate,
-both measured first); and the others, where installed.
+Every line is a causal batch over pages of 16 tokens, in a table as wide as a cache makes it (1024 tokens, 4096, ...):
+microseconds in a CUDA graph, whose calls read different pages, and called one by one; the share of the floor (bytes over
+copy bandwidth, or operations over matrix rate, both measured first); and the others, where installed.
 
     python -m bench.general [--json FILE]            the table
     python -m bench.general --sweep decode|prefill   tiles and splits, from which those of kernels/tiles.py are chosen
@@ -32,7 +32,7 @@ from compile_attn.kernels.batch import AttentionMetadata
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
-PAGE, BOUND = 16, 131_072
+PAGE = 16
 CALLS = 8  # in a graph
 Shape = tuple[tuple[int, int], ...]  # of a batch: keys and new tokens of every sequence
 
@@ -48,6 +48,13 @@ class Case:
 
     def spec(self) -> AttentionSpec:
         return AttentionSpec(*self.heads, self.dim, self.dim, scale=self.dim**-0.5, softcap=self.softcap)
+
+    def bound(self) -> int:
+        """Keys that the table has room for."""
+        bound = 1024
+        while bound < max(keys for keys, _ in self.shape):
+            bound *= 4
+        return bound
 
     def bytes(self) -> int:
         width = getattr(torch, self.kv_dtype).itemsize
@@ -103,7 +110,7 @@ class Bench:
         tokens = sum(new for _, new in case.shape)
         found = []
         for number in range(max(1, min(CALLS, len(pages) // sum(counts)))):
-            table = torch.zeros(len(counts), BOUND // PAGE, dtype=torch.int32, device="cuda")
+            table = torch.zeros(len(counts), case.bound() // PAGE, dtype=torch.int32, device="cuda")
             begin = number * sum(counts)
             for row, count in enumerate(counts):
                 table[row, :count] = pages[begin : begin + count]
@@ -282,6 +289,7 @@ SWEEPS = {
     "decode": (
         [
             decode(1, 128),
+            decode(1, 1024),
             decode(1, 8192),
             decode(8, 1024),
             decode(32, 128),
@@ -289,15 +297,19 @@ SWEEPS = {
             decode(32, 4096),
             decode(128, 1024),
             RAGGED,
+            replace(decode(32, 8192, dim=64), name="32 x 8192, 64 channels"),
+            MIXED,
         ],
         [
             {},
-            *grid(block_n=(64,), stages=(3,), _PROGRAMS_EACH=(2, 3), registers=(0, 128, 168)),
-            *grid(block_n=(64,), stages=(2,), _PROGRAMS_EACH=(3, 4), registers=(128, 168)),
-            *grid(block_n=(64,), stages=(4,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
-            *grid(block_n=(32,), stages=(3, 4), _PROGRAMS_EACH=(3, 4), registers=(0, 128)),
-            *grid(block_n=(32,), warps=(2,), stages=(3, 4), _PROGRAMS_EACH=(4, 6), registers=(0, 128)),
-            *grid(block_n=(128,), stages=(2,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
+            *grid(block_n=(64,), stages=(2, 3), registers=(128,)),
+            *grid(block_n=(64,), stages=(3,), registers=(168,), _MOST_AT_ONCE=(3,), _BYTES_AHEAD=(1 << 20,)),
+            *grid(block_n=(64,), stages=(3, 4), registers=(0,)),
+            *grid(block_n=(32,), stages=(3, 4), registers=(128,)),
+            *grid(block_n=(32,), stages=(4,), registers=(160,), _MOST_AT_ONCE=(3,)),
+            *grid(block_n=(32,), warps=(2,), stages=(3, 4), registers=(128,), _MOST_AT_ONCE=(4, 6), _BYTES_AHEAD=(1 << 20,)),
+            *grid(block_n=(128,), stages=(2,), registers=(0,)),
+            *grid(_PARTS_EACH=(0, 2, 8)),
             *grid(_KEYS_A_PROGRAM=(128, 512)),
         ],
     ),
