@@ -254,8 +254,8 @@ def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def tuned(knobs: dict[str, int]) -> Iterator[None]:
     """Other tiles, or other constants of the module, than `general` would choose."""
-    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
-    tiles = {name: value for name, value in knobs.items() if not name.startswith("_")}
+    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name in vars(tiling)}
+    tiles = {name: value for name, value in knobs.items() if name not in vars(tiling)}
     before = {name: getattr(tiling, name) for name in constants}
 
     def chosen(spec: AttentionSpec, *rest: Any) -> tiling.Tiles:
@@ -265,11 +265,11 @@ def tuned(knobs: dict[str, int]) -> Iterator[None]:
         for name, value in constants.items():
             setattr(tiling, name, value)
         triton_launch.tiles_of = chosen
-        tiling.launches.cache_clear()
+        triton_launch.forget()
         yield
     finally:
         triton_launch.tiles_of = tiles_of
-        tiling.launches.cache_clear()
+        triton_launch.forget()
         for name, value in before.items():
             setattr(tiling, name, value)
 
@@ -310,6 +310,7 @@ SWEEPS = {
             *grid(block_n=(32,), warps=(2,), stages=(3, 4), registers=(128,), _MOST_AT_ONCE=(4, 6), _BYTES_AHEAD=(1 << 20,)),
             *grid(block_n=(128,), stages=(2,), registers=(0,)),
             *grid(_PARTS_EACH=(0, 2, 8)),
+            *grid(COMBINE_EARLY=(1,)),
             *grid(_KEYS_A_PROGRAM=(128, 512)),
         ],
     ),

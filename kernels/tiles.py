@@ -17,6 +17,7 @@ from compile_attn.kernels.visible import most_keys
 _BYTES_AHEAD = 128 << 10  # of keys and values, on their way to a multiprocessor
 _MOST_AT_ONCE = 4  # programs of few tokens
 _PARTS_EACH = 4  # of a multiprocessor, if that is enough for the longest sequences
+COMBINE_EARLY = False  # the programs that combine parts are brought up while the last parts are found
 _WAVES = 2  # of tiles of many tokens
 _KEYS_A_PROGRAM = 256  # fewer, and writing and combining the parts costs as much as reading the keys
 _KEYS_A_SPLIT = 1024  # of a tile of many tokens

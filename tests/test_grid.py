@@ -22,9 +22,9 @@ def spread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Each way of spreading tiles of few tokens over programs, with few keys a program."""
     monkeypatch.setattr(tiles, "_PARTS_EACH", request.param)
     monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 8)
-    tiles.launches.cache_clear()
+    triton_launch.forget()
     yield
-    tiles.launches.cache_clear()
+    triton_launch.forget()
 
 
 @interpreted
@@ -67,10 +67,10 @@ def test_equal_shares_of_very_different_sequences(mask: m.Mask, programs: int, m
     monkeypatch.setattr(tiles, "_at_once", lambda *_: 1)
     monkeypatch.setattr(tiles, "_PARTS_EACH", 0)
     monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 1)
-    tiles.launches.cache_clear()
+    triton_launch.forget()
     batch = paged_batch(AttentionSpec(4, 2, 8, 8, mask, scale=0.9), [(170, 1), (0, 1), (0, 0), (65, 1), (31, 1)], page_size=16)
     found = batch.attend([], "general")
-    tiles.launches.cache_clear()
+    triton_launch.forget()
     torch.testing.assert_close(found.double(), batch.expected([]), atol=FLOAT32, rtol=0)
 
 
