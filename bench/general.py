@@ -4,7 +4,7 @@ Every line is a causal batch over pages of 16 tokens, in a table as wide as a ca
 microseconds in a CUDA graph, whose calls read different pages, and called one by one; the share of the floor (bytes over
 copy bandwidth, or operations over matrix rate, both measured first); and the others, where installed.
 
-    python -m bench.general [--json FILE]            the table
+    python -m bench.general [--out FOLDER]           the table; bench/results holds one
     python -m bench.general --sweep decode|prefill   tiles and splits, from which those of kernels/tiles.py are chosen
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench.measuring import MISSING, Table, percent, publish, stamp
 from compile_attn.kernels import tiles as tiling
 from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
@@ -232,20 +233,31 @@ def measure(bench: Bench, case: Case, bandwidth: float, rate: float) -> dict[str
     return found
 
 
-def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
+COLUMNS = ("graph", "eager", "SDPA", "FlashInfer", "of floor", "TFLOP/s")
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    times = [line.get(name) for name in COLUMNS[:4]]
+    shown = [MISSING if each is None else f"{each * 1e6:.1f}" for each in times]
+    return [*shown, percent(line["of floor"]), MISSING if "TFLOP/s" not in line else f"{line['TFLOP/s']:.0f}"]
+
+
+def compare(bench: Bench, cases: list[Case]) -> dict[str, Any]:
     bandwidth, rate = machine()
-    what = f"copy {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {what}")
-    columns = ("graph", "eager", "SDPA", "FlashInfer", "of floor", "TFLOP/s")
-    print(" " * 40 + "".join(f"{name:>11s}" for name in columns))
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s")
+    print(" " * 40 + "".join(f"{name:>11s}" for name in COLUMNS))
     found = []
     for case in cases:
         found.append(measure(bench, case, bandwidth, rate))
-        texts = [found[-1].get(name) for name in columns]
-        shown = ["-" if each is None else f"{each * 1e6:.1f}" for each in texts[:4]]
-        shown += [f"{texts[4]:.0%}", "-" if texts[5] is None else f"{texts[5]:.0f}"]
-        print(f"{case.name:40s}" + "".join(f"{each:>11s}" for each in shown), flush=True)
-    return found
+        print(f"{case.name:40s}" + "".join(f"{each:>11s}" for each in cells(found[-1])), flush=True)
+    return {"bytes a second": bandwidth, "operations a second": rate, "table": found}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    rates = f"Copying {result['bytes a second'] / 1e12:.2f} TB/s, matrices {result['operations a second'] / 1e12:.0f} TFLOP/s."
+    note = f"{rates} 32 query heads on 8, 128 channels, bfloat16, unless a case says otherwise; SDPA has no pages."
+    rows = [[line["case"], *cells(line)] for line in result["table"]]
+    return [Table("Microseconds of a call", ("case", *COLUMNS), rows, note)]
 
 
 # Tuning.
@@ -361,17 +373,18 @@ def _compile(work: tuple[str, int, int]) -> None:
     bench = Bench(1 << 28)
     cases, variants = SWEEPS[name]
     for case in {(each.dim, each.shape[0][1] > 1, len(each.shape) > 1): each for each in cases}.values():
-        small = replace(case, shape=tuple((min(keys, 4096), min(new, 2048)) for keys, new in case.shape[:2]))
+        ends = {0: case.shape[0], len(case.shape) - 1: case.shape[-1]}.values()
+        small = replace(case, shape=tuple((min(keys, 4096), min(new, 2048)) for keys, new in ends))
         calls = bench.calls(small)[:1]
-        for knobs in variants[share::shares]:
-            with tuned(knobs), contextlib.suppress(Exception):
+        for knobs, parts in itertools.product(variants[share::shares], (0, 1000)):  # each way of spreading small tiles
+            with tuned({**knobs, "_PARTS_EACH": parts}), contextlib.suppress(Exception):
                 ours(small, calls)(0)
     torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--out", type=Path, help="folder for the figures: general.md and .json, or general_sweep.json")
     parser.add_argument("--sweep", choices=SWEEPS, action="append", default=[], help="try tiles and splits")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     chosen = parser.parse_args()
@@ -384,9 +397,12 @@ def main() -> None:
     for name in chosen.sweep:
         result[name] = sweep(bench, name)
     if not chosen.sweep:
-        result["table"] = table(bench, [case for case in DECODES + PREFILLS + OTHERS if chosen.only in case.name])
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = compare(bench, [case for case in DECODES + PREFILLS + OTHERS if chosen.only in case.name])
+    if chosen.out and not chosen.sweep:
+        publish("general", "The kernel for any score, tuned", tables(result), result, stamp(torch.device("cuda")), chosen.out)
+    elif chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "general_sweep.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
