@@ -292,9 +292,13 @@ SWEEPS = {
         ],
         [
             {},
-            *grid(block_n=(32,), warps=(2, 4), stages=(3, 4), _PROGRAMS_EACH=(2, 3, 4), registers=(0, 128)),
-            *grid(block_n=(64,), warps=(4,), stages=(2, 3, 4, 5), _PROGRAMS_EACH=(1, 2, 3, 4), registers=(0, 128)),
-            *grid(_KEYS_A_PROGRAM=(64, 128, 512)),
+            *grid(block_n=(64,), stages=(3,), _PROGRAMS_EACH=(2, 3), registers=(0, 128, 168)),
+            *grid(block_n=(64,), stages=(2,), _PROGRAMS_EACH=(3, 4), registers=(128, 168)),
+            *grid(block_n=(64,), stages=(4,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
+            *grid(block_n=(32,), stages=(3, 4), _PROGRAMS_EACH=(3, 4), registers=(0, 128)),
+            *grid(block_n=(32,), warps=(2,), stages=(3, 4), _PROGRAMS_EACH=(4, 6), registers=(0, 128)),
+            *grid(block_n=(128,), stages=(2,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
+            *grid(_KEYS_A_PROGRAM=(128, 512)),
         ],
     ),
     "prefill": (

@@ -91,6 +91,7 @@ class PagedKVCache:
         self.report: Report | None = None  # of the last compilation against this cache
         self.current: Batch | None = None
         self.steps_run = 0
+        self.compilations = 0  # of the model against this cache
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
         self._planned: dict[str, list[PlannedSite]] = {}
@@ -280,6 +281,7 @@ class PagedKVCache:
                 self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
             self._make_pools(asked)
             self._bound = (asked, owner)
+        self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
         self._planned = {}

@@ -165,23 +165,36 @@ def _weights(item, batch, num_tokens, num_sequences, COUNT: tl.constexpr, PLAN: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _item(at, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The item at this place of all blocks of keys, its weight, the weights before it, and the weight of all."""
-    heads: tl.constexpr = PLAN.heads // PLAN.group
+def _work(known, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weights of all items, and how many items there are."""
+    total = tl.sum(known)
+    items = tl.sum((known > 0).to(tl.int32))
+    for some in range(SEQUENCES, num_items, SEQUENCES):
+        blocks = _weights(some + tl.arange(0, SEQUENCES), batch, num_tokens, num_sequences, COUNT, PLAN)
+        total += tl.sum(blocks)
+        items += tl.sum((blocks > 0).to(tl.int32))
+    return total, items
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _item(at, known, batch, num_tokens, num_sequences, num_items, COUNT: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The item at this place of all blocks of keys, its weight, and the weights before it. `known`: those of the first items."""
     item = 0
     weight = 0
     before = 0
-    total = 0
+    done = 0
+    blocks = known
     for some in range(0, num_items, SEQUENCES):
         each = some + tl.arange(0, SEQUENCES)
-        blocks = _weights(each, batch, num_tokens, num_sequences, COUNT, PLAN)
-        ends = total + tl.cumsum(blocks, 0)
-        here = (at < ends * heads) & (at >= (ends - blocks) * heads)
+        if some > 0:
+            blocks = _weights(each, batch, num_tokens, num_sequences, COUNT, PLAN)
+        ends = done + tl.cumsum(blocks, 0)
+        here = (at < ends) & (at >= ends - blocks)
         item += tl.sum(tl.where(here, each, 0))
         weight += tl.sum(tl.where(here, blocks, 0))
         before += tl.sum(tl.where(here, ends - blocks, 0))
-        total += tl.sum(blocks)
-    return item, weight, before * heads, total * heads
+        done += tl.sum(blocks)
+    return item, weight, before
 
 
 @triton.jit(do_not_specialize=["batch", "captured", "num_tokens", "num_sequences", "num_items", "least"])  # type: ignore[untyped-decorator]
@@ -190,20 +203,25 @@ def attend_evenly(  # type: ignore[no-untyped-def]
     PER_ROW: tl.constexpr, SCORE: tl.constexpr, SINK: tl.constexpr,
     COUNT: tl.constexpr, CLEAR: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """An equal share of all blocks of keys, `least` or more: item after item, of each the tiles of its heads one by one.
+    """An equal share of all blocks of keys: item after item, of each the tiles of its heads one by one.
 
-    However long the sequences are, and however long they may become, all programs end at about the same time.
+    However long the sequences are, and however long they may become, all programs end at about the same time. A share is
+    `least` blocks or more, if it is but a part of a tile.
     """
     heads: tl.constexpr = PLAN.heads // PLAN.group
     program = tl.program_id(0)
-    total = _item(0, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)[3]
-    share = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), least)
+    known = _weights(tl.arange(0, SEQUENCES), batch, num_tokens, num_sequences, COUNT, PLAN)
+    total, items = _work(known, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)
+    share = tl.minimum(least, (total + items - 1) // tl.maximum(items, 1))
+    share = tl.maximum((total * heads + tl.num_programs(0) - 1) // tl.num_programs(0), share)
     at = program * share
-    until = tl.minimum(at + share, total)
+    until = tl.minimum(at + share, total * heads)
+    if at >= until:
+        return
+    item, weight, before = _item(at // heads, known, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)
     while at < until:
-        item, weight, before, _ = _item(at, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)
-        head_tile = (at - before) // weight
-        begin = before + head_tile * weight
+        begin = before * heads + (at - before * heads) // weight * weight
+        head_tile = (at - before * heads) // weight
         low = at - begin
         high = tl.minimum(until - begin, weight)
         tile = item * heads + head_tile  # parts are counted through programs and tiles: each begins one at most
@@ -218,3 +236,5 @@ def attend_evenly(  # type: ignore[no-untyped-def]
             q, q_strides, keys, values, batch, captured, out, parts, PER_ROW, SCORE, SINK, CLEAR, EDGE, PLAN,
         )  # fmt: skip
         at = begin + high
+        if (at < until) & (head_tile == heads - 1):
+            item, weight, before = _item(at // heads, known, batch, num_tokens, num_sequences, num_items, COUNT, PLAN)

@@ -27,7 +27,7 @@ _INFIX = {
 _COMPARISONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
 _REAL = {sympy.exp: "tl.exp", sympy.log: "tl.log", sympy.sin: "tl.sin", sympy.cos: "tl.cos"}
 _REAL |= {sympy.erf: "tl.erf", sympy.tanh: "tanh"}
-_HELPERS = ("floor_divide", "modulo", "place", "power", "round_bfloat16", "sign", "tanh", "whole_power")
+_HELPERS = ("capped", "floor_divide", "modulo", "place", "power", "round_bfloat16", "sign", "tanh", "whole_power")
 _FLOAT32_MAX, _FLOAT32_TINY = 3.4028235677973366e38, 2.0**-126
 _SYMBOLS = (S, B, H, I, J)
 _LOG2E = math.log2(math.e)
@@ -44,6 +44,7 @@ def print_score(spec: AttentionSpec, whole: tuple[bool, ...]) -> str:
     coefficient, score = _apart(spec)
     mask = spec.mask.predicate()
     printer = _Printer(whole, [score, mask])
+    printer.capped = _is_capped(spec)
     value = printer.real(score)
     body = [*printer.lines, f"value = {value}" if score.has(S) else f"value = tl.zeros_like(s) + {value}"]
     printer.lines = []
@@ -74,6 +75,11 @@ def factor(spec: AttentionSpec) -> float:
     score takes along.
     """
     return float(_apart(spec)[0]) * (_LOG2E if binary(spec) else 1.0)
+
+
+def _is_capped(spec: AttentionSpec) -> bool:
+    """Is every tanh of the score that of a softcap no larger than scores are?"""
+    return spec.softcap is not None and spec.softcap <= 100 and not (spec.bias is not None and spec.bias.has(sympy.tanh))
 
 
 def _apart(spec: AttentionSpec) -> tuple[sympy.Number, sympy.Expr]:
@@ -156,6 +162,7 @@ class _Printer:
     def __init__(self, whole: tuple[bool, ...], roots: Iterable[sympy.Basic], hoist: bool = True) -> None:
         self.captured_whole = whole
         self.hoist = hoist
+        self.capped = False
         self.lines: list[str] = []
         self.rows: dict[str, str] = {}
         self.names: dict[sympy.Basic, str] = {}
@@ -256,7 +263,8 @@ class _Printer:
 
     def _call(self, expr: sympy.Basic) -> str:
         if expr.func in _REAL:
-            return f"{_REAL[expr.func]}({self.real(expr.args[0])})"
+            name = "capped" if self.capped and expr.func == sympy.tanh else _REAL[expr.func]
+            return f"{name}({self.real(expr.args[0])})"
         match expr:
             case Load():
                 return self._load(expr)

@@ -27,7 +27,7 @@ def per_row(b, h, i, captured):
 @triton.jit
 def score(s, j, row, captured, MASKED: tl.constexpr):
     b, h, i, r0 = row
-    value = 2.0 * tanh(0.45 * s) + r0 * (j - i)
+    value = 2.0 * capped(0.45 * s) + r0 * (j - i)
     if MASKED:
         value = tl.where((j <= i) & (i - j <= 9), value, float("-inf"))
     return value
@@ -128,6 +128,17 @@ def test_units_of_log2_only_where_nothing_overflows() -> None:
     assert binary(SPECS["documents"])  # the mask may load: it is no term of the score
     assert not binary(SPECS["buckets"])  # a captured bias may hold finfo.min, and 1.44 times that is -inf
     assert not binary(AttentionSpec(4, 2, 8, 8, bias=sympy.Piecewise((0, J < 4), (-3.4e38, True))))
+
+
+def test_tanh_is_exact_where_it_is_no_small_cap() -> None:
+    def line(**parts: object) -> str:
+        text = print_score(AttentionSpec(4, 2, 8, 8, **parts), ())
+        return next(line for line in text.splitlines() if line.startswith("    value = "))
+
+    assert "capped(" in line(softcap=50.0)
+    assert "= tanh(" in line(softcap=1e6)
+    assert "= tanh(" in line(score=1e6 * sympy.tanh(S / 1e6))
+    assert "capped(" not in line(softcap=50.0, bias=1e6 * sympy.tanh(0.1 * J))
 
 
 def test_a_positive_factor_of_the_score_is_taken_out() -> None:
