@@ -64,3 +64,13 @@ def test_who_serves_which_sequences() -> None:
     assert found(600, 1) == [(128, 0, False)]
     assert found(2, 1) == [(16, 0, False)]
     assert found(1, 8, page_size=0) == [(16, 0, False)]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["gqa", "sinks"])
+@pytest.mark.parametrize("sequence", [(0, 40), (9, 31), (0, 0)], ids=str)
+def test_one_sequence_and_pad_tokens(name: str, sequence: tuple[int, int]) -> None:
+    batch = paged_batch(SPECS[name], [sequence], pad_tokens=17)
+    found = batch.attend(CAPTURED, "general")
+    torch.testing.assert_close(found.double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
+    assert not found[sequence[1] :].any()
