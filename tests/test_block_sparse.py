@@ -6,6 +6,7 @@ In Triton's interpreter against float64 loops; on a GPU against the reference in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import sympy
@@ -23,7 +24,19 @@ from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from tests.oracle import CAPTURED, SLOPE, attend_row
 from tests.paged import PagedBatch, paged_batch
-from tests.test_general import CPU, CUDA, captured_on_gpu, close, fp8, interpreted, on_gpu, paged, stateless
+from tests.test_general import (
+    CPU,
+    CUDA,
+    NO_TRITON,
+    captured_on_gpu,
+    close,
+    compile_for_an_h200,
+    fp8,
+    interpreted,
+    on_gpu,
+    paged,
+    stateless,
+)
 from tests.test_reference import FLOAT32
 from tests.tiny import alone, prompts_of, tiny
 
@@ -173,6 +186,11 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     (reason,) = sparse.reasons(Request(spec_of("window"), CPU, torch.float32, 16))
     assert reason.startswith("runs on a CPU only in Triton's interpreter")
     assert choose(spec_of("heads alike"), CUDA, torch.bfloat16, 16, "block_sparse").kernel == "block_sparse"
+
+
+@pytest.mark.skipif(NO_TRITON, reason="there is no Triton for this platform")
+def test_compiles_for_an_h200(tmp_path: Path) -> None:
+    compile_for_an_h200(tmp_path, "block sparse", "sparse decode")
 
 
 # On a GPU, against the reference in float64.
