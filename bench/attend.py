@@ -21,9 +21,9 @@ import torch
 from bench.direct import LIBRARIES
 from bench.floor import Floor
 from bench.floor import measure as measure_floor
-from bench.measuring import RESULTS, Call, Clock, Table, compare, number, percent, publish, ratio, recorded, stamp
+from bench.measuring import RESULTS, Call, Table, compare, number, percent, publish, ratio, recorded, stamp
 from bench.paged_case import APART, LAYERS, MIXED, PAGE_SIZE, Case, Inputs, Pool, Step, compiled_layers, decode, plain, prefill
-from bench.processes import Progress, keep_measuring
+from bench.processes import Clock, Progress, keep_measuring
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
@@ -147,7 +147,8 @@ def table(found: Sequence[Found], kernels: Sequence[str], spec: AttentionSpec, f
             cells += [percent(of_floor)]
         rows.append(cells)
     title = f"Head size {spec.head_dim}, {spec.num_q_heads} query heads on {spec.num_kv_heads}, pages of {PAGE_SIZE}, bfloat16"
-    return Table(title, columns, rows)
+    note = "Decoding mostly reads, which is faster than copying: it may take less than the floor."
+    return Table(title, columns, rows, note)
 
 
 def run_here(dim: int, kernels: Sequence[str], seconds: float, file: Path) -> None:

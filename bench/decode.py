@@ -59,7 +59,7 @@ def run_side(side: str, shape: Shape, chosen: argparse.Namespace, file: Path) ->
     rows = [row for row in ROWS if not chosen.rows or row_name(*row) in chosen.rows]
     rows, requests = (rows[:FIRST_ROWS], 0) if plain else (rows, chosen.requests)
     measure(generate, shape.vocabulary, save, rows, requests, NEW, 1 if chosen.quick else 2, warm=not plain)
-    if device.type == "cuda":
+    if side == "ours" and device.type == "cuda":
         save("memory", {"peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)})
     return found
 

@@ -142,21 +142,6 @@ def _cpu_once(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e6
 
 
-class Clock:
-    """A budget of seconds, for scripts that measure what time allows."""
-
-    def __init__(self, seconds: float) -> None:
-        self._begin, self._budget = time.perf_counter(), seconds
-
-    @property
-    def spent(self) -> float:
-        return time.perf_counter() - self._begin
-
-    @property
-    def over(self) -> bool:
-        return self.spent > self._budget
-
-
 def stamp(device: torch.device) -> dict[str, str]:
     """When, with which commit, and on what."""
     found = {"date": datetime.date.today().isoformat(), "commit": _commit(), "python": platform.python_version()}

@@ -144,6 +144,7 @@ def attend_layers(kernel: str, spec: AttentionSpec) -> Step:
 def compiled_layers(kernel: str, spec: AttentionSpec, inner: str = "inductor") -> Step:
     """The same through torch.compile: once for all numbers of tokens and sequences of at least two."""
     attend, text = torch.ops.paged_attn.attend, spec.encode()
+    torch._dynamo.config.recompile_limit = 64  # counted for `layers` of all kernels together
 
     def layers(q: torch.Tensor, pages: list[tuple[torch.Tensor, torch.Tensor]], plan: Any, *where: Any) -> list[torch.Tensor]:
         return [attend(q, k, v, *where, [], text, kernel, None, None, plan) for k, v in pages]

@@ -1,6 +1,7 @@
 """Which kernel is fastest, by head size and by query heads a KV head? Writes the table that `auto` chooses by.
 
-Each point of the mix (`kernels/speeds.py`) is one op a layer in a CUDA graph, causal, bfloat16, 32 query heads.
+Each point of the mix (`kernels/speeds.py`) is one op a layer, causal, bfloat16, 32 query heads: paged in a CUDA graph, as decode
+steps run, stateless as the host launches it, its own work included where the device would wait for it.
 
     python -m bench.speeds [--dims 64 128 256] [--groups 1 4 8] [--seconds 120] [--write kernels/measured.py] [--out DIR]
 """
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 
 from bench.attend import why_not
-from bench.measuring import RESULTS, Call, Clock, Table, compare, number, publish, recorded, said, stamp
+from bench.measuring import RESULTS, Call, Table, compare, number, publish, recorded, said, stamp
 from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
-from bench.processes import Progress, keep_measuring
+from bench.processes import Clock, Progress, keep_measuring
 from compile_attn.kernels import speeds
 from compile_attn.kernels.select import known_kernels
 from compile_attn.kernels.spec import AttentionSpec
@@ -61,12 +62,12 @@ def measure(
             try:
                 call = _stateless(point, spec, kernel, device) if inputs is None else _paged(inputs, kernel)
                 call()
-                calls[kernel] = recorded(call, device)
+                calls[kernel] = call if inputs is None else recorded(call, device)
             except Exception as error:
                 against[kernel] = f"{type(error).__name__}: {str(error)[:200]}"
                 if device.type == "cuda":
                     torch.cuda.synchronize()  # raises again where the device is lost; the next process leaves this call out
-        layers = 1 if inputs is None else len(inputs.layers)
+        layers = LAYERS if inputs is None else len(inputs.layers)
         progress.trying(f"{name}, all")
         times = compare(calls, device, seconds) if calls else {}
         progress.add(name, {"times": {kernel: round(time / layers, 2) for kernel, time in times.items()}, "against": against})
@@ -103,7 +104,17 @@ def _stateless(point: Point, spec: AttentionSpec, kernel: str, device: torch.dev
 
     q, k, v = random(spec.num_q_heads), random(spec.num_kv_heads), random(spec.num_kv_heads)
     attention, text = torch.ops.paged_attn.attention, spec.encode()
-    return lambda: attention(q, k, v, [], text, kernel)
+    sdpa = torch.nn.functional.scaled_dot_product_attention  # which stands in a graph as itself
+    gqa = spec.num_q_heads != spec.num_kv_heads
+
+    def layers() -> None:
+        for _ in range(LAYERS):
+            if kernel == "sdpa":
+                sdpa(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
+            else:
+                attention(q, k, v, [], text, kernel)
+
+    return layers
 
 
 def as_module(found: Mapping[Key, Mapping[str, float]], where: str) -> str:

@@ -116,7 +116,7 @@ def _common_limits(request: Request) -> Iterator[str]:
         yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
 
 
-_Shape = tuple[int, int, int]  # rows, tokens, page size
+_Shape = tuple[int, int, int, int]  # rows, tokens, page size, pages of a row at most
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _PagedPlans:
         """Take a step under way, and plan it for all problems."""
         self._forget_the_dead()
         table, lengths = host.block_table, (host.seq_lens, host.query_lens, host.num_tokens, host.page_size)
-        shape = (table.shape[0], host.num_tokens, host.page_size)
+        shape = (table.shape[0], host.num_tokens, host.page_size, table.shape[1])
         asked = Requests.of(*lengths, fixed=host.captured, pinned=table.device.type == "cuda")
         if host.captured:
             now = self._graphs[table.data_ptr(), shape] = self._replayed(asked[0], table, shape)
@@ -155,7 +155,8 @@ class _PagedPlans:
 
     def plans(self, problem: Problem, kv: Paged, tokens: int) -> list[tuple[Plan, slice]]:
         """Of the step under way, with the tokens of each; for a step that nobody began, made here after waiting for the device."""
-        table, shape = kv.block_table, (kv.block_table.shape[0], tokens, kv.k_pages.shape[1])
+        table = kv.block_table
+        shape = (table.shape[0], tokens, kv.k_pages.shape[1], table.shape[1])
         now = self._under_way.get(table.data_ptr())
         recording = table.is_cuda and torch.cuda.is_current_stream_capturing()
         if now is not None and now.shape == shape and now.table() is not None and (now.steps[0].fixed or not recording):
@@ -170,7 +171,7 @@ class _PagedPlans:
     def _read(self, kv: Paged, shape: _Shape) -> _UnderWay:
         """A step from the lengths on the device."""
         seq_lens, starts, table = kv.seq_lens.cpu(), kv.cu_seqlens_q.cpu(), kv.block_table
-        asked = Requests.of(seq_lens, starts.diff(), *shape[1:], fixed=False, pinned=table.is_cuda)
+        asked = Requests.of(seq_lens, starts.diff(), *shape[1:3], fixed=False, pinned=table.is_cuda)
         steps = tuple(_sent(each, table, None, None, fixed=False) for each in asked)
         return _UnderWay(_reference(table), shape, steps, self._plans)
 
@@ -193,8 +194,11 @@ class _PagedPlans:
         found = []
         for step in now.steps:
             asked = step.requests
-            each = len(asked.tokens) // (now.shape[0] if step.fixed else asked.count)  # as many at every replay
-            kernel = problem.for_single() if asked.single else problem.for_many(each, table.device)
+            rows, most_pages = (now.shape[0], now.shape[3]) if step.fixed else (asked.count, asked.most_pages)  # as at every replay
+            if asked.single:
+                kernel = problem.for_single(rows, most_pages * now.shape[2])
+            else:
+                kernel = problem.for_many(len(asked.tokens) // rows, table.device)
             key = (problem, kernel, asked.single, table.device)
             plan = now.plans.get(key)
             if recording and (plan is None or plan.step is not step):

@@ -20,9 +20,6 @@ from compile_attn.kernels.spec import AttentionSpec
 
 _Array = np.ndarray[Any, np.dtype[np.int32]]
 _WORKSPACE = 64 << 20  # bytes for the parts of split requests: no more are needed outside a CUDA graph
-# Decode on CUDA cores exists for more groups, but from 4 heads on tensor cores are faster (an H200, 8 KV heads of 128), and
-# only they skip what is before a window. fp8 pages are converted faster there, too.
-_CUDA_CORES = frozenset({1, 2, 3})
 _without_fa3: set[tuple[int, torch.dtype]] = set()  # head size and dtype, found out when a plan was made
 _LONG = 128  # new tokens a request, on average, from which on FA3's kernel, which splits no keys, is faster
 
@@ -71,12 +68,18 @@ class Problem:
         """Does it need a variant, compiled at first use?"""
         return self.sinks or self.score is not None
 
-    def for_single(self) -> str:
-        """The library's kernel for one token a request."""
+    def for_single(self, requests: int, longest: int) -> str:
+        """The library's kernel for one token a request, of sequences no longer than that."""
         if self.compiled:
             return "fa2"
-        cores = self.num_q_heads // self.num_kv_heads in _CUDA_CORES and self.kv_dtype.itemsize == 2 and self.window < 0
-        return "cuda cores" if cores else "tensor cores"
+        # Only tensor cores skip what is before a window, and they convert fp8 pages faster. What else decides was measured on an
+        # H200 with 8 KV heads: tensor cores are faster from 4 query heads a KV head on, unless there is little to read.
+        group, programs = self.num_q_heads // self.num_kv_heads, requests * self.num_kv_heads
+        little = (
+            longest <= 256 or (longest <= 1024 and programs <= 64) if self.head_dim == 64 else longest <= 256 and programs >= 1024
+        )
+        cores = group < 4 or (group == 4 and self.head_dim <= 128 and little)
+        return "cuda cores" if cores and self.kv_dtype.itemsize == 2 and self.window < 0 else "tensor cores"
 
     def for_many(self, tokens_each: int, device: torch.device) -> str:
         """The library's kernel for about that many tokens a request. FA3 splits no keys, and only Hopper has it."""

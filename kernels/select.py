@@ -12,7 +12,7 @@ import torch
 from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
-from compile_attn.kernels.speeds import speeds
+from compile_attn.kernels.speeds import Speeds, speeds
 
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
@@ -61,8 +61,12 @@ def choose(
     page_size: int | None,
     kernel: str = "auto",
     kv_dtype: torch.dtype | None = None,
+    needs_grad: bool = False,
 ) -> Choice:
-    """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot."""
+    """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot.
+
+    Where gradients are needed, SDPA comes first: it alone has a backward.
+    """
     request = Request(spec, device, dtype, page_size, kv_dtype)
     if kernel != "auto":
         if kernel not in _BACKENDS:
@@ -72,15 +76,24 @@ def choose(
             raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
         return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
     passed_over: dict[str, tuple[str, ...]] = {}
-    taken, order, measured = "", _preferred(request), speeds(request)
+    taken, order, measured = "", _preferred(request), None if needs_grad else speeds(request)
+    if needs_grad:
+        order = ("sdpa", *(name for name in order if name != "sdpa"))
     for name in order if measured is None else measured.best_first(order):
         reasons = _reasons(name, request)
         if not reasons and not taken:
             taken = name
         else:
-            slower = measured.against(name, taken) if measured is not None and not reasons else None
-            passed_over[name] = reasons or (slower or f"could; {taken!r} is preferred on {device.type}",)
+            passed_over[name] = reasons or (_why_not(name, taken, device, measured, needs_grad),)
     return Choice(taken, passed_over)
+
+
+def _why_not(name: str, taken: str, device: torch.device, measured: Speeds | None, needs_grad: bool) -> str:
+    """Against a kernel that could."""
+    if needs_grad:
+        return "could, but has no backward, and gradients are asked for; call under torch.no_grad()"
+    slower = None if measured is None else measured.against(name, taken)
+    return slower or f"could; {taken!r} is preferred on {device.type}"
 
 
 def _preferred(request: Request) -> tuple[str, ...]:

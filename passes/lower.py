@@ -51,10 +51,12 @@ class StepNodes:
     token_seq: fx.Node
 
 
-def choose_kernel(site: AttentionSite, kernel: str, page_size: int | None, kv_dtype: torch.dtype | None = None) -> Choice:
+def choose_kernel(
+    site: AttentionSite, kernel: str, page_size: int | None, kv_dtype: torch.dtype | None = None, needs_grad: bool = False
+) -> Choice:
     """The kernel for one site; `page_size` is None for a stateless call, `kv_dtype` for pages of the model's own dtype."""
     query = val(site.q[0].node)
-    return choose(site.spec, query.device, query.dtype, page_size, kernel, kv_dtype)
+    return choose(site.spec, query.device, query.dtype, page_size, kernel, kv_dtype, needs_grad)
 
 
 def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:

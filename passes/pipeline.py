@@ -224,7 +224,7 @@ def _fuse_all(
     page_size, kv_dtype = (None, None) if geometry is None else (geometry.page_size, geometry.kv_dtype)
     graph = normalized.module.graph
     for site in sites:
-        choice = lower.choose_kernel(site, kernel, page_size, kv_dtype)
+        choice = lower.choose_kernel(site, kernel, page_size, kv_dtype, needs_grad)
         if needs_grad and choice.kernel != "sdpa":
             why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
             refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bench import attend, decode, direct, floor, speeds, steady, workload
-from bench.measuring import MISSING, Clock, Table, compare, number, percent, publish, ratio, stamp
+from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
-from bench.processes import Progress, keep_measuring
+from bench.processes import Clock, Progress, keep_measuring
 from bench.sides import llama_config
 from compile_attn.kernels.speeds import STATELESS, Point
 

@@ -174,6 +174,30 @@ def test_what_the_library_is_told(run: fi.FlashInferBackend) -> None:
     assert sinks.options["jit_kwargs"]["use_sliding_window"] is True
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "more", "rows", "longest", "kernel"),
+    [
+        ((8, 8), 128, {}, 8, 99_999, "cuda cores"),
+        ((8, 8), 128, {"mask": m.Window(9)}, 8, 99, "tensor cores"),
+        ((32, 8), 128, {}, 128, 128, "cuda cores"),
+        ((32, 8), 128, {}, 127, 128, "tensor cores"),
+        ((32, 8), 128, {}, 128, 1024, "tensor cores"),
+        ((32, 8), 64, {}, 2, 1024, "cuda cores"),
+        ((32, 8), 64, {}, 32, 1024, "tensor cores"),
+        ((32, 8), 64, {}, 32, 256, "cuda cores"),
+        ((32, 8), 256, {}, 512, 16, "tensor cores"),
+        ((64, 8), 64, {}, 2, 16, "tensor cores"),
+        ((32, 8), 64, {"sinks": Load(0, H)}, 2, 16, "fa2"),
+    ],
+)
+def test_the_kernel_for_decodes(
+    heads: tuple[int, int], dim: int, more: dict[str, object], rows: int, longest: int, kernel: str
+) -> None:
+    spec = AttentionSpec(*heads, dim, dim, **more)  # type: ignore[arg-type]
+    assert plans.Problem.of(spec, torch.bfloat16, torch.bfloat16, 16).for_single(rows, longest) == kernel
+    assert plans.Problem.of(spec, torch.bfloat16, torch.float8_e5m2, 16).for_single(rows, longest) != "cuda cores"
+
+
 class MissingJITCacheError(RuntimeError):
     pass
 

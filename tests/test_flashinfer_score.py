@@ -72,7 +72,7 @@ def test_variants() -> None:
     assert other != name and "params.sink[qo_head_idx]" in source
     problem = Problem.of(SCORES["window, cap, bias, sinks"], torch.bfloat16, torch.float8_e4m3fn, 16, True)
     assert (problem.scale, problem.softcap, problem.window, problem.sinks, problem.alibi) == (1.0, 0.0, 127, True, False)
-    assert problem.for_single() == problem.for_many(9999, CUDA) == "fa2"
+    assert problem.for_single(2, 99) == problem.for_many(9999, CUDA) == "fa2"
     arguments, options = problem.variant()
     assert arguments[0] == f"paged_attn_{other}_bf16_f8_e4m3fn_128_swa_True" and arguments[7:9] == [["sink"], ["float"]]
     assert options == {"use_sliding_window": True, "paged_kv_stride_mode": "equal"}

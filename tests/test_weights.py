@@ -16,6 +16,7 @@ from compile_attn.passes import weights as room
 from tests.models.families import enliven
 from tests.models.handwritten_more import VOCAB, decoder
 from tests.models.harness import assert_same_logits, assert_same_tokens, paged, recomputed
+from tests.tiny import as_on_a_gpu
 
 PROMPTS = [[5, 3, 8, 1], [7], list(range(20))]
 GROUPS = 4  # of the model below: q, k, v and gate, up of two layers
@@ -143,6 +144,19 @@ def test_loading_and_replacing_weights_is_seen() -> None:
         assert lm.generate(PROMPTS, max_new_tokens=6) == want
         model.blocks[0].up_proj.weight.data = -model.blocks[0].up_proj.weight.data
         assert lm.generate(PROMPTS, max_new_tokens=6) == expected(model) != want
+
+
+def test_recorded_steps_follow_weights_that_move() -> None:
+    """A step recorded with addresses that another compilation has freed would read whatever is there now."""
+    model = llama()
+    with as_on_a_gpu(lm_of(model, merge_linears=False)) as lm:
+        want = expected(model)
+        assert lm.generate(PROMPTS, max_new_tokens=6) == want
+        count = len(lm.cuda_graphs)
+        assert lm.generate(PROMPTS, max_new_tokens=6) == want and len(lm.cuda_graphs) == count > 0
+        with lm_of(model):
+            pass
+        assert lm.generate(PROMPTS, max_new_tokens=6) == want and len(lm.cuda_graphs) > count
 
 
 def test_a_cache_still_knows_its_model() -> None:
