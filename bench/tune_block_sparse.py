@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.block_sparse import Case, call, microseconds, prepare
 from compile_attn.kernels import tiles as tiling
+from compile_attn.kernels import triton_launch
 from compile_attn.kernels.block_sparse import BlockSparseBackend
 from compile_attn.kernels.mask import BlockSparse, Causal
 from compile_attn.kernels.tiles import Tiles
@@ -25,7 +26,7 @@ class Fixed(BlockSparseBackend):
 
     def attend(self, q, kv, captured, spec):
         tiling._spread = a_tile_each if len(self.sizes) > 7 else SPREAD
-        tiling.launches.cache_clear()
+        triton_launch.forget()
         return super().attend(q, kv, captured, spec)
 
 
