@@ -137,7 +137,7 @@ def row(case: Case, took: float, dense: float) -> list[str]:
     heads = "of each head" if case.mask.head_step else "of all heads"
     mark = "" if over <= MOST else " (!)"
     figures = [f"{density:.4f}", f"{took:.1f}", f"{dense:.1f}", f"{took / dense:.4f}", f"{over:.2f}{mark}"]
-    return [case.name(), f"{heads}, every {case.mask.vert_stride}th", *figures]
+    return [case.name(), f"{heads}, 1 of {case.mask.vert_stride}", *figures]
 
 
 def main() -> None:

@@ -164,9 +164,9 @@ def test_tiles_follow_the_mask() -> None:
         return found.group, found.block_q, found.block_n
 
     assert tiles(m.BlockSparse(64, 1, 16), 1) == tiles(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
-    assert tiles(m.BlockSparse(64, 1, 16), 4096) == (4, 16, 64)
+    assert tiles(m.BlockSparse(64, 1, 16), 4096) == (4, 32, 64)
     assert tiles(m.BlockSparse(64, 1, 16, 1), 4096) == (1, 64, 64)
-    assert [tiles(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 16]
+    assert [tiles(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
 
 
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +182,7 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "computes in bfloat16, float16, float32, not in float64"
         in sparse.reasons(Request(spec_of("window"), CUDA, torch.float64, 16))[0]
     )
+    assert choose(AttentionSpec(4, 2, 16, 16, m.BlockSparse(64, 1, 8)), CUDA, torch.bfloat16, 16).kernel == "block_sparse"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (reason,) = sparse.reasons(Request(spec_of("window"), CPU, torch.float32, 16))
     assert reason.startswith("runs on a CPU only in Triton's interpreter")
