@@ -87,10 +87,10 @@ class PagedKVCache:
         self.v_scales: list[torch.Tensor] = []
         self.max_positions: int | None = None  # length of the model's shortest position table
         self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
-        self.parameters: tuple[torch.Tensor, ...] = ()  # of the model, which a recorded step finds by address
         self.report: Report | None = None  # of the last compilation against this cache
         self.current: Batch | None = None
         self.steps_run = 0
+        self.compilations = 0  # of the model against this cache
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
         self._planned: dict[str, list[PlannedSite]] = {}
@@ -158,7 +158,7 @@ class PagedKVCache:
         self._closed = True
         self.kept, self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], [], []
         self._alive.clear()
-        self.current, self.parameters = None, ()
+        self.current = None
 
     # One step
 
@@ -280,6 +280,7 @@ class PagedKVCache:
                 self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
             self._make_pools(asked)
             self._bound = (asked, owner)
+        self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
         self._planned = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from compile_attn.cache import Batch, PagedKVCache
 from compile_attn.kernels.batch import advance_step
@@ -39,13 +40,15 @@ class DecodeGraphs:
 
     On a CPU a step is run anew where a GPU replays it.
 
-    `forward` runs the model on the cache's current batch and returns one row of logits a row.
+    forward   runs the model on the cache's current batch and returns one row of logits a row
+    model     a graph holds the addresses of its parameters and buffers, and is recorded anew where one has changed
     """
 
-    def __init__(self, forward: Forward, cache: PagedKVCache) -> None:
-        self._forward, self._cache = forward, cache
+    def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module) -> None:
+        self._forward, self._cache, self._model = forward, cache, model
+        self._tensors: list[torch.Tensor] = []
+        self._stands: tuple[int, list[int]] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
-        self._weights: list[int] = []
         self.recorded: list[Recorded] = []
         self._on_gpu = cache.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -61,10 +64,18 @@ class DecodeGraphs:
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
-    def prepare(self, kind: Kind) -> None:
-        """Record the graph if it is missing, or a weight has moved. The current batch is another one after a recording."""
-        if self._weights != self._addresses():
+    def prepare(self, kind: Kind, again: bool) -> None:
+        """Record the graph if it is missing; the current batch is another one afterwards.
+
+        A changed model is noticed here: one whose tensors have moved at every step, and one that has others at every step that
+        is not the last one `again`, so that no two requests are served by different weights.
+        """
+        if not again:
+            self._tensors = [*self._model.parameters(), *self._model.buffers()]
+        stands = (self._cache.compilations, [tensor.data_ptr() for tensor in self._tensors])
+        if stands != self._stands:
             self._steps.clear()
+            self._stands = stands
         if kind in self._steps:
             return
         size, width, random = kind
@@ -73,14 +84,9 @@ class DecodeGraphs:
         recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
         step = self._body(self._cache.dead_batch(size, width), random)
         self._steps[kind] = self._record(step) if self._on_gpu else step
-        self._weights = self._addresses()
         buffers.recent[:size].copy_(recent)
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
         self.recorded.append(Recorded(size, width * self._cache.page_size, random, seconds, bytes_))
-
-    def _addresses(self) -> list[int]:
-        """Where the weights lie: another compilation may merge them, a user may replace them."""
-        return list(map(torch.Tensor.data_ptr, self._cache.parameters))
 
     def replay(self, kind: Kind) -> None:
         """Run the step on the current batch; its tokens are in `buffers.recent`, and the buffers stand one token further."""

@@ -103,7 +103,7 @@ class PagedLM:
         self._own_call = call is not None
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
-        self._runner = Runner(OneGraph(self._model, options, call), cache, on_gpu and cuda_graphs)
+        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, on_gpu and cuda_graphs)
         self._scheduler = Scheduler(cache, budget)
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
@@ -215,6 +215,8 @@ class PagedLM:
     def close(self) -> None:
         """Drop the cache's memory. Every later use is an error."""
         self._closed = True
+        self._sent.clear()
+        self._runner.close()
         self.cache.close()
 
     def __enter__(self) -> Self:

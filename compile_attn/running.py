@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from compile_attn.cache import Batch, Chunk, PagedKVCache
 from compile_attn.calling import logits_of
@@ -39,13 +40,20 @@ class Sent:
 class Runner:
     """Runs plans on a compiled model and its cache, decode steps from graphs where they are wanted.
 
-    cuda_graphs: "auto" goes on without them, with a warning, where a step cannot be recorded; True raises; False: never.
+    run           the compiled model
+    cuda_graphs   "auto" goes on without them, with a warning, where a step cannot be recorded; True raises; False: never
     """
 
-    def __init__(self, run: Callable[[torch.Tensor, torch.Tensor], Any], cache: PagedKVCache, cuda_graphs: str | bool) -> None:
+    def __init__(
+        self,
+        run: Callable[[torch.Tensor, torch.Tensor], Any],
+        cache: PagedKVCache,
+        model: nn.Module,
+        cuda_graphs: str | bool,
+    ) -> None:
         self._run, self._cache = run, cache
         self._strict = cuda_graphs is True
-        self.graphs = DecodeGraphs(self._rows, cache) if cuda_graphs else None
+        self.graphs = DecodeGraphs(self._rows, cache, model) if cuda_graphs else None
         self._steady: tuple[int, bool, list[Request], Batch] | None = None  # the step that the device can repeat by itself
 
     def send(self, plan: Plan) -> Sent:
@@ -53,7 +61,7 @@ class Runner:
         size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
         random = any(how.temperature > 0 for how in plan.how)
         kind = None if size is None else (size, self._cache.width_of(plan.chunks), random)
-        if kind is not None and self._prepared(kind):
+        if kind is not None and self._prepared(kind, self._repeats(plan, kind)):
             self._replay(plan, kind)
         else:
             self._run_once(plan, random)
@@ -72,10 +80,19 @@ class Runner:
         batch = self._cache.batch(chunks)
         return self._rows(batch)[: batch.num_rows]
 
-    def _prepared(self, kind: Kind) -> bool:
+    def close(self) -> None:
+        """Let go of the graphs and their memory."""
+        self.graphs = self._steady = None
+
+    def _repeats(self, plan: Plan, kind: Kind) -> bool:
+        """Whether the device has brought the buffers from the last step to this one by itself."""
+        last = self._steady
+        return last is not None and last[:3] == (kind[0], kind[2], plan.sampled) and last[3] is self._cache.current
+
+    def _prepared(self, kind: Kind, again: bool) -> bool:
         assert self.graphs is not None
         try:
-            self.graphs.prepare(kind)
+            self.graphs.prepare(kind, again)
         except (RuntimeError, ValueError) as error:
             if self._strict:
                 raise
@@ -88,8 +105,7 @@ class Runner:
     def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
         size, _, random = kind
-        last = self._steady
-        again = last is not None and last[:3] == (size, random, plan.sampled) and last[3] is self._cache.current
+        again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
         batch = self._cache.batch(plan.chunks, pad_to=size, advanced=again)
         if random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))

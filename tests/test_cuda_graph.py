@@ -72,6 +72,18 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == ()
 
 
+def test_a_model_that_was_changed_is_recorded_anew() -> None:
+    model = tiny()
+    with as_on_a_gpu(PagedLM(model, inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        recorded = len(lm.cuda_graphs)
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and len(lm.cuda_graphs) == recorded
+        model.pos.weight.data = model.pos.weight.data.flip(0).contiguous()
+        want = [alone(model, prompt, Sampling(max_new_tokens=9)) for prompt in PROMPTS]
+        assert want != greedy(9)
+        assert lm.generate(PROMPTS, max_new_tokens=9) == want and len(lm.cuda_graphs) == 2 * recorded
+
+
 def test_a_batch_made_by_hand_between_two_steps_is_noticed() -> None:
     from compile_attn.cache import Chunk
 
