@@ -4,7 +4,7 @@ Every line is a causal batch over pages of 16 tokens, in a table as wide as a ca
 microseconds in a CUDA graph, whose calls read different pages, and called one by one; the share of the floor (bytes over
 copy bandwidth, or operations over matrix rate, both measured first); and the others, where installed.
 
-    python -m bench.general [--out FOLDER]           the table; bench/results holds one
+    python -m bench.general                          the table
     python -m bench.general --sweep decode|prefill   tiles and splits, from which those of kernels/tiles.py are chosen
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.measuring import MISSING, Table, percent, publish, stamp
+from bench.measuring import MISSING, RESULTS, Table, percent, publish, stamp
 from compile_attn.kernels import tiles as tiling
 from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
@@ -314,12 +314,9 @@ SWEEPS = {
         ],
         [
             {},
-            *grid(block_n=(64,), stages=(2, 3), registers=(128,)),
-            *grid(block_n=(64,), stages=(3,), registers=(168,), _MOST_AT_ONCE=(3,), _BYTES_AHEAD=(1 << 20,)),
-            *grid(block_n=(64,), stages=(3, 4), registers=(0,)),
-            *grid(block_n=(32,), stages=(3, 4), registers=(128,)),
-            *grid(block_n=(32,), stages=(4,), registers=(160,), _MOST_AT_ONCE=(3,)),
-            *grid(block_n=(32,), warps=(2,), stages=(3, 4), registers=(128,), _MOST_AT_ONCE=(4, 6), _BYTES_AHEAD=(1 << 20,)),
+            *grid(block_n=(64,), stages=(2, 3, 4), registers=(0,), _AT_ONCE=(1, 2, 3)),
+            *grid(block_n=(64,), stages=(2, 3), registers=(128, 168), _SMALL_AT_ONCE=(2, 3, 4)),
+            *grid(block_n=(32,), warps=(2, 4), stages=(3, 4), registers=(0,), _AT_ONCE=(3, 4)),
             *grid(block_n=(128,), stages=(2,), registers=(0,)),
             *grid(_PARTS_EACH=(0, 2, 8)),
             *grid(COMBINE_EARLY=(1,)),
@@ -346,23 +343,39 @@ SWEEPS = {
 }
 
 
-def sweep(bench: Bench, name: str) -> list[dict[str, Any]]:
+def sweep(bench: Bench, name: str) -> dict[str, Any]:
     cases, variants = SWEEPS[name]
     calls = [bench.calls(case) for case in cases]
     print(f"{name}, microseconds: " + " | ".join(case.name for case in cases))
     found = []
     for knobs in variants:
-        times = []
+        times: list[float | None] = []
         for case, each in zip(cases, calls, strict=True):
             with tuned(knobs):
                 try:
                     times.append(seconds(ours(case, each), len(each)) * 1e6)
                 except Exception as error:  # too much shared memory
-                    times.append(float("nan"))
+                    times.append(None)
                     if "shared" not in str(error):
                         print(f"  {knobs}: {type(error).__name__} {str(error)[:200]}")
         found.append({"knobs": knobs, "us": times})
-        print(" ".join(f"{each:8.1f}" for each in times), " ".join(f"{key}={value}" for key, value in knobs.items()), flush=True)
+        shown = " ".join(f"{math.nan if each is None else each:8.1f}" for each in times)
+        print(shown, " ".join(f"{key}={value}" for key, value in knobs.items()), flush=True)
+    return {"cases": [case.name for case in cases], "variants": found}
+
+
+SWEPT = "Tiles and spreads tried for the kernel for any score"
+
+
+def sweep_tables(result: dict[str, Any]) -> list[Table]:
+    """Every variant of each sweep, and what it changes of what `general` chooses; microseconds, in a CUDA graph."""
+    found = []
+    for name, swept in result.items():
+        rows = []
+        for line in swept["variants"]:
+            times = [MISSING if each is None or each != each else f"{each:.1f}" for each in line["us"]]
+            rows.append([*times, " ".join(f"{key}={value}" for key, value in line["knobs"].items()) or "as chosen then"])
+        found.append(Table(f"{name.capitalize()}, microseconds", (*swept["cases"], "changed"), rows))
     return found
 
 
@@ -384,7 +397,7 @@ def _compile(work: tuple[str, int, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the figures: general.md and .json, or general_sweep.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for general.md and .json, or general_sweep.md and .json")
     parser.add_argument("--sweep", choices=SWEEPS, action="append", default=[], help="try tiles and splits")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     chosen = parser.parse_args()
@@ -398,11 +411,9 @@ def main() -> None:
         result[name] = sweep(bench, name)
     if not chosen.sweep:
         result = compare(bench, [case for case in DECODES + PREFILLS + OTHERS if chosen.only in case.name])
-    if chosen.out and not chosen.sweep:
         publish("general", "The kernel for any score, tuned", tables(result), result, stamp(torch.device("cuda")), chosen.out)
-    elif chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "general_sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        publish("general_sweep", SWEPT, sweep_tables(result), result, stamp(torch.device("cuda")), chosen.out)
 
 
 if __name__ == "__main__":

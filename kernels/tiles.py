@@ -14,8 +14,7 @@ import torch
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.visible import most_keys
 
-_BYTES_AHEAD = 128 << 10  # of keys and values, on their way to a multiprocessor
-_MOST_AT_ONCE = 4  # programs of few tokens
+_AT_ONCE, _SMALL_AT_ONCE = 2, 3  # programs of few tokens that a multiprocessor holds; of small heads
 _PARTS_EACH = 4  # of a multiprocessor, if that is enough for the longest sequences
 COMBINE_EARLY = False  # the programs that combine parts are brought up while the last parts are found
 _WAVES = 2  # of tiles of many tokens
@@ -105,7 +104,7 @@ def tiles_of(
     warps = (
         4 if dims <= 128 and bytes_ == 2 else 8 if block_m == 128 or block_m * padded(spec.head_dim_v) >= 1 << 14 else 4
     )  # or the output spills
-    registers = 128 if block_m == 16 and bytes_ == 2 and dims <= 128 else 0  # four programs fit a multiprocessor
+    registers = 168 if block_m == 16 and bytes_ == 2 and dims <= 128 else 0  # three programs fit a multiprocessor
     return Tiles(group, block_q, block_m, block_n, warps, stages, dot, registers)
 
 
@@ -166,10 +165,9 @@ def _spread(spec: AttentionSpec, size: Size, tiles: Tiles, few: int, shared: int
 
 
 def _at_once(spec: AttentionSpec, tiles: Tiles, shared: int) -> int:
-    """Programs of a multiprocessor that together have enough bytes on their way, if they all fit."""
+    """Programs of a multiprocessor, so many that all fit."""
     block = tiles.block_n * (padded(spec.head_dim) + padded(spec.head_dim_v)) * tiles.dot.itemsize
-    wanted = -(-_BYTES_AHEAD // (block * max(1, tiles.stages - 1)))
-    return max(1, min(_MOST_AT_ONCE if tiles.registers else 2, max(2, wanted), shared // (block * tiles.stages)))
+    return max(1, min(_SMALL_AT_ONCE if tiles.registers else _AT_ONCE, shared // (block * tiles.stages)))
 
 
 def padded(dim: int) -> int:

@@ -132,11 +132,10 @@ def _launch(
 
 def _form(q: torch.Tensor, q_strides: tuple[int, ...], pools: tuple[Pool, Pool], batch: Batch) -> tuple[Any, ...]:
     """What of a call's tensors Triton compiles into a kernel; all others are of this project's making, the same every time."""
-    pointers = q, *(each for pool in pools for each in (pool.at, pool.scale))
-    aligned = tuple(each.data_ptr() % 16 for each in pointers)
-    strides = q_strides, pools[0][1:5], pools[1][1:5], pools[0].scale_head, pools[1].scale_head
-    dtypes = tuple(each.dtype for each in (*pointers, batch.table, batch.lengths, batch.starts, batch.token_seq))
-    return aligned, strides, dtypes
+    (k, *k_strides, k_scale, k_scale_head), (v, *v_strides, v_scale, v_scale_head) = pools
+    pointers = q, k, k_scale, v, v_scale, batch.table, batch.lengths, batch.starts, batch.token_seq
+    strides = (*q_strides, *k_strides, k_scale_head, *v_strides, v_scale_head, batch.width)
+    return tuple(each.data_ptr() % 16 for each in pointers), tuple(each.dtype for each in pointers), strides
 
 
 @dataclass(frozen=True, eq=False)
