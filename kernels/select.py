@@ -13,6 +13,7 @@ from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.speeds import speeds
+from compile_attn.kernels.visible import block_of
 
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
@@ -96,6 +97,8 @@ def _preferred(request: Request) -> tuple[str, ...]:
     """All kernels, best first where nothing was measured. "reference" serves everything, so the first that can always exists."""
     if request.device.type == "cpu":  # "general" is compiled for GPUs; on a CPU it is interpreted, for tests
         return ("sdpa", "reference", "general", "block_sparse", "flash_attn", "flashinfer", "flashinfer_jit")
+    if block_of(request.spec.mask) is not None:  # bench/results/block_sparse.md
+        return ("block_sparse", "general", "flash_attn", "flashinfer", "sdpa", "reference", "flashinfer_jit")
     if _needs_mask_tensor(request.spec):  # which SDPA reads from memory, and the others compute
         return ("flash_attn", "general", "block_sparse", "flashinfer", "sdpa", "reference", "flashinfer_jit")
     return ("sdpa", "flash_attn", "general", "block_sparse", "flashinfer", "reference", "flashinfer_jit")

@@ -19,6 +19,7 @@ _PARTS_EACH = 4  # of a multiprocessor, if that is enough for the longest sequen
 COMBINE_EARLY = False  # the programs that combine parts are brought up while the last parts are found
 _WAVES = 2  # of tiles of many tokens
 _KEYS_A_PROGRAM = 256  # fewer, and writing and combining the parts costs as much as reading the keys
+_KEYS_ALONE = 1280  # of a program a tile: where all are few, sharing them evenly costs more than the longest does
 _KEYS_A_SPLIT = 1024  # of a tile of many tokens
 _MOST_SPLITS = 128
 
@@ -57,7 +58,6 @@ class Tiles:
     stages: int
     dot: torch.dtype
     registers: int = 0  # of a thread, at most; 0: as many as the compiler takes
-    together: bool = False  # `Plan.together`
 
 
 TilesFor = Callable[[AttentionSpec, torch.dtype, int, int, int], Tiles]  # as `tiles_of`
@@ -155,6 +155,8 @@ def _spread(spec: AttentionSpec, size: Size, tiles: Tiles, few: int, shared: int
     small = few > 0 or (size.page_size > 0 and tiles.block_q == 1 and size.tokens <= size.sequences)
     each = _KEYS_A_PROGRAM if small else _KEYS_A_SPLIT
     least, splits = -(-each // tiles.block_n), -(-keys // each)
+    if small and keys <= _KEYS_ALONE and blocks * heads >= multiprocessors:
+        return Launch(tiles, few, (blocks, heads, 1), least, 0)
     if small and blocks * heads * splits > multiprocessors * _PARTS_EACH:
         return Launch(tiles, few, (blocks, heads, 1), least, multiprocessors * _at_once(spec, tiles, shared))
     if not small:

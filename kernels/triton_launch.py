@@ -282,7 +282,6 @@ def _plan(
         block_n=tiles.block_n,
         block_d=padded(spec.head_dim),
         block_dv=padded(spec.head_dim_v),
-        together=tiles.together,
         split=split,
     )
 

@@ -77,14 +77,25 @@ def test_equal_shares_of_very_different_sequences(mask: m.Mask, programs: int, m
 def test_who_serves_which_sequences() -> None:
     spec = AttentionSpec(32, 8, 128, 128)
 
-    def found(tokens: int, sequences: int, page_size: int = 16) -> list[tuple[int, int, bool]]:
-        size = tiles.Size(sequences, tokens, 4096, page_size)
+    def found(tokens: int, sequences: int, page_size: int = 16, keys: int = 4096) -> list[tuple[int, int, bool]]:
+        size = tiles.Size(sequences, tokens, keys, page_size)
         spread = tiles.launches(tiles.tiles_of, spec, torch.bfloat16, size, 227 << 10, 0, 132)
         return [(each.tiles.block_m, each.few, each.programs > 0) for each in spread]
 
     assert found(32, 32) == [(16, 0, True)]
+    assert found(32, 32, keys=1024) == found(16, 16, keys=128) == [(16, 0, False)]  # a program a tile: short, or too few to share
     assert found(1, 1) == [(16, 0, False)]  # so few parts of tiles that each has a program
     assert found(600, 32) == [(16, 4, True), (128, -4, False)]  # tokens alone, or up to four in a tile; and chunks
     assert found(600, 1) == [(128, 0, False)]
     assert found(2, 1) == [(16, 0, False)]
     assert found(1, 8, page_size=0) == [(16, 0, False)]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["gqa", "sinks"])
+@pytest.mark.parametrize("sequence", [(0, 40), (9, 31), (0, 0)], ids=str)
+def test_one_sequence_and_pad_tokens(name: str, sequence: tuple[int, int]) -> None:
+    batch = paged_batch(SPECS[name], [sequence], pad_tokens=17)
+    found = batch.attend(CAPTURED, "general")
+    torch.testing.assert_close(found.double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
+    assert not found[sequence[1] :].any()
