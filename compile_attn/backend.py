@@ -85,7 +85,6 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
     parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]
-    cache.parameters = tuple(examples[place] for place in parameters)
     known = [(place, weakref.ref(examples[place])) for place in (*parameters[:1], *parameters[-1:])]
 
     def step(*args: Any) -> Any:

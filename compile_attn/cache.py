@@ -87,7 +87,6 @@ class PagedKVCache:
         self.v_scales: list[torch.Tensor] = []
         self.max_positions: int | None = None  # length of the model's shortest position table
         self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
-        self.parameters: tuple[torch.Tensor, ...] = ()  # of the model, which a recorded step finds by address
         self.report: Report | None = None  # of the last compilation against this cache
         self.current: Batch | None = None
         self.steps_run = 0
@@ -159,7 +158,7 @@ class PagedKVCache:
         self._closed = True
         self.kept, self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], [], []
         self._alive.clear()
-        self.current, self.parameters = None, ()
+        self.current = None
 
     # One step
 

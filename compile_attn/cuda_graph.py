@@ -49,7 +49,6 @@ class DecodeGraphs:
         self._tensors: list[torch.Tensor] = []
         self._stands: tuple[int, list[int]] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
-        self._weights: list[int] = []
         self.recorded: list[Recorded] = []
         self._on_gpu = cache.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -85,14 +84,9 @@ class DecodeGraphs:
         recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
         step = self._body(self._cache.dead_batch(size, width), random)
         self._steps[kind] = self._record(step) if self._on_gpu else step
-        self._weights = self._addresses()
         buffers.recent[:size].copy_(recent)
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
         self.recorded.append(Recorded(size, width * self._cache.page_size, random, seconds, bytes_))
-
-    def _addresses(self) -> list[int]:
-        """Where the weights lie: another compilation may merge them, a user may replace them."""
-        return list(map(torch.Tensor.data_ptr, self._cache.parameters))
 
     def replay(self, kind: Kind) -> None:
         """Run the step on the current batch; its tokens are in `buffers.recent`, and the buffers stand one token further."""
