@@ -1,35 +1,31 @@
 """Does time follow density? Block-sparse attention over pages against our own causal kernel, on one GPU.
 
-    python -m bench.block_sparse [--write]
+    python -m bench.block_sparse [--out FOLDER]
 
 Density: keys that some query head of a KV head sees where keys are what takes time (decode), pairs of query and key that are
-seen where products are (prefill); of those of the causal mask. `--write` renews bench/results/block_sparse.md.
+seen where products are (prefill); of those of the causal mask.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import datetime
 import functools
-import json
 import multiprocessing
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from bench.measuring import RESULTS, Table, publish, stamp
 from compile_attn.kernels.backend import Backend, Paged
 from compile_attn.kernels.mask import BlockSparse, Causal, Mask
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE, BLOCK = 32, 8, 128, 16, 64
-RESULT = Path(__file__).parent / "results" / "block_sparse.md"
 MOST = 1.25  # time / dense time, over density
 
 
@@ -123,52 +119,47 @@ def microseconds(run: Callable[[], torch.Tensor]) -> float:
     return float(triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median")) * 1e3
 
 
-def main() -> None:
-    import compile_attn.kernels.ops  # noqa: F401
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
-    write = parser.parse_args().write
-    work = cases()
-    prepare([(case, kernel_of(case)) for case in work])
-    rows, dense = [], 1.0
+def measure(work: list[Case]) -> Iterator[tuple[Case, float, float]]:
+    """Each block-sparse case with its microseconds, and those of the dense case of its size."""
+    dense = 0.0
     for case in work:
         took = microseconds(call(case, kernel_of(case)))
         if isinstance(case.mask, Causal):
             dense = took
-            continue
-        assert isinstance(case.mask, BlockSparse)
-        ratio, density = took / dense, case.density()
-        heads = "each head its own" if case.mask.head_step else "all heads alike"
-        rows.append((case.name(), heads, case.mask.vert_stride, density, took, dense, ratio, ratio / density))
-    lines = [
-        "| call | verticals | stride | density | us | dense us | ratio | ratio / density |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, heads, stride, density, took, whole, ratio, over in rows:
-        mark = "" if over <= MOST else " (!)"
-        lines.append(f"| {name} | {heads} | {stride} | {density:.4f} | {took:.1f} | {whole:.1f} | {ratio:.4f} | {over:.2f}{mark} |")
-    table = "\n".join(lines)
-    print(table)
-    if "OUT" in os.environ:
-        Path(os.environ["OUT"], "block_sparse.json").write_text(json.dumps(rows))
-    if write:
-        RESULT.write_text(report(table))
+        else:
+            yield case, took, dense
 
 
-def report(table: str) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = f"torch {torch.__version__}, triton {version('triton')}"
-    return f"""# Time over density, block-sparse attention
+def row(case: Case, took: float, dense: float) -> list[str]:
+    assert isinstance(case.mask, BlockSparse)
+    density = case.density()
+    over = took / dense / density
+    heads = "of each head" if case.mask.head_step else "of all heads"
+    mark = "" if over <= MOST else " (!)"
+    figures = [f"{density:.4f}", f"{took:.1f}", f"{dense:.1f}", f"{took / dense:.4f}", f"{over:.2f}{mark}"]
+    return [case.name(), f"{heads}, 1 of {case.mask.vert_stride}", *figures]
 
-{datetime.date.today()}, commit {commit or "unknown"}, {versions}, {torch.cuda.get_device_name()}.
-`python -m bench.block_sparse --write`
 
-bf16, {HEADS} heads on {KV_HEADS} KV heads of {DIM}, pages of {PAGE}; blocks of {BLOCK}, one local block and verticals. Dense is
-`general` on the causal mask. Each call inside a CUDA graph, median. Wanted: ratio / density at most {MOST}; (!) is more.
+def main() -> None:
+    import compile_attn.kernels.ops  # noqa: F401
 
-{table}
-"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out: Path = parser.parse_args().out
+    work = cases()
+    prepare([(case, kernel_of(case)) for case in work])
+    found, rows = [], []
+    for case, took, dense in measure(work):
+        rows.append(row(case, took, dense))
+        found.append({"call": case.name(), "mask": repr(case.mask), "density": case.density(), "us": took, "dense_us": dense})
+        print(*rows[-1], sep=" | ", flush=True)
+    columns = ("call", "vertical blocks", "density", "us", "dense us", "ratio", "ratio / density")
+    note = (
+        f"bf16, {HEADS} heads on {KV_HEADS} KV heads of {DIM}, pages of {PAGE}; blocks of {BLOCK}, one local block and verticals. "
+        f"Dense: `general`, causal. A call inside a CUDA graph, median. Wanted: ratio / density at most {MOST}; (!) is more."
+    )
+    table = Table("Time over density", columns, rows, note)
+    publish("block_sparse", "Block-sparse attention", [table], {"found": found}, stamp(torch.device("cuda")), out)
 
 
 if __name__ == "__main__":

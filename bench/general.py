@@ -1,10 +1,10 @@
 """How fast is the Triton kernel for any score, beside the libraries and what the machine could do?
 
-Every line is a batch over pages of 16 tokens of a table 131,072 tokens wide, causal: microseconds in a CUDA graph, whose calls read
-different pages, and called one by one; the share of the floor (bytes over copy bandwidth, or operations over matrix rate,
-both measured first); and the others, where installed.
+Every line is a causal batch over pages of 16 tokens, in a table as wide as a cache makes it (1024 tokens, 4096, ...):
+microseconds in a CUDA graph, whose calls read different pages, and called one by one; the share of the floor (bytes over
+copy bandwidth, or operations over matrix rate, both measured first); and the others, where installed.
 
-    python -m bench.general [--json FILE]            the table
+    python -m bench.general                          the table
     python -m bench.general --sweep decode|prefill   tiles and splits, from which those of kernels/tiles.py are chosen
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench.measuring import MISSING, RESULTS, Table, percent, publish, stamp
 from compile_attn.kernels import tiles as tiling
 from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
@@ -32,7 +33,7 @@ from compile_attn.kernels.batch import AttentionMetadata
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
-PAGE, BOUND = 16, 131_072
+PAGE = 16
 CALLS = 8  # in a graph
 Shape = tuple[tuple[int, int], ...]  # of a batch: keys and new tokens of every sequence
 
@@ -48,6 +49,13 @@ class Case:
 
     def spec(self) -> AttentionSpec:
         return AttentionSpec(*self.heads, self.dim, self.dim, scale=self.dim**-0.5, softcap=self.softcap)
+
+    def bound(self) -> int:
+        """Keys that the table has room for."""
+        bound = 1024
+        while bound < max(keys for keys, _ in self.shape):
+            bound *= 4
+        return bound
 
     def bytes(self) -> int:
         width = getattr(torch, self.kv_dtype).itemsize
@@ -103,7 +111,7 @@ class Bench:
         tokens = sum(new for _, new in case.shape)
         found = []
         for number in range(max(1, min(CALLS, len(pages) // sum(counts)))):
-            table = torch.zeros(len(counts), BOUND // PAGE, dtype=torch.int32, device="cuda")
+            table = torch.zeros(len(counts), case.bound() // PAGE, dtype=torch.int32, device="cuda")
             begin = number * sum(counts)
             for row, count in enumerate(counts):
                 table[row, :count] = pages[begin : begin + count]
@@ -225,20 +233,31 @@ def measure(bench: Bench, case: Case, bandwidth: float, rate: float) -> dict[str
     return found
 
 
-def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
+COLUMNS = ("graph", "eager", "SDPA", "FlashInfer", "of floor", "TFLOP/s")
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    times = [line.get(name) for name in COLUMNS[:4]]
+    shown = [MISSING if each is None else f"{each * 1e6:.1f}" for each in times]
+    return [*shown, percent(line["of floor"]), MISSING if "TFLOP/s" not in line else f"{line['TFLOP/s']:.0f}"]
+
+
+def compare(bench: Bench, cases: list[Case]) -> dict[str, Any]:
     bandwidth, rate = machine()
-    what = f"copy {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {what}")
-    columns = ("graph", "eager", "SDPA", "FlashInfer", "of floor", "TFLOP/s")
-    print(" " * 40 + "".join(f"{name:>11s}" for name in columns))
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s")
+    print(" " * 40 + "".join(f"{name:>11s}" for name in COLUMNS))
     found = []
     for case in cases:
         found.append(measure(bench, case, bandwidth, rate))
-        texts = [found[-1].get(name) for name in columns]
-        shown = ["-" if each is None else f"{each * 1e6:.1f}" for each in texts[:4]]
-        shown += [f"{texts[4]:.0%}", "-" if texts[5] is None else f"{texts[5]:.0f}"]
-        print(f"{case.name:40s}" + "".join(f"{each:>11s}" for each in shown), flush=True)
-    return found
+        print(f"{case.name:40s}" + "".join(f"{each:>11s}" for each in cells(found[-1])), flush=True)
+    return {"bytes a second": bandwidth, "operations a second": rate, "table": found}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    rates = f"Copying {result['bytes a second'] / 1e12:.2f} TB/s, matrices {result['operations a second'] / 1e12:.0f} TFLOP/s."
+    note = f"{rates} 32 query heads on 8, 128 channels, bfloat16, unless a case says otherwise; SDPA has no pages."
+    rows = [[line["case"], *cells(line)] for line in result["table"]]
+    return [Table("Microseconds of a call", ("case", *COLUMNS), rows, note)]
 
 
 # Tuning.
@@ -247,8 +266,8 @@ def table(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def tuned(knobs: dict[str, int]) -> Iterator[None]:
     """Other tiles, or other constants of the module, than `general` would choose."""
-    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name.startswith("_")}
-    tiles = {name: value for name, value in knobs.items() if not name.startswith("_")}
+    tiles_of, constants = triton_launch.tiles_of, {name: value for name, value in knobs.items() if name in vars(tiling)}
+    tiles = {name: value for name, value in knobs.items() if name not in vars(tiling)}
     before = {name: getattr(tiling, name) for name in constants}
 
     def chosen(spec: AttentionSpec, *rest: Any) -> tiling.Tiles:
@@ -258,11 +277,11 @@ def tuned(knobs: dict[str, int]) -> Iterator[None]:
         for name, value in constants.items():
             setattr(tiling, name, value)
         triton_launch.tiles_of = chosen
-        tiling.launches.cache_clear()
+        triton_launch.forget()
         yield
     finally:
         triton_launch.tiles_of = tiles_of
-        tiling.launches.cache_clear()
+        triton_launch.forget()
         for name, value in before.items():
             setattr(tiling, name, value)
 
@@ -282,6 +301,7 @@ SWEEPS = {
     "decode": (
         [
             decode(1, 128),
+            decode(1, 1024),
             decode(1, 8192),
             decode(8, 1024),
             decode(32, 128),
@@ -289,15 +309,17 @@ SWEEPS = {
             decode(32, 4096),
             decode(128, 1024),
             RAGGED,
+            replace(decode(32, 8192, dim=64), name="32 x 8192, 64 channels"),
+            MIXED,
         ],
         [
             {},
-            *grid(block_n=(64,), stages=(3,), _PROGRAMS_EACH=(2, 3), registers=(0, 128, 168)),
-            *grid(block_n=(64,), stages=(2,), _PROGRAMS_EACH=(3, 4), registers=(128, 168)),
-            *grid(block_n=(64,), stages=(4,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
-            *grid(block_n=(32,), stages=(3, 4), _PROGRAMS_EACH=(3, 4), registers=(0, 128)),
-            *grid(block_n=(32,), warps=(2,), stages=(3, 4), _PROGRAMS_EACH=(4, 6), registers=(0, 128)),
-            *grid(block_n=(128,), stages=(2,), _PROGRAMS_EACH=(2,), registers=(0, 128)),
+            *grid(block_n=(64,), stages=(2, 3, 4), registers=(0,), _AT_ONCE=(1, 2, 3)),
+            *grid(block_n=(64,), stages=(2, 3), registers=(128, 168), _SMALL_AT_ONCE=(2, 3, 4)),
+            *grid(block_n=(32,), warps=(2, 4), stages=(3, 4), registers=(0,), _AT_ONCE=(3, 4)),
+            *grid(block_n=(128,), stages=(2,), registers=(0,)),
+            *grid(_PARTS_EACH=(0, 2, 8)),
+            *grid(COMBINE_EARLY=(1,)),
             *grid(_KEYS_A_PROGRAM=(128, 512)),
         ],
     ),
@@ -321,23 +343,39 @@ SWEEPS = {
 }
 
 
-def sweep(bench: Bench, name: str) -> list[dict[str, Any]]:
+def sweep(bench: Bench, name: str) -> dict[str, Any]:
     cases, variants = SWEEPS[name]
     calls = [bench.calls(case) for case in cases]
     print(f"{name}, microseconds: " + " | ".join(case.name for case in cases))
     found = []
     for knobs in variants:
-        times = []
+        times: list[float | None] = []
         for case, each in zip(cases, calls, strict=True):
             with tuned(knobs):
                 try:
                     times.append(seconds(ours(case, each), len(each)) * 1e6)
                 except Exception as error:  # too much shared memory
-                    times.append(float("nan"))
+                    times.append(None)
                     if "shared" not in str(error):
                         print(f"  {knobs}: {type(error).__name__} {str(error)[:200]}")
         found.append({"knobs": knobs, "us": times})
-        print(" ".join(f"{each:8.1f}" for each in times), " ".join(f"{key}={value}" for key, value in knobs.items()), flush=True)
+        shown = " ".join(f"{math.nan if each is None else each:8.1f}" for each in times)
+        print(shown, " ".join(f"{key}={value}" for key, value in knobs.items()), flush=True)
+    return {"cases": [case.name for case in cases], "variants": found}
+
+
+SWEPT = "Tiles and spreads tried for the kernel for any score"
+
+
+def sweep_tables(result: dict[str, Any]) -> list[Table]:
+    """Every variant of each sweep, and what it changes of what `general` chooses; microseconds, in a CUDA graph."""
+    found = []
+    for name, swept in result.items():
+        rows = []
+        for line in swept["variants"]:
+            times = [MISSING if each is None or each != each else f"{each:.1f}" for each in line["us"]]
+            rows.append([*times, " ".join(f"{key}={value}" for key, value in line["knobs"].items()) or "as chosen then"])
+        found.append(Table(f"{name.capitalize()}, microseconds", (*swept["cases"], "changed"), rows))
     return found
 
 
@@ -348,17 +386,18 @@ def _compile(work: tuple[str, int, int]) -> None:
     bench = Bench(1 << 28)
     cases, variants = SWEEPS[name]
     for case in {(each.dim, each.shape[0][1] > 1, len(each.shape) > 1): each for each in cases}.values():
-        small = replace(case, shape=tuple((min(keys, 4096), min(new, 2048)) for keys, new in case.shape[:2]))
+        ends = {0: case.shape[0], len(case.shape) - 1: case.shape[-1]}.values()
+        small = replace(case, shape=tuple((min(keys, 4096), min(new, 2048)) for keys, new in ends))
         calls = bench.calls(small)[:1]
-        for knobs in variants[share::shares]:
-            with tuned(knobs), contextlib.suppress(Exception):
+        for knobs, parts in itertools.product(variants[share::shares], (0, 1000)):  # each way of spreading small tiles
+            with tuned({**knobs, "_PARTS_EACH": parts}), contextlib.suppress(Exception):
                 ours(small, calls)(0)
     torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for general.md and .json, or general_sweep.md and .json")
     parser.add_argument("--sweep", choices=SWEEPS, action="append", default=[], help="try tiles and splits")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     chosen = parser.parse_args()
@@ -371,9 +410,10 @@ def main() -> None:
     for name in chosen.sweep:
         result[name] = sweep(bench, name)
     if not chosen.sweep:
-        result["table"] = table(bench, [case for case in DECODES + PREFILLS + OTHERS if chosen.only in case.name])
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = compare(bench, [case for case in DECODES + PREFILLS + OTHERS if chosen.only in case.name])
+        publish("general", "The kernel for any score, tuned", tables(result), result, stamp(torch.device("cuda")), chosen.out)
+    else:
+        publish("general_sweep", SWEPT, sweep_tables(result), result, stamp(torch.device("cuda")), chosen.out)
 
 
 if __name__ == "__main__":

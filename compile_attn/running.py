@@ -61,9 +61,8 @@ class Runner:
         size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
         random = any(how.temperature > 0 for how in plan.how)
         kind = None if size is None else (size, self._cache.width_of(plan.chunks), random)
-        again = kind is not None and self._repeats(plan, kind)
-        if kind is not None and self._prepared(kind, again):
-            self._replay(plan, kind, again)
+        if kind is not None and self._prepared(kind, self._repeats(plan, kind)):
+            self._replay(plan, kind)
         else:
             self._run_once(plan, random)
         tokens = self._cache.buffers.recent[: len(plan.sampled)]
@@ -103,9 +102,10 @@ class Runner:
             return False
         return True
 
-    def _replay(self, plan: Plan, kind: Kind, again: bool) -> None:
+    def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
         size, _, random = kind
+        again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
         batch = self._cache.batch(plan.chunks, pad_to=size, advanced=again)
         if random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))

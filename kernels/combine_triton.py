@@ -34,10 +34,13 @@ def _combined(part, used, r, channel, parts, AT_ONCE: tl.constexpr, PLAN: tl.con
 
 @triton.jit(do_not_specialize=["batch", "num_tokens", "num_sequences"])  # type: ignore[untyped-decorator]
 def combine(  # type: ignore[no-untyped-def]
-    batch, parts, out, num_tokens, num_sequences, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr
-):
+    batch, parts, out, num_tokens, num_sequences,
+    AT_ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
     """Combines the parts of some rows of a tile, for one block of channels."""
     tile = tl.program_id(0)
+    if EARLY:  # brought up before the parts are complete
+        tl.extra.cuda.gdc_wait()
     if PLAN.few > 0:  # nobody has announced the tiles of other sequences
         heads: tl.constexpr = PLAN.heads // PLAN.group
         used = tl.load(parts.used + tile, mask=served(tile // heads, batch, num_tokens, num_sequences, PLAN)[0], other=0)

@@ -39,7 +39,6 @@ class Plan:
     block_n: int  # keys of a tile
     block_d: int  # head sizes, padded to a power of two
     block_dv: int
-    together: bool  # one loop over the blocks of keys, not one without a mask and another
     split: bool  # several programs share the keys of a tile of queries
 
 
@@ -139,7 +138,7 @@ def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.cons
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    state, page, queries, row, start, length, kv_head, scale, keys, values, captured, edge,
+    state, page, queries, row, start, length, kv_head, scale, keys, values, captured,
     SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
@@ -156,15 +155,9 @@ def _visit(  # type: ignore[no-untyped-def]
     s = tl.dot(queries, tl.trans(k.to(PLAN.dot)), input_precision="tf32x3")
     if PLAN.k_scaled:
         s = s * scale
-    if PLAN.together:
-        if edge:
-            value = tl.where(owned[None, :], SCORE(s, j[None, :].to(PLAN.whole), row, captured, True), float("-inf"))
-        else:
-            value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, False)
-    else:
-        value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
-        if MASKED:
-            value = tl.where(owned[None, :], value, float("-inf"))
+    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
+    if MASKED:
+        value = tl.where(owned[None, :], value, float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
     weights = exponential(value * PLAN.factor - against[:, None], PLAN)
@@ -207,54 +200,19 @@ def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _block(k, clears, seen, CLEAR: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of the k-th block: clear ones come before the others."""
-    if PLAN.together:
-        n = tl.where(k < clears, CLEAR(k, seen), EDGE(k - clears, seen))
-    else:
-        n = EDGE(k - clears, seen) if MASKED else CLEAR(k, seen)
-    return n * PLAN.block_n
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _loop(  # type: ignore[no-untyped-def]
-    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
+def _walk(  # type: ignore[no-untyped-def]
+    state, begin, end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    BLOCK: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from the begin-th on."""
-    start = _block(begin, clears, seen, CLEAR, EDGE, MASKED, PLAN)
+    """Blocks of keys from the begin-th on, of those without a mask or of the others."""
+    start = BLOCK(begin, seen) * PLAN.block_n
     page = _pages(start, tl.where(begin < end, length, 0), b, batch, MASKED, PLAN)
     for k in range(begin, end):
-        following = _block(k + 1, clears, seen, CLEAR, EDGE, MASKED, PLAN)
+        following = BLOCK(k + 1, seen) * PLAN.block_n
         ahead = _pages(following, tl.where(k + 1 < end, length, 0), b, batch, MASKED, PLAN)
-        state = _visit(
-            state, page, queries, row, start, length, kv_head, scale, keys, values, captured, k >= clears, SCORE, MASKED, PLAN
-        )
+        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, MASKED, PLAN)
         page = ahead
         start = following
-    return state
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _walk(  # type: ignore[no-untyped-def]
-    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, PLAN: tl.constexpr,
-):  # fmt: skip
-    """Blocks of keys from the begin-th on: clear ones first."""
-    if PLAN.together:
-        state = _loop(
-            state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-            CLEAR, EDGE, SCORE, True, PLAN,
-        )  # fmt: skip
-    else:
-        state = _loop(
-            state, begin, tl.minimum(end, clears), clears, seen, queries, row, b, kv_head, length, scale, keys, values,
-            batch, captured, CLEAR, EDGE, SCORE, False, PLAN,
-        )  # fmt: skip
-        state = _loop(
-            state, tl.maximum(begin, clears), end, clears, seen, queries, row, b, kv_head, length, scale, keys, values,
-            batch, captured, CLEAR, EDGE, SCORE, True, PLAN,
-        )  # fmt: skip
     return state
 
 
@@ -282,8 +240,12 @@ def compute(  # type: ignore[no-untyped-def]
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, opens, captured, SINK, PLAN)
     state = _walk(
-        state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-        CLEAR, EDGE, SCORE, PLAN,
+        state, begin, tl.minimum(end, clears), seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+        CLEAR, SCORE, False, PLAN,
+    )  # fmt: skip
+    state = _walk(
+        state, tl.maximum(begin - clears, 0), end - clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch,
+        captured, EDGE, SCORE, True, PLAN,
     )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, part, alone, scale, out, parts, PLAN)

@@ -47,6 +47,11 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
         first = block
         b = tl.load(batch.token_seq + first)  # not masked: nothing waits for the other load
         b = tl.where(first < tl.load(batch.starts + num_sequences), b, num_sequences)
+    elif num_sequences == 1:  # nothing to look through
+        new = tl.load(batch.starts + 1)
+        blocks = (new + PLAN.block_q - 1) // PLAN.block_q
+        b = (block >= blocks).to(tl.int32)
+        first = tl.where(b == 0, block * PLAN.block_q, new + (block - blocks) * PLAN.block_q)
     else:
         b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
     real = b < num_sequences

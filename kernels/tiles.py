@@ -14,8 +14,12 @@ import torch
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.visible import most_keys
 
-_PROGRAMS_EACH = 2  # of a multiprocessor at once, where they wait for memory
+_AT_ONCE, _SMALL_AT_ONCE = 2, 3  # programs of few tokens that a multiprocessor holds; of small heads
+_PARTS_EACH = 4  # of a multiprocessor, if that is enough for the longest sequences
+COMBINE_EARLY = False  # the programs that combine parts are brought up while the last parts are found
+_WAVES = 2  # of tiles of many tokens
 _KEYS_A_PROGRAM = 256  # fewer, and writing and combining the parts costs as much as reading the keys
+_KEYS_ALONE = 1280  # of a program a tile: where all are few, sharing them evenly costs more than the longest does
 _KEYS_A_SPLIT = 1024  # of a tile of many tokens
 _MOST_SPLITS = 128
 
@@ -54,7 +58,6 @@ class Tiles:
     stages: int
     dot: torch.dtype
     registers: int = 0  # of a thread, at most; 0: as many as the compiler takes
-    together: bool = False  # `Plan.together`
 
 
 TilesFor = Callable[[AttentionSpec, torch.dtype, int, int, int], Tiles]  # as `tiles_of`
@@ -101,7 +104,8 @@ def tiles_of(
     warps = (
         4 if dims <= 128 and bytes_ == 2 else 8 if block_m == 128 or block_m * padded(spec.head_dim_v) >= 1 << 14 else 4
     )  # or the output spills
-    return Tiles(group, block_q, block_m, block_n, warps, stages, dot)
+    registers = 168 if block_m == 16 and bytes_ == 2 and dims <= 128 else 0  # three programs fit a multiprocessor
+    return Tiles(group, block_q, block_m, block_n, warps, stages, dot, registers)
 
 
 @dataclass(frozen=True)
@@ -141,22 +145,29 @@ def launches(
 
 
 def _spread(spec: AttentionSpec, size: Size, tiles: Tiles, few: int, shared: int, multiprocessors: int) -> Launch:
-    """Tiles of few tokens wait for memory, and their sequences may differ a thousandfold: an equal share for every program.
+    """Tiles of few tokens wait for memory, and their sequences may differ a thousandfold: an equal share for every program,
+    unless programs enough for the longest are few, and find their tile without a search.
 
     Tiles of many tokens are many programs, or share the keys of each where they are not. How many do, its length decides.
     """
     blocks, heads = size.blocks(tiles.block_q, few), spec.num_q_heads // tiles.group
     keys = min(size.keys, most_keys(spec.mask, tiles.group, tiles.block_q, 1 << max(0, size.keys - 1).bit_length()))
-    if few > 0 or (size.page_size > 0 and tiles.block_q == 1 and size.tokens <= size.sequences):
-        least = -(-_KEYS_A_PROGRAM // tiles.block_n)
-        fit = max(
-            1, shared // (tiles.block_n * tiles.stages * (padded(spec.head_dim) + padded(spec.head_dim_v)) * tiles.dot.itemsize)
-        )
-        programs = min(multiprocessors * min(_PROGRAMS_EACH, fit), blocks * heads * -(-keys // _KEYS_A_PROGRAM))
-        return Launch(tiles, few, (blocks, heads, 1), least, max(1, programs))
-    wanted = -(-multiprocessors * _PROGRAMS_EACH // max(1, blocks * heads))
-    splits = max(1, min(_MOST_SPLITS, wanted, keys // _KEYS_A_SPLIT))
-    return Launch(tiles, few, (blocks, heads, splits), -(-_KEYS_A_SPLIT // tiles.block_n), 0)
+    small = few > 0 or (size.page_size > 0 and tiles.block_q == 1 and size.tokens <= size.sequences)
+    each = _KEYS_A_PROGRAM if small else _KEYS_A_SPLIT
+    least, splits = -(-each // tiles.block_n), -(-keys // each)
+    if small and keys <= _KEYS_ALONE and blocks * heads >= multiprocessors:
+        return Launch(tiles, few, (blocks, heads, 1), least, 0)
+    if small and blocks * heads * splits > multiprocessors * _PARTS_EACH:
+        return Launch(tiles, few, (blocks, heads, 1), least, multiprocessors * _at_once(spec, tiles, shared))
+    if not small:
+        splits = min(splits, -(-multiprocessors * _WAVES // max(1, blocks * heads)), _MOST_SPLITS)
+    return Launch(tiles, few, (blocks, heads, max(1, splits)), least, 0)
+
+
+def _at_once(spec: AttentionSpec, tiles: Tiles, shared: int) -> int:
+    """Programs of a multiprocessor, so many that all fit."""
+    block = tiles.block_n * (padded(spec.head_dim) + padded(spec.head_dim_v)) * tiles.dot.itemsize
+    return max(1, min(_SMALL_AT_ONCE if tiles.registers else _AT_ONCE, shared // (block * tiles.stages)))
 
 
 def padded(dim: int) -> int:

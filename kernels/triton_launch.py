@@ -13,12 +13,15 @@ import linecache
 import os
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compile_attn.kernels import tiles as tile_rules
 from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.mask import Mask
+from compile_attn.kernels.relaunch import Relaunch
 from compile_attn.kernels.spec import AttentionSpec, Feature
 from compile_attn.kernels.tiles import Launch, Size, Tiles, TilesFor, launches, padded, tiles_of
 from compile_attn.kernels.triton_print import binary, factor, fits_int32, loads, pairwise, print_score
@@ -32,6 +35,7 @@ _PARTS_AT_ONCE = 64
 _CHANNELS = 128
 _MOST_DIM = {4: 512, 2: 1024}  # by bytes of an element: what still fits the smallest tiles in shared memory
 _SHARED_MEMORY = 227 << 10  # of a Hopper block; asked of the device where there is one
+_run = Relaunch()
 _MULTIPROCESSORS = 4  # of no GPU: the interpreter's programs run one after another
 
 
@@ -108,34 +112,87 @@ def _launch(
     out: torch.Tensor,
     scaled: tuple[bool, bool],
 ) -> None:
-    from compile_attn.kernels import combine_triton, grid_triton
-
     if out.numel() == 0:
         return
-    shared, multiprocessors = _device(q.device)
-    whole = tuple(not tensor.is_floating_point() for tensor in captured)
-    functions, flat = functions_of(spec, whole), _flat(spec, captured)
-    wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
-    read = sum(captured[number].element_size() for number in pairwise(spec))
     alike = pools[0][1:5] == pools[1][1:5] and spec.head_dim == spec.head_dim_v
-    for each in launches(tiles_for, spec, _dot_dtype(q.dtype, pools[0].at.dtype), size, shared, read, multiprocessors):
+    dot, narrow = _dot_dtype(q.dtype, pools[0].at.dtype), pools[1].at.dtype.itemsize == 1
+    prepared = _prepare(tiles_for, spec, size, q.device, dot, tuple(each.dtype for each in captured), scaled, narrow, alike)
+    flat = _flat(spec, captured)
+    form = None if captured else _form(q, q_strides, pools, batch)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        for each in prepared:
+            parts = _parts(out, each.launch)
+            tensors = q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences
+            key = form and (each, form)
+            _run(key, each.kernel, each.grid, (*tensors, *each.rest), each.options)
+            if each.combine is not None:
+                kernel, grid, rest, options = each.combine
+                _run(form and (kernel, each, form), kernel, grid, (batch, parts, out, size.tokens, size.sequences, *rest), options)
+
+
+def _form(q: torch.Tensor, q_strides: tuple[int, ...], pools: tuple[Pool, Pool], batch: Batch) -> tuple[Any, ...]:
+    """What of a call's tensors Triton compiles into a kernel; all others are of this project's making, the same every time."""
+    (k, *k_strides, k_scale, k_scale_head), (v, *v_strides, v_scale, v_scale_head) = pools
+    pointers = q, k, k_scale, v, v_scale, batch.table, batch.lengths, batch.starts, batch.token_seq
+    strides = (*q_strides, *k_strides, k_scale_head, *v_strides, v_scale_head, batch.width)
+    return tuple(each.data_ptr() % 16 for each in pointers), tuple(each.dtype for each in pointers), strides
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """One launch as all calls of a shape make it. Equal to itself alone, so that it can be part of a key."""
+
+    launch: Launch
+    kernel: Any
+    grid: tuple[int, int, int]
+    rest: tuple[Any, ...]  # of the arguments, behind those that differ from call to call
+    options: dict[str, int]
+    combine: tuple[Any, tuple[int, int, int], tuple[Any, ...], dict[str, bool]] | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    tiles_for: TilesFor,
+    spec: AttentionSpec,
+    size: Size,
+    device: torch.device,
+    dot: torch.dtype,
+    captured: tuple[torch.dtype, ...],
+    scaled: tuple[bool, bool],
+    narrow: bool,
+    alike: bool,
+) -> tuple[_Prepared, ...]:
+    from compile_attn.kernels import combine_triton, grid_triton
+
+    shared, multiprocessors = _device(device)
+    whole = tuple(not dtype.is_floating_point for dtype in captured)
+    functions = functions_of(spec, whole)
+    wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
+    read = sum(captured[number].itemsize for number in pairwise(spec))
+    found = []
+    for each in launches(tiles_for, spec, dot, size, shared, read, multiprocessors):
         tiles, (blocks, heads, splits) = each.tiles, each.grid
         seen = sight_of(spec.mask, tiles.group, tiles.block_n)
-        plan = _plan(spec, tiles, each.few, size.page_size, scaled, pools[1].at.dtype.itemsize == 1, alike, splits > 1, wide)
-        parts = _parts(out, each)
-        tensors = q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences
+        plan = _plan(spec, tiles, each.few, size.page_size, scaled, narrow, alike, splits > 1, wide)
         printed = functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | ({"maxnreg": tiles.registers} if tiles.registers else {})
-        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-            if each.programs:
-                grid_triton.attend_evenly[(each.programs,)](*tensors, blocks, each.least, *printed, plan, **options)
-            else:
-                grid_triton.attend[each.grid](*tensors, size.keys, splits, each.least, *printed, plan, **options)
-            if each.in_parts:
-                rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
-                block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (each.most_parts - 1).bit_length())
-                over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
-                combine_triton.combine[over](batch, parts, out, size.tokens, size.sequences, at_once, rows_each, block, plan)
+        numbers = (blocks, each.least) if each.programs else (size.keys, splits, each.least)
+        kernel, grid = (grid_triton.attend, each.grid) if not each.programs else (grid_triton.attend_evenly, (each.programs, 1, 1))
+        combine = None
+        if each.in_parts:
+            rows, rows_each = tiles.block_q * tiles.group, 1 if tiles.block_m == 16 else _ROWS_EACH
+            block, at_once = min(plan.block_dv, _CHANNELS), min(_PARTS_AT_ONCE, 1 << (each.most_parts - 1).bit_length())
+            over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
+            early = tile_rules.COMBINE_EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+            combine = combine_triton.combine, over, (at_once, rows_each, block, early, plan), {"launch_pdl": True} if early else {}
+        found.append(_Prepared(each, kernel, grid, (*numbers, *printed, plan), options, combine))
+    return tuple(found)
+
+
+def forget() -> None:
+    """What is chosen for shapes is chosen anew: for who has changed how."""
+    launches.cache_clear()
+    _prepare.cache_clear()
 
 
 def _parts(out: torch.Tensor, launch: Launch) -> Parts:
@@ -225,7 +282,6 @@ def _plan(
         block_n=tiles.block_n,
         block_d=padded(spec.head_dim),
         block_dv=padded(spec.head_dim_v),
-        together=tiles.together,
         split=split,
     )
 

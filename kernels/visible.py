@@ -72,6 +72,12 @@ def unit_of(mask: Mask) -> int | None:
     return next((span.cells.unit for span in spans(mask, 1) if span.cells is not None), None)
 
 
+def block_of(mask: Mask) -> int | None:
+    """The largest power of two that divides the cells by which a mask skips keys; None where that is no block for a kernel."""
+    unit = unit_of(mask) or 0
+    return unit & -unit if unit & -unit >= 16 else None
+
+
 def by_head(mask: Mask) -> bool:
     """Do query heads see different keys?"""
     return bool(mask.predicate().has(H))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compile_attn.kernels import general
+from compile_attn.kernels import block_sparse, general
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.expr import B, H, I, J, Load
@@ -27,6 +27,8 @@ PADDED = m.General(SPECS["padding"].mask.predicate() | (Load(3, B, I) < 1))
 CASES = {  # spec, dtype, tokens, sequences, dtype of pages
     "decode": (AttentionSpec(32, 8, 64, 64), torch.bfloat16, 8, 8, None),
     "prefill": (AttentionSpec(32, 8, 128, 128), torch.bfloat16, 4096, 2, None),
+    "block sparse": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 4096, 2, None),
+    "sparse decode": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 8, 8, None),
     "fp8 pages": (AttentionSpec(8, 8, 80, 80, m.Window(500)), torch.float16, 512, 4, torch.float8_e4m3fn),
     "float32": (AttentionSpec(4, 4, 64, 64, m.Chunked(70), softcap=3.0), torch.float32, 512, 4, None),
     "everything": (EVERYTHING, torch.bfloat16, 512, 4, None),
@@ -70,7 +72,7 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
     k, v = (torch.empty(9, 16, spec.num_kv_heads, dim, dtype=stored or dtype) for dim in (spec.head_dim, spec.head_dim_v))
     scales = (None, None) if stored is None else (torch.ones(()), torch.ones(spec.num_kv_heads))
     kv = Paged(k, v, whole(rows, 256), whole(rows), whole(rows + 1), torch.zeros(tokens, dtype=torch.int64), whole(tokens), *scales)
-    backend = general.GeneralBackend()
+    backend = block_sparse.BlockSparseBackend() if isinstance(spec.mask, m.BlockSparse) else general.GeneralBackend()
     backend.attend(q, kv, CAPTURED, spec)
     if stored is None:
         row = torch.empty(2, spec.num_q_heads, tokens, spec.head_dim, dtype=dtype)

@@ -6,6 +6,7 @@ In Triton's interpreter against float64 loops; on a GPU against the reference in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import sympy
@@ -23,7 +24,19 @@ from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from tests.oracle import CAPTURED, SLOPE, attend_row
 from tests.paged import PagedBatch, paged_batch
-from tests.test_general import CPU, CUDA, captured_on_gpu, close, fp8, interpreted, on_gpu, paged, stateless
+from tests.test_general import (
+    CPU,
+    CUDA,
+    NO_TRITON,
+    captured_on_gpu,
+    close,
+    compile_for_an_h200,
+    fp8,
+    interpreted,
+    on_gpu,
+    paged,
+    stateless,
+)
 from tests.test_reference import FLOAT32
 from tests.tiny import alone, prompts_of, tiny
 
@@ -151,9 +164,9 @@ def test_tiles_follow_the_mask() -> None:
         return found.group, found.block_q, found.block_n
 
     assert tiles(m.BlockSparse(64, 1, 16), 1) == tiles(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
-    assert tiles(m.BlockSparse(64, 1, 16), 4096) == (4, 16, 64)
+    assert tiles(m.BlockSparse(64, 1, 16), 4096) == (4, 32, 64)
     assert tiles(m.BlockSparse(64, 1, 16, 1), 4096) == (1, 64, 64)
-    assert [tiles(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 16]
+    assert [tiles(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
 
 
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +182,16 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "computes in bfloat16, float16, float32, not in float64"
         in sparse.reasons(Request(spec_of("window"), CUDA, torch.float64, 16))[0]
     )
+    assert choose(AttentionSpec(4, 2, 16, 16, m.BlockSparse(64, 1, 8)), CUDA, torch.bfloat16, 16).kernel == "block_sparse"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (reason,) = sparse.reasons(Request(spec_of("window"), CPU, torch.float32, 16))
     assert reason.startswith("runs on a CPU only in Triton's interpreter")
     assert choose(spec_of("heads alike"), CUDA, torch.bfloat16, 16, "block_sparse").kernel == "block_sparse"
+
+
+@pytest.mark.skipif(NO_TRITON, reason="there is no Triton for this platform")
+def test_compiles_for_an_h200(tmp_path: Path) -> None:
+    compile_for_an_h200(tmp_path, "block sparse", "sparse decode")
 
 
 # On a GPU, against the reference in float64.

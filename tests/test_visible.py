@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
-from compile_attn.kernels.visible import bounded, spans, unit_of
+from compile_attn.kernels.visible import block_of, bounded, spans, unit_of
 from compile_attn.kernels.visible_print import print_sight
 
 SINKS = m.All(m.Causal(), m.General((J < 5) | (I - J < 40)))
@@ -125,7 +125,8 @@ def test_a_part_of_a_mask_that_is_empty_for_a_tile() -> None:
 def test_what_is_known_of_a_mask() -> None:
     assert unit_of(m.BlockSparse(48, 1, 4)) == 48
     assert unit_of(m.All(m.Window(100), m.BlockSparse(64, 1, 4))) == 64
-    assert unit_of(m.Window(100)) is None
+    assert unit_of(m.Window(100)) is block_of(m.Window(100)) is block_of(m.BlockSparse(40, 1, 4)) is None
+    assert block_of(m.BlockSparse(48, 1, 4)) == 16 and block_of(m.BlockSparse(64, 1, 4)) == 64
     assert bounded(SINKS) and bounded(m.Prefix(9)) and bounded(m.All(m.Causal(), m.SameDocument(0)))
     assert not bounded(m.Bidirectional()) and not bounded(m.SameDocument(0)) and not bounded(m.General(sympy.Ne(Load(0, B, J), 0)))
     assert not bounded(m.Any(m.Window(3), m.SameDocument(0)))
