@@ -104,5 +104,6 @@ def _pretended() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
         stack.enter_context(mock.patch.object(AsyncCompile, "triton", lambda *_, **__: None))
         stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda *_: True))
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None))
         stack.enter_context(mock.patch("torch.utils._triton.triton_hash_with_backend", lambda: "none"))
         yield
