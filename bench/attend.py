@@ -34,7 +34,6 @@ CASES = [
     MIXED,
 ]
 KERNELS = ("flash_attn", "flashinfer", "general")
-LONGEST = 40960  # what block tables have room for
 Found = dict[str, Any]
 
 
@@ -60,7 +59,7 @@ class Bench:
     def run(self, case: Case, seconds: float = 0.05) -> Found:
         """Microseconds of each call for one layer: {"graph": {call: time}, "eager": ..., "errors": ..., "off": ...}."""
         layers = 2 if case.tokens > 4096 else LAYERS
-        inputs = Inputs(case, self.pool, layers, LONGEST // PAGE_SIZE)
+        inputs = Inputs(case, self.pool, layers)
         found: Found = {"case": case.name, "head_dim": self.spec.head_dim, "errors": {}, "off": {}}
         for kind, captured in (("graph", True), ("eager", False)):
             calls = self._calls(inputs, captured, found)

@@ -89,12 +89,12 @@ class Pool:
 class Inputs:
     """The tensors of one case, its pages in shuffled order."""
 
-    def __init__(self, case: Case, pool: Pool, layers: int = LAYERS, max_pages: int | None = None) -> None:
+    def __init__(self, case: Case, pool: Pool, layers: int = LAYERS) -> None:
         self.case, self.spec, self.device, self.dtype = case, pool.spec, pool.device, pool.dtype
         if case.pages > pool.pages:
             raise ValueError(f"{case.name} needs {case.pages} pages, the pool has {pool.pages}; make it larger")
         self.layers = pool.layers[:layers]
-        self.tables, self.metadata = _tables(case, max_pages, pool.device)
+        self.tables, self.metadata = _tables(case, pool.device)
         self.q = torch.randn(case.tokens, pool.spec.num_q_heads, pool.spec.head_dim, device=pool.device, dtype=pool.dtype)
 
     @property
@@ -115,11 +115,18 @@ class Inputs:
         return torch.ops.paged_attn.plan(*self.where, PAGE_SIZE, self.dtype, shared.encode(), kernel)  # type: ignore[no-any-return]
 
 
-def _tables(case: Case, max_pages: int | None, device: torch.device) -> tuple[list[list[int]], AttentionMetadata]:
+def table_width(longest: int) -> int:
+    """Pages a row: 1024, 4096, 16384, ... tokens, as a cache gives its steps (`StepBuffers.width`)."""
+    room = 1024
+    while room < longest:
+        room *= 4
+    return room // PAGE_SIZE
+
+
+def _tables(case: Case, device: torch.device) -> tuple[list[list[int]], AttentionMetadata]:
     """The pages of each sequence, and the batch's metadata."""
     free = torch.randperm(case.pages, generator=torch.Generator().manual_seed(0)).tolist()
-    widest = -(-case.longest // PAGE_SIZE)
-    builder = AttentionMetadataBuilder(PAGE_SIZE, max(widest, max_pages or 0))
+    builder = AttentionMetadataBuilder(PAGE_SIZE, table_width(case.longest))
     tables = []
     for before, new in case.rows:
         count = -(-(before + new) // PAGE_SIZE)

@@ -27,7 +27,6 @@ from compile_attn.kernels.speeds import PAGED, STATELESS, Point
 
 QUERY_HEADS = 32
 SLOW = ("reference",)  # never the fastest, and it would take most of the time
-LONGEST = 40960  # what block tables have room for
 Key = tuple[str, int, int, int, int]
 Found = dict[Key, dict[str, float]]
 
@@ -90,7 +89,7 @@ def _case(point: Point) -> Case:
 
 def _inputs(point: Point, pool: Pool) -> Inputs:
     case = _case(point)
-    return Inputs(case, pool, 2 if case.tokens > 4096 else LAYERS, LONGEST // PAGE_SIZE)
+    return Inputs(case, pool, 2 if case.tokens > 4096 else LAYERS)
 
 
 def _paged(inputs: Inputs, kernel: str) -> Call:
@@ -146,8 +145,9 @@ def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> T
     for dim, group in sorted({key[1:3] for key in found}):
         for name, points in (("paged", PAGED), ("stateless", STATELESS)):
             means = speeds.means(points, dim, group, found)
-            best = min(means, key=lambda kernel: means[kernel], default="")
-            rows.append([name, str(dim), str(group), *(number(means.get(kernel)) for kernel in kernels), best])
+            if means:
+                best = speeds.Speeds(dim, group, means).best(list(kernels))
+                rows.append([name, str(dim), str(group), *(number(means.get(kernel)) for kernel in kernels), best])
     note = "Weighted geometric means of microseconds over the mix in kernels/speeds.py."
     return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto"], rows, note)
 

@@ -24,6 +24,7 @@ from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
 _CURE = "choose kernel='auto'"
+_MOST_READY = 64  # specs: more than a model has
 _LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never read whole
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
 
@@ -40,6 +41,7 @@ class FlashAttnBackend(Backend):
     def __init__(self) -> None:
         # By address of the block table: B and T of the coming step, and what is even in it. Wrong, it costs speed and no more.
         self._said: dict[int, tuple[tuple[int, int], dict[AttentionSpec, bool]]] = {}
+        self._ready: dict[int, _Ready] = {}  # by address of a spec: what its last plan says, for the other layers of the step
 
     def limits(self, request: Request) -> tuple[str, ...]:
         spec, out = request.spec, []
@@ -81,27 +83,34 @@ class FlashAttnBackend(Backend):
             raise ValueError(f"flash_attn reads pages of {q.dtype}, the dtype of the queries, not {kv.k_pages.dtype}; {_CURE}")
         if not q.numel():
             return q.new_zeros((*q.shape[:2], kv.v_pages.shape[3]))
-        even = self._even(kv.block_table, q.shape[0], spec)
-        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], even)
-        plan = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
-        rows = flash_rows.read(plan, q.shape[0], fit.sequences)
-        schedule = None if kv.plan is None or not fit.schedule_size else rows.behind[: fit.schedule_size]
+        ready = None if kv.plan is None else self._ready.get(id(spec))
+        if ready is None or ready.plan is not kv.plan or ready.spec is not spec:
+            ready = self._prepare(q, kv, spec)
         sinks, slopes = _vectors(spec, captured, q)
-        call = Call(fit.grid(rows), _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, schedule)
-        return fit.provider.run(call)
+        call = Call(ready.grid, _aligned(q), kv.k_pages, kv.v_pages, kv.block_table, None, sinks, slopes, ready.schedule)
+        return ready.provider.run(call)
+
+    def _prepare(self, q: torch.Tensor, kv: Paged, spec: AttentionSpec) -> _Ready:
+        shape, even = self._said.get(kv.block_table.data_ptr(), (None, {}))
+        is_even = shape == (kv.block_table.shape[0], q.shape[0]) and even.get(spec, False)
+        fit = _fit(spec, q.device, q.dtype, kv.k_pages.shape[1], *kv.block_table.shape, q.shape[0], is_even)
+        built = flash_rows.build(kv, spec.mask.causal()) if kv.plan is None else kv.plan
+        rows = flash_rows.read(built, q.shape[0], fit.sequences)
+        schedule = rows.behind[: fit.schedule_size] if kv.plan is not None and fit.schedule_size else None
+        ready = _Ready(spec, kv.plan, fit.provider, fit.grid(rows), schedule)
+        if kv.plan is not None:
+            if len(self._ready) >= _MOST_READY:
+                self._ready.clear()
+            self._ready[id(spec)] = ready
+        return ready
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        """Remember what lengths say of splits, but not for a graph, which will see others."""
+        """Remember whether the coming step is even. A graph of decodes will see other lengths than these, and asks nothing."""
         table, even = step.block_table, dict[AttentionSpec, bool]()
-        for site in () if step.captured else sites:
+        for site in () if step.captured and step.num_tokens == table.shape[0] else sites:
             lengths = step.query_lens.numpy(), step.seq_lens.numpy()
             even[site.spec] = flash_splits.even(site.spec, *lengths, _multiprocessors(table.device))
-            even[self.planned(site.spec)] = even[site.spec]
         self._said[table.data_ptr()] = (table.shape[0], step.num_tokens), even
-
-    def _even(self, block_table: torch.Tensor, tokens: int, spec: AttentionSpec) -> bool:
-        shape, even = self._said.get(block_table.data_ptr(), (None, {}))
-        return shape == (block_table.shape[0], tokens) and even.get(spec, False)
 
     def planned(self, spec: AttentionSpec) -> AttentionSpec:
         """Rows depend on the mask, the schedule on heads and softcap, which choose tiles, and on which provider can."""
@@ -114,14 +123,24 @@ class FlashAttnBackend(Backend):
         """Rows, and behind them the provider's schedule."""
         sequences, tokens, device = step.block_table.shape[0], step.token_seq.shape[0], step.token_seq.device
         plan = flash_rows.build(step, spec.mask.causal(), plan_size(sequences, self.plan_numbers) - flash_rows.size(sequences))
-        if tokens:
-            even = self._even(step.block_table, tokens, spec)
-            fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, even)
+        fit = _fit(spec, device, step.dtype, step.page_size, *step.block_table.shape, tokens, even=False)
+        if fit.splits > 1:
             rows = flash_rows.read(plan, tokens, sequences)
             schedule = fit.provider.schedule(fit.grid(rows))
             if schedule is not None:
                 rows.behind[: schedule.shape[0]] = schedule
         return plan
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All of a call but what differs between layers."""
+
+    spec: AttentionSpec
+    plan: torch.Tensor | None
+    provider: Provider
+    grid: Grid
+    schedule: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +166,12 @@ class _Fit:
 
     @functools.cached_property
     def schedule_size(self) -> int:
-        """Numbers in a schedule: the same for all lengths, so a schedule of nothing tells it."""
+        """Numbers in a schedule: the same for all lengths, so a schedule of nothing tells it.
+
+        Undivided keys need none: then it is made faster beside the kernel before, in each layer, than reset behind each.
+        """
+        if self.splits == 1:
+            return 0
         nothing = torch.zeros(plan_size(self.sequences, 4), dtype=torch.int32, device=self.device)
         schedule = self.provider.schedule(self.grid(flash_rows.read(nothing, self.tokens, self.sequences)))
         return 0 if schedule is None else schedule.shape[0]

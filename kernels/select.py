@@ -12,7 +12,7 @@ import torch
 from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
-from compile_attn.kernels.speeds import Speeds, speeds
+from compile_attn.kernels.speeds import speeds
 from compile_attn.kernels.visible import block_of
 
 # name -> (module, class). Modules are imported when first asked for.
@@ -76,25 +76,21 @@ def choose(
         if reasons:
             raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
         return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
-    passed_over: dict[str, tuple[str, ...]] = {}
-    taken, order, measured = "", _preferred(request), None if needs_grad else speeds(request)
+    order, measured = _preferred(request), None if needs_grad else speeds(request)
     if needs_grad:
         order = ("sdpa", *(name for name in order if name != "sdpa"))
-    for name in order if measured is None else measured.best_first(order):
-        reasons = _reasons(name, request)
-        if not reasons and not taken:
-            taken = name
-        else:
-            passed_over[name] = reasons or (_why_not(name, taken, device, measured, needs_grad),)
-    return Choice(taken, passed_over)
+    reasons_of = {name: _reasons(name, request) for name in order}
+    able = [name for name in order if not reasons_of[name]]
+    taken = able[0] if measured is None else measured.best(able)
 
+    def why_not(name: str) -> str:
+        """Against a kernel that could."""
+        if needs_grad:
+            return "could, but has no backward, and gradients are asked for; call under torch.no_grad()"
+        slower = None if measured is None else measured.against(name, taken)
+        return slower or f"could; {taken!r} is preferred on {device.type}"
 
-def _why_not(name: str, taken: str, device: torch.device, measured: Speeds | None, needs_grad: bool) -> str:
-    """Against a kernel that could."""
-    if needs_grad:
-        return "could, but has no backward, and gradients are asked for; call under torch.no_grad()"
-    slower = None if measured is None else measured.against(name, taken)
-    return slower or f"could; {taken!r} is preferred on {device.type}"
+    return Choice(taken, {name: reasons or (why_not(name),) for name, reasons in reasons_of.items() if name != taken})
 
 
 def _preferred(request: Request) -> tuple[str, ...]:

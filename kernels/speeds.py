@@ -7,7 +7,7 @@ the weighted geometric mean of their times: a short step counts as much as a lon
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from compile_attn.kernels import measured
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 
+AS_GOOD = 1.03  # what two runs of one kernel differ by
 Key = tuple[str, int, int, int, int]  # phase, head size, group, sequences, length
 
 
@@ -51,16 +52,19 @@ class Speeds:
     group: int
     means: Mapping[str, float]
 
-    def best_first(self, kernels: tuple[str, ...]) -> tuple[str, ...]:
-        """Those without a measurement stay in order, behind the others."""
-        return tuple(sorted(kernels, key=lambda name: self.means.get(name, math.inf)))
+    def best(self, kernels: Sequence[str]) -> str:
+        """The fastest; among those as good as it, the first. One without a measurement only where none was measured."""
+        least = min((self.means[name] for name in kernels if name in self.means), default=math.inf)
+        return next((name for name in kernels if self.means.get(name, math.inf) <= least * AS_GOOD), kernels[0])
 
-    def against(self, slower: str, faster: str) -> str | None:
+    def against(self, other: str, taken: str) -> str | None:
         """Why the one is passed over for the other; None where both were not measured."""
-        if slower not in self.means or faster not in self.means:
+        if other not in self.means or taken not in self.means:
             return None
-        times = self.means[slower] / self.means[faster]
-        return f"could; {faster!r} measured {times:.2f}x faster at head size {self.head_dim}, group {self.group}"
+        times, at = self.means[other] / self.means[taken], f"at head size {self.head_dim}, group {self.group}"
+        if times <= AS_GOOD:
+            return f"could; measured no faster than {taken!r} {at}, which comes first"
+        return f"could; {taken!r} measured {times:.2f}x faster {at}"
 
 
 def speeds(request: Request) -> Speeds | None:

@@ -90,6 +90,10 @@ class Numbering:
     def of(self, node: fx.Node) -> int:
         return self._numbers[node]
 
+    def equal(self, a: fx.Node, b: fx.Node) -> bool:
+        """False where a node was added since."""
+        return a in self._numbers and self._numbers[a] == self._numbers.get(b)
+
     def _text(self, node: fx.Node) -> str:
         args = fx.map_arg((node.args, dict(node.kwargs)), lambda source: f"%{self._numbers[source]}")
         return f"{node.target} {args!r}"

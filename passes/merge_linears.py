@@ -14,11 +14,12 @@ import torch
 from torch import fx
 
 from compile_attn.passes import emit
+from compile_attn.passes.alike import join_alike
 from compile_attn.passes.graph import Location, location, placeholders, val
 from compile_attn.passes.linears import Linear, Numbering, linears, seen_as_complex, stride_bound, transposed
 from compile_attn.passes.lower import add_placeholder
 from compile_attn.passes.normalize import Normalized
-from compile_attn.passes.report import LinearMerge
+from compile_attn.passes.report import LinearMerge, counted
 from compile_attn.passes.weights import one_block, unmovable
 
 _aten = torch.ops.aten
@@ -99,6 +100,7 @@ class _Merger:
 
     def merge(self) -> None:
         """Rewrite the groups."""
+        self._numbers = Numbering(self._graph)
         for group in self._groups:
             rows = self._movable(self._used_alike(group))
             if len(rows) > 1:
@@ -170,8 +172,10 @@ class _Merger:
             for use in row.uses:
                 use.node.replace_all_uses_with(part)
                 self._graph.erase_node(use.node)
+        saved = join_alike(self._graph, self._numbers, whole, slices)
         names = self._names([row.weight for row in rows])
         detail = f"{', '.join(names)}: one product of {' + '.join(map(str, widths))} columns"
+        detail += f", and {counted(saved, 'op')} on its slices done once" if saved else ""
         self.merged.entries.append(LinearMerge("merged", self._where(rows, first.node), detail))
 
     def _input(self, kind: str, parts: tuple[fx.Node, ...]) -> fx.Node:

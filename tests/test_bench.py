@@ -14,7 +14,7 @@ import torch
 from bench import attend, decode, direct, floor, speeds, steady, workload
 from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
-from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill
+from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill, table_width
 from bench.paged_case import decode as decode_case
 from bench.processes import Clock, Progress, keep_measuring
 from bench.sides import llama_config
@@ -105,8 +105,9 @@ def test_direct_is_the_fastest_way_of_the_library() -> None:
 
 def test_pages_of_a_pool_are_distinct_by_layer() -> None:
     pool = Pool(8, SPEC, CPU, torch.float32, apart=1 << 14)
-    inputs = Inputs(decode_case(3, 24), pool, max_pages=10)
-    assert inputs.metadata.block_table.shape == (3, 10)
+    inputs = Inputs(decode_case(3, 24), pool)
+    assert inputs.metadata.block_table.shape == (3, 64)
+    assert [table_width(longest) for longest in (1, 1024, 1025, 32768)] == [64, 64, 256, 4096]
     assert sorted(page for table in inputs.tables for page in table) == list(range(6))
     assert not torch.equal(inputs.layers[0][0], inputs.layers[1][0])
     with pytest.raises(ValueError, match="needs 16 pages, the pool has 8"):
@@ -162,8 +163,7 @@ def test_measuring_goes_on_after_a_broken_process(tmp_path: Path, capfd: pytest.
 
 def test_the_table_of_speeds_names_what_auto_takes() -> None:
     found = {(p.phase, 64, 1, p.sequences, p.length): {"sdpa": 2.0, "general": 1.0} for p in STATELESS}
-    paged, stateless = speeds.table(found, ["sdpa", "general"]).rows
-    assert paged == ["paged", "64", "1", MISSING, MISSING, ""] and stateless[3:] == ["2.00", "1.00", "general"]
+    assert speeds.table(found, ["sdpa", "general"]).rows == [["stateless", "64", "1", "2.00", "1.00", "general"]]
 
 
 def test_work_of_llama() -> None:

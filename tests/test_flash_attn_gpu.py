@@ -16,7 +16,7 @@ import torch
 
 from compile_attn.kernels import flash_attn, reference
 from compile_attn.kernels import mask as m
-from compile_attn.kernels.backend import DeviceStep, Paged, Request
+from compile_attn.kernels.backend import DeviceStep, HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flash_providers import HopperExtension, HopperPackage
 from compile_attn.kernels.select import backend
@@ -219,6 +219,19 @@ def test_many_sequences(max_pages: int) -> None:
     lengths = random.Random(1)
     sequences = [(lengths.randrange(600), 1) for _ in range(500)] + [(0, 0)] * 12
     check(batch_of(spec_of(), sequences, 12, max_pages=max_pages))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", ["plain", "softcap", "sinks, window"])
+def test_what_the_host_says(name: str, phase: str) -> None:
+    """The same step divided as its table allows, and undivided because it is said to be even; once truly."""
+    sequences, pad_tokens = PHASES[phase]
+    batch = batch_of(spec_of(**FEATURES.get(name, {})), sequences, pad_tokens, max_pages=4096)
+    site, lengths = PlannedSite(batch.spec, torch.bfloat16, torch.bfloat16), batch.kv.seq_lens.cpu()
+    for seq_lens in (lengths, torch.full_like(lengths, 5000)):
+        step = HostStep(batch.kv.block_table, seq_lens, batch.query_lens.cpu(), batch.q.shape[0], 16, False)
+        backend("flash_attn").plan_on_host(step, [site])
+        check(batch)
 
 
 def test_pages_beyond_int32() -> None:

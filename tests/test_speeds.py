@@ -87,8 +87,18 @@ def test_the_nearest_sizes(spec: AttentionSpec, nearest: tuple[int, int]) -> Non
 def test_a_kernel_without_a_measurement_comes_last() -> None:
     near = found(AttentionSpec(8, 8, 64, 64))
     assert near is not None
-    assert near.best_first(("sdpa", "general", "reference")) == ("reference", "sdpa", "general")
+    assert near.best(["sdpa", "general", "reference"]) == "reference"
+    assert near.best(["sdpa", "general"]) == "sdpa", "in order, where none was measured"
     assert near.against("general", "reference") is None
+
+
+def test_as_good_as_the_fastest() -> None:
+    near = speeds.Speeds(64, 4, {"sdpa": 103.0, "general": 104.0, "reference": 101.0})
+    assert near.best(["general", "sdpa", "reference"]) == "general"
+    assert near.against("reference", "general") == (
+        "could; measured no faster than 'general' at head size 64, group 4, which comes first"
+    )
+    assert speeds.Speeds(64, 4, {"general": 105.0, "reference": 101.0}).best(["general", "reference"]) == "reference"
 
 
 def test_the_mean_is_weighted_and_of_the_whole_mix() -> None:

@@ -207,8 +207,8 @@ def test_neighbours_at_consecutive_positions(name: str, form: str) -> None:
     lm = paged(model, VOCAB).lm
     texts = [list(range(10, 16)), list(range(30, 37))]
     seqs = [lm.cache.add() for _ in texts]
-    lm._logits([Chunk(seq, text[:-1]) for seq, text in zip(seqs, texts, strict=True)])
-    found = lm._logits([Chunk(seq, text[-1:]) for seq, text in zip(seqs, texts, strict=True)])
+    lm._runner.logits([Chunk(seq, text[:-1]) for seq, text in zip(seqs, texts, strict=True)])
+    found = lm._runner.logits([Chunk(seq, text[-1:]) for seq, text in zip(seqs, texts, strict=True)])
     wanted = torch.stack([full_logits(model, text)[-1] for text in texts])
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 

@@ -95,7 +95,7 @@ def _compare(paged: Paged, texts: Sequence[Sequence[int]]) -> float:
             if start < end:
                 chunks.append(Chunk(seq, list(text[start:end]), "last" if last_only else "all"))
                 places.append(full_logits(paged.model, text[:end])[-1:] if last_only else want[start:end])
-        found = paged.lm._logits(chunks)
+        found = paged.lm._runner.logits(chunks)
         worst = max(worst, float((found - torch.cat(places)).abs().max()))
         step += 1
     for seq in seqs:
