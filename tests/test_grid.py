@@ -12,7 +12,7 @@ from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import CAPTURED, SPECS
 from tests.paged import paged_batch
-from tests.test_general import FLOAT32, interpreted
+from tests.test_general import FLOAT32, check_on_gpu, interpreted, on_gpu
 
 MANY = [(3, 1), (0, 1), (0, 0), (40, 1), (2, 1), (0, 0), (0, 25), (7, 4), (1, 1), (30, 5), (0, 0)]
 
@@ -102,3 +102,19 @@ def test_one_sequence_and_pad_tokens(name: str, sequence: tuple[int, int]) -> No
     found = batch.attend(CAPTURED, "general")
     torch.testing.assert_close(found.double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
     assert not found[sequence[1] :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("spread")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_calls_of_one_shape_on_a_gpu(dim: int) -> None:
+    """From the second on they look for nothing, unless a tensor lies otherwise."""
+    spec = AttentionSpec(8, 2, dim, dim, m.Window(1500), scale=dim**-0.5)
+    for before, after in (([1, 2000, 63, 0], [700, 1, 5, 900]), ([4000, 3, 3, 3], [2, 2, 4000, 640])):
+        for lengths in (before, after):
+            check_on_gpu(on_gpu(spec, [(length, 1) for length in lengths], torch.bfloat16))
+            batch = on_gpu(spec, [(length, 1) for length in lengths], torch.bfloat16)
+            shifted = torch.empty(*batch.q.shape[:2], dim + 3, dtype=torch.bfloat16, device="cuda")[..., 3:]
+            batch.q = shifted.copy_(batch.q)
+            check_on_gpu(batch)
+        check_on_gpu(on_gpu(spec, [(before[1], 1), (after[3], 90), (0, 3), (17, 1)], torch.bfloat16))
