@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged, Request
 from compile_attn.kernels.block_sparse import BlockSparseBackend
 from compile_attn.kernels.evaluate import evaluator
@@ -94,7 +95,9 @@ def test_groups_and_page_sizes(heads: int, kv_heads: int, page_size: int) -> Non
 
 @interpreted
 def test_visible_blocks_shared_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compile_attn.kernels.tiles._KEYS_A_PROGRAM", 16)
+    monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 16)
+    monkeypatch.setattr(tiles, "_KEYS_ALONE", 0)
+    triton_launch.forget()
     for name in ("heads alike", "each head its own", "sinks and window"):
         batch = paged_batch(spec_of(name), [(150, 1), (97, 2), (1, 1)], page_size=16, pad_tokens=1)
         torch.testing.assert_close(batch.attend([], "block_sparse").double(), batch.expected([]), atol=FLOAT32, rtol=0)
@@ -159,14 +162,14 @@ def check_generation(device: str) -> None:
 
 
 def test_tiles_follow_the_mask() -> None:
-    def tiles(mask: m.Mask, tokens: int) -> tuple[int, int, int]:
+    def sizes(mask: m.Mask, tokens: int) -> tuple[int, int, int]:
         found = BlockSparseBackend().tiles(AttentionSpec(32, 8, 128, 128, mask), torch.bfloat16, tokens, 227 << 10, 0)
         return found.group, found.block_q, found.block_n
 
-    assert tiles(m.BlockSparse(64, 1, 16), 1) == tiles(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
-    assert tiles(m.BlockSparse(64, 1, 16), 4096) == (4, 32, 64)
-    assert tiles(m.BlockSparse(64, 1, 16, 1), 4096) == (1, 64, 64)
-    assert [tiles(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
+    assert sizes(m.BlockSparse(64, 1, 16), 1) == sizes(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
+    assert sizes(m.BlockSparse(64, 1, 16), 4096) == (4, 32, 64)
+    assert sizes(m.BlockSparse(64, 1, 16, 1), 4096) == (1, 64, 64)
+    assert [sizes(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
 
 
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:

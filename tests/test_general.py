@@ -20,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compile_attn.kernels import mask as m
-from compile_attn.kernels import tiles
+from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged, Request
 from compile_attn.kernels.expr import B, H, I, J, Load, Round, S
 from compile_attn.kernels.select import backend, choose
@@ -82,6 +82,8 @@ def test_stateless_equals_oracle(name: str) -> None:
 def test_keys_shared_by_several_programs(name: str, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of keys without a mask, at both edges of a window, and parts that see no key at all."""
     monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 8)
+    monkeypatch.setattr(tiles, "_KEYS_ALONE", 0)
+    triton_launch.forget()
     batch = paged_batch(SPECS[name], sequences, page_size=16, pad_tokens=1)
     torch.testing.assert_close(batch.attend(CAPTURED, "general").double(), batch.expected(CAPTURED), atol=FLOAT32, rtol=0)
 

@@ -17,10 +17,12 @@ from tests.test_general import FLOAT32, check_on_gpu, interpreted, on_gpu
 MANY = [(3, 1), (0, 1), (0, 0), (40, 1), (2, 1), (0, 0), (0, 25), (7, 4), (1, 1), (30, 5), (0, 0)]
 
 
-@pytest.fixture(params=[0, 1000], ids=["equal shares", "parts of tiles"])
+@pytest.fixture(params=[(0, 0), (1000, 0), (0, 10_000)], ids=["equal shares", "parts of tiles", "a program a tile"])
 def spread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each way of spreading tiles of few tokens over programs, with few keys a program."""
-    monkeypatch.setattr(tiles, "_PARTS_EACH", request.param)
+    parts, alone = request.param
+    monkeypatch.setattr(tiles, "_PARTS_EACH", parts)
+    monkeypatch.setattr(tiles, "_KEYS_ALONE", alone)
     monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 8)
     triton_launch.forget()
     yield
@@ -66,6 +68,7 @@ def test_equal_shares_of_very_different_sequences(mask: m.Mask, programs: int, m
     monkeypatch.setattr(triton_launch, "_device", lambda device: (227 << 10, programs))
     monkeypatch.setattr(tiles, "_at_once", lambda *_: 1)
     monkeypatch.setattr(tiles, "_PARTS_EACH", 0)
+    monkeypatch.setattr(tiles, "_KEYS_ALONE", 0)
     monkeypatch.setattr(tiles, "_KEYS_A_PROGRAM", 1)
     triton_launch.forget()
     batch = paged_batch(AttentionSpec(4, 2, 8, 8, mask, scale=0.9), [(170, 1), (0, 1), (0, 0), (65, 1), (31, 1)], page_size=16)
