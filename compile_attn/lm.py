@@ -263,13 +263,15 @@ class PagedLM:
         read = [0] * len(work)
         try:
             requests.extend(self._scheduler.submit(tokens, how) for tokens, how in work)
-            while any(count < len(one.new_tokens) or not one.finished for one, count in zip(requests, read, strict=True)):
-                for index, request in enumerate(requests):
+            live = list(enumerate(requests))
+            while live:
+                for index, request in live:
                     for token in request.new_tokens[read[index] :]:
                         read[index] += 1
                         last = request.finished and read[index] == len(request.new_tokens)
                         yield Output(index, token, last, request.reason if last else None)
-                if not all(one.finished for one in requests):
+                live = [(index, one) for index, one in live if not one.finished or read[index] < len(one.new_tokens)]
+                if not all(one.finished for _, one in live):
                     self.step()
         finally:
             for request in requests:
