@@ -20,6 +20,7 @@ import torch
 from compile_attn.kernels import flashinfer as fi
 from compile_attn.kernels import flashinfer_plans as plans
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import measured, speeds
 from compile_attn.kernels.backend import HostStep, Paged, PlannedSite, Request
 from compile_attn.kernels.expr import H, I, J, Load, S
 from compile_attn.kernels.select import UnsupportedError, backend, choose
@@ -468,9 +469,13 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     fi._library.cache_clear()
 
 
-def test_it_is_no_default(installed: None) -> None:
+def test_it_is_taken_where_it_measured_faster(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = AttentionSpec(8, 2, 128, 128)
-    assert choose(spec, CUDA, torch.bfloat16, 16).kernel != "flashinfer"
+    keys = [(point.phase, 128, 4, point.sequences, point.length) for point in speeds.PAGED]
+    for name, other in (("general", "flashinfer"), ("flashinfer", "general")):
+        monkeypatch.setattr(measured, "MICROSECONDS", {key: {name: 10.0, other: 15.0} for key in keys})
+        choice = choose(spec, CUDA, torch.bfloat16, 16)
+        assert choice.kernel == name and "1.50x faster at head size 128" in choice.passed_over[other][0]
     assert choose(spec, CUDA, torch.bfloat16, 16, "flashinfer").kernel == "flashinfer"
     with pytest.raises(UnsupportedError, match="kernel 'flashinfer' was asked for, but it runs on cuda, not on cpu"):
         choose(spec, CPU, torch.bfloat16, 16, "flashinfer")
