@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
+from compile_attn.apart import compiled_apart
 from compile_attn.kernels.backend import HostStep, PlannedSite
 from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.select import backend
@@ -151,12 +152,11 @@ def attend_layers(kernel: str, spec: AttentionSpec) -> Step:
 def compiled_layers(kernel: str, spec: AttentionSpec, inner: str = "inductor") -> Step:
     """The same through torch.compile: once for all numbers of tokens and sequences of at least two."""
     attend, text = torch.ops.paged_attn.attend, spec.encode()
-    torch._dynamo.config.recompile_limit = 64  # counted for `layers` of all kernels together
 
     def layers(q: torch.Tensor, pages: list[tuple[torch.Tensor, torch.Tensor]], plan: Any, *where: Any) -> list[torch.Tensor]:
         return [attend(q, k, v, *where, [], text, kernel, None, None, plan) for k, v in pages]
 
-    compiled = torch.compile(layers, backend=inner, fullgraph=True)
+    compiled = compiled_apart(layers, backend=inner, fullgraph=True)  # or the recompile limit counts all kernels together
 
     def step(inputs: Inputs, plan: torch.Tensor | None) -> list[torch.Tensor]:
         for tensor in (inputs.q, *inputs.where, *([] if plan is None else [plan])):
