@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def ours(q: torch.Tensor, kv: Paged, planned: bool) -> Callable[[], Any]:
     run = backend("flash_attn")
     if planned:
         at = (kv.block_table, kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
-        kv = replace(kv, plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), run.planned(SPEC) or SPEC))
+        kv = kv._replace(plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), run.planned(SPEC) or SPEC))
     return lambda: run.attend(q, kv, [], SPEC)
 
 

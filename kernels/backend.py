@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +27,7 @@ class Request:
     kv_dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class Paged:
+class Paged(NamedTuple):  # made in every layer of every step, and a tuple is made in a tenth of a dataclass's time
     """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`.
 
     With a scale, float32 of shape [], [1] or [Hkv], a page holds keys or values divided by it.

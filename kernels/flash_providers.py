@@ -13,7 +13,7 @@ import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,8 +52,7 @@ class Grid:
         return self.spec.softcap or 0.0
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One attention, in words that the providers share. q [T, Hq, D]; k and v [P, PS, Hkv, D] with a table, [N, Hkv, D] without."""
 
     grid: Grid

@@ -283,7 +283,7 @@ def test_a_cuda_graph_holds_any_lengths(lengths: Sequence[tuple[int, int]]) -> N
     longer = [(context + 40 * row, new) for row, (context, new) in enumerate(lengths)]
     batches = [on_gpu(spec, [*each, (1200, 1)], torch.bfloat16) for each in (longer, lengths)]  # the first has the most pages
     first = paged(batches[0])
-    static = Paged(*(None if value is None else value.clone() for value in vars(first).values()))
+    static = Paged(*(None if value is None else value.clone() for value in first))
     q, run = batches[0].q.clone(), backend("block_sparse")
     expected = [run.attend(batch.q, paged(batch), [], spec) for batch in batches]
     graph = torch.cuda.CUDAGraph()

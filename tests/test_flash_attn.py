@@ -227,7 +227,7 @@ def test_layers_share_what_a_plan_says(emulated: Emulated) -> None:
     at = batch.metadata
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
     step = DeviceStep(*where, at.page_size, batch.q.dtype)
-    first, second = (replace(paged(batch), plan=run.plan(step, run.planned(spec) or spec)) for _ in range(2))
+    first, second = (paged(batch)._replace(plan=run.plan(step, run.planned(spec) or spec)) for _ in range(2))
     for kv in (first, first, second, first, paged(batch), paged(batch)):
         run.attend(batch.q, kv, [], spec)
     grids = [call.grid for call in emulated.calls]

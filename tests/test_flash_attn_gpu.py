@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -78,7 +78,7 @@ def attend_planned(q: torch.Tensor, kv: Paged, spec: AttentionSpec) -> torch.Ten
     shared = run.planned(spec)
     assert shared is not None
     at = (kv.block_table, kv.seq_lens, kv.cu_seqlens_q, kv.positions, kv.token_seq)
-    kv = replace(kv, plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), shared))
+    kv = kv._replace(plan=run.plan(DeviceStep(*at, kv.k_pages.shape[1], q.dtype), shared))
     return [run.attend(q, kv, captured(), spec) for _ in range(2)][1]
 
 
@@ -241,7 +241,7 @@ def test_pages_beyond_int32() -> None:
     for part in (small.kv.k_pages, small.kv.v_pages):
         pools.append(torch.empty((pages, *part.shape[1:]), dtype=torch.bfloat16, device="cuda"))
         pools[-1][-used:] = part
-    large = replace(small.kv, k_pages=pools[0], v_pages=pools[1], block_table=small.kv.block_table + (pages - used))
+    large = small.kv._replace(k_pages=pools[0], v_pages=pools[1], block_table=small.kv.block_table + (pages - used))
     found = backend("flash_attn").attend(small.q, large, [], small.spec)
     assert torch.equal(found, small.attend())
 
