@@ -15,6 +15,7 @@ from compile_attn.apart import compiled_apart
 from tests.tiny import tiny
 
 IDS = torch.arange(9)[None]
+LIMIT = 2  # of recompilations; torch's 8 take four times as long
 # Whether torch does it by itself: what it offers here, and what is done for an older one.
 WAYS = sorted({apart.CAN_ISOLATE, False})
 
@@ -33,6 +34,7 @@ def _graphs() -> int:
 
 @pytest.mark.parametrize("isolates", WAYS)
 @pytest.mark.parametrize("ours", [_explain, _page])
+@torch._dynamo.config.patch(recompile_limit=LIMIT)
 def test_the_users_compilation_is_left_alone(ours: Callable[[Any], None], isolates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not made anew, and more of ours than the recompile limit take nothing from it."""
     monkeypatch.setattr(apart, "CAN_ISOLATE", isolates)
@@ -40,7 +42,7 @@ def test_the_users_compilation_is_left_alone(ours: Callable[[Any], None], isolat
     fast = torch.compile(model, backend="eager")
     fast(IDS)
     before = _graphs()
-    for _ in range(torch._dynamo.config.recompile_limit + 2):
+    for _ in range(LIMIT + 2):
         ours(model)
     after = _graphs()
     assert after > before
@@ -51,11 +53,12 @@ def test_the_users_compilation_is_left_alone(ours: Callable[[Any], None], isolat
 
 
 @pytest.mark.parametrize("isolates", WAYS)
+@torch._dynamo.config.patch(recompile_limit=LIMIT)
 def test_ours_are_not_limited_by_the_users(isolates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "CAN_ISOLATE", isolates)
     model = tiny()
     fast = torch.compile(model, backend="eager", dynamic=False)
-    for length in range(2, torch._dynamo.config.recompile_limit + 4):
+    for length in range(2, LIMIT + 4):
         fast(torch.arange(length)[None])
     _explain(model)
     _page(model)
