@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attend, decode, direct, floor, speeds, steady, workload
+from bench import attend, decode, direct, floor, memcheck, speeds, steady, workload
 from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill, table_width
@@ -257,3 +257,24 @@ def test_steady_steps_and_churn() -> None:
         assert steady.milliseconds(lm, CPU, 20) > 0
         host, ran = steady.traced(lm, CPU, 2)
         assert not host and not ran and lm.has_work, "no one has left"
+
+
+@pytest.mark.parametrize(("planted", "found", "status"), [(1, 0, 0), (0, 0, 1), (1, 3, 1)])
+def test_memory_errors_are_counted(planted: int, found: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for compute-sanitizer that writes a log a process; one that sees no planted error proves nothing."""
+    tool = tmp_path / "tool"
+    tool.write_text(
+        "#!/bin/sh\nwhile [ $1 != --log-file ]; do shift; done\n"
+        f"case $4 in *planted*) n={planted};; *) n={found}; esac\n"
+        'echo "========= ERROR SUMMARY: $n errors" > $(dirname $2)/1.log\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(memcheck, "PLACES", (None, str(tool)))
+    assert memcheck.main(["--out", str(tmp_path)]) == status
+    assert f"| {found} | {'yes' if found == 0 else 'NO'} |" in (tmp_path / "memcheck.md").read_text()
+
+
+def test_no_sanitizer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memcheck, "PLACES", (None, "nowhere"))
+    with pytest.raises(FileNotFoundError, match="comes with the CUDA toolkit"):
+        memcheck.main(["--out", str(tmp_path)])

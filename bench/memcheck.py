@@ -1,0 +1,104 @@
+"""Does any Triton kernel read or write memory that is not its own?
+
+compute-sanitizer watches every access while the tests of the Triton kernels run on the device, after it has shown that it sees a
+planted one. Every tensor has an allocation of its own then, so that what lies behind it belongs to nobody.
+
+    python -m bench.memcheck [--jobs 8] [--limit 400] [--tool memcheck] [--out DIR] [tests, default: those of the Triton kernels]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.measuring import RESULTS, Table, publish, stamp
+
+TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "flash_rows")
+# Recording a graph forbids allocations of its own, and what reads 4 GiB of pages takes minutes here.
+LEFT_OUT = "not graph and not beyond_int32 and not long_context"
+PLACES = (
+    shutil.which("compute-sanitizer"),
+    *(f"/usr/local/cuda/{folder}/compute-sanitizer" for folder in ("bin", "compute-sanitizer")),
+)
+PLANTED = """
+import torch, triton, triton.language as tl
+@triton.jit
+def write(at):
+    tl.store(at + (1 << 22), 1.0)
+if __name__ == "__main__":
+    write[(1,)](torch.zeros(4, device="cuda"))
+    torch.cuda.synchronize()
+"""
+
+
+def sanitizer() -> str:
+    """Where it is; FileNotFoundError otherwise."""
+    found = next((place for place in PLACES if place and Path(place).exists()), None)
+    if found is None:
+        raise FileNotFoundError("compute-sanitizer is not here; it comes with the CUDA toolkit")
+    return found
+
+
+def watched(tool: str, command: Sequence[str], logs: Path, limit: float) -> tuple[int | None, list[str]]:
+    """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", str(logs / "%p.log")]
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        code: int | None = subprocess.run([sanitizer(), *how, *command], env=env, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    return code, [text for file in sorted(logs.iterdir()) if "ERROR SUMMARY" in (text := file.read_text(errors="replace"))]
+
+
+def errors(logs: Sequence[str]) -> int:
+    """Of all processes together."""
+    return sum(int(count) for text in logs for count in re.findall(r"ERROR SUMMARY: (\d+) error", text))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=[f"tests/test_{name}.py" for name in TESTS])
+    parser.add_argument("--jobs", type=int, default=8, help="processes at once")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds for the tests")
+    parser.add_argument("--tool", default="memcheck", help="or racecheck, initcheck, synccheck")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args(args)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    logs, planted = chosen.out / f"{chosen.tool}_logs", chosen.out / "planted.py"
+    rows = []
+    if chosen.tool == "memcheck":
+        planted.write_text(PLANTED)
+        _, seen = watched(chosen.tool, [sys.executable, str(planted)], logs, 120)
+        planted.unlink()
+        rows.append(
+            ["a planted write behind a tensor", "", str(errors(seen)), "yes" if errors(seen) else "NO: nothing below counts"]
+        )
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(chosen.jobs), "-p", "no:cacheprovider"]
+    code, seen = watched(chosen.tool, [*command, *chosen.tests], logs, chosen.limit)
+    for text in seen:
+        if errors([text]):
+            print(text[:6000])
+    ended = {0: "all passed", None: "cut off"}.get(code, f"pytest ended with {code}")
+    clean = "yes" if code == 0 and seen and not errors(seen) else "NO"
+    what = f"gpu tests of {', '.join(Path(test).stem for test in chosen.tests)}: {ended}, {time.perf_counter() - begin:.0f} s"
+    rows.append([what, str(len(seen)), str(errors(seen)), clean])
+    table = Table(f"compute-sanitizer --tool {chosen.tool}", ["what ran", "processes", "errors", "as it should be"], rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    publish(chosen.tool, "Memory that kernels touch", [table], {"rows": rows, "left out": LEFT_OUT}, stamp(device), chosen.out)
+    return 0 if all(row[-1] == "yes" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
