@@ -78,7 +78,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         rewriting.layers,
         owner=_owner(gm, examples),
         max_positions=report.max_positions,
-        max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, cache.num_pages),
+        max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
         kernels=[(site.kernel, site.spec) for site in report.sites],
     )
     cache.report = report

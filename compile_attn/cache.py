@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,7 +191,6 @@ class PagedKVCache:
         if advanced:
             assert self.current is not None
             self.buffers.write_table(tables, width)
-            self.current = replace(self.current, width=width)
         else:
             logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
             self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
@@ -322,9 +320,9 @@ class PagedKVCache:
             check_site_dtype(at, layer.dtype, self.kv_dtype)
 
     def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        pool = torch.zeros((max(2, self.num_pages), self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
+        pool = torch.zeros((1 + self.num_pages, self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
         if self.poison:
-            fill_nan(pool, torch.arange(self.num_pages, device=self.device))
+            fill_nan(pool, torch.arange(len(pool), device=self.device))
         return pool
 
     def _poison(self, pages: list[int]) -> None:

@@ -47,7 +47,7 @@ class DecodeGraphs:
     def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module) -> None:
         self._forward, self._cache, self._model = forward, cache, model
         self._tensors: list[torch.Tensor] = []
-        self._stands: tuple[int, list[int]] | None = None  # what the graphs were recorded against
+        self._stands: tuple[object, ...] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
         self.recorded: list[Recorded] = []
         self._on_gpu = cache.device.type == "cuda"
@@ -72,7 +72,7 @@ class DecodeGraphs:
         """
         if not again:
             self._tensors = [*self._model.parameters(), *self._model.buffers()]
-        stands = (self._cache.compilations, [tensor.data_ptr() for tensor in self._tensors])
+        stands = (self._cache.compilations, self._cache.buffers, [tensor.data_ptr() for tensor in self._tensors])
         if stands != self._stands:
             self._steps.clear()
             self._stands = stands
@@ -103,11 +103,12 @@ class DecodeGraphs:
         rows, buffers = batch.shape[0], self._cache.buffers
         how = self._how.first(rows) if random else None
         recent, seq_lens = buffers.recent[:rows], buffers.seq_lens[:rows]
+        limit = min(batch.width * self._cache.page_size, self._cache.length_limit)
 
         def step() -> None:
             with torch.no_grad():
                 recent.copy_(sample(self._forward(batch), how))
-                advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent)
+                advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent, limit)
                 if how is not None:
                     how.counts.add_(1)
 

@@ -23,12 +23,12 @@ def tokens_that_fit(cache: PagedKVCache, profile: Callable[[], None], fraction: 
     free, total = torch.cuda.mem_get_info(cache.device)
     others = total - free - torch.cuda.memory_reserved(cache.device)  # of other programs, and what torch did not allocate
     pools = sum(tensor.nbytes for tensor in cache.kept)
-    return tokens_in(int(total * fraction) - others - (peak - pools), pools // cache.num_pages, cache)
+    return tokens_in(int(total * fraction) - others - (peak - pools), pools // (1 + cache.num_pages), cache)
 
 
 def tokens_in(room: int, page_bytes: int, cache: PagedKVCache) -> int:
-    """Tokens in so many bytes, in whole pages."""
-    pages = room // page_bytes
+    """Tokens in so many bytes, in whole pages, of which one is nobody's."""
+    pages = room // page_bytes - 1
     if cache.max_positions is not None:
         pages = min(pages, cache.max_seqs * cache.pages_for(cache.max_positions))
     if pages < 1:

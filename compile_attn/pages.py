@@ -10,12 +10,15 @@ class OutOfPages(RuntimeError):
 
 
 class PageAllocator:
-    """A stack of free pages: O(1) a page, and the page freed last is used first (a stale read then shows soonest)."""
+    """A stack of free pages: O(1) a page, and the page freed last is used first (a stale read then shows soonest).
+
+    Pages are numbered from 1. Page 0 is nobody's: it is what block tables hold where they show no page.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._taken = bytearray(num_pages)  # becomes a reference count when sequences share pages
+        self._free = list(range(num_pages, 0, -1))
+        self._taken = bytearray(num_pages + 1)  # becomes a reference count when sequences share pages
 
     @property
     def free_pages(self) -> int:

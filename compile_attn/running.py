@@ -54,7 +54,7 @@ class Runner:
         self._run, self._cache = run, cache
         self._strict = cuda_graphs is True
         self.graphs = DecodeGraphs(self._rows, cache, model) if cuda_graphs else None
-        self._steady: tuple[int, bool, list[Request], Batch] | None = None  # the step that the device can repeat by itself
+        self._steady: tuple[Kind, list[Request], Batch] | None = None  # the step that the device can repeat by itself
 
     def send(self, plan: Plan) -> Sent:
         """Hand the step to the device."""
@@ -87,7 +87,7 @@ class Runner:
     def _repeats(self, plan: Plan, kind: Kind) -> bool:
         """Whether the device has brought the buffers from the last step to this one by itself."""
         last = self._steady
-        return last is not None and last[:3] == (kind[0], kind[2], plan.sampled) and last[3] is self._cache.current
+        return last is not None and last[:2] == (kind, plan.sampled) and last[2] is self._cache.current
 
     def _prepared(self, kind: Kind, again: bool) -> bool:
         assert self.graphs is not None
@@ -104,14 +104,13 @@ class Runner:
 
     def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
-        size, _, random = kind
         again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
-        batch = self._cache.batch(plan.chunks, pad_to=size, advanced=again)
-        if random and not again:
+        batch = self._cache.batch(plan.chunks, pad_to=kind[0], advanced=again)
+        if kind[2] and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
         self.graphs.replay(kind)
         self._cache.replayed()
-        self._steady = (size, random, plan.sampled, batch)
+        self._steady = (kind, plan.sampled, batch)
 
     def _run_once(self, plan: Plan, random: bool) -> None:
         logits = self.logits(plan.chunks)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+NO_LIMIT = 2**31 - 1  # lengths are int32
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -124,12 +126,18 @@ def build_metadata(
     return cu_seqlens_q, positions, slot_mapping, token_seq
 
 
-def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
+def advance_step(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sampled: torch.Tensor,
+    limit: int | None = None,
+) -> None:
     """In place, for a decode batch of one token a row: token = sampled, position = old length, length + 1.
 
-    Pad rows stay; a sampled number below 0, which is no token, becomes token 0. input_ids and position_ids [B] or [1, B] int64,
-    or longer by pad tokens; seq_lens [B] int32, 0 for a pad row; sampled [B] or [B, 1] int64, or longer. The metadata of the
-    step is then `build_metadata`'s.
+    Pad rows stay, and so do rows of `limit` tokens; a sampled number below 0, which is no token, becomes token 0. input_ids and
+    position_ids [B] or [1, B] int64, or longer by pad tokens; seq_lens [B] int32, 0 for a pad row; sampled [B] or [B, 1] int64, or
+    longer. The metadata of the step is then `build_metadata`'s.
     """
     rows = seq_lens.shape[0]
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids), ("sampled", sampled)):
@@ -139,9 +147,9 @@ def advance_step(input_ids: torch.Tensor, position_ids: torch.Tensor, seq_lens: 
     if seq_lens.is_cuda:
         from compile_attn.kernels import batch_triton
 
-        batch_triton.advance_step(tokens, positions, seq_lens, sampled)
+        batch_triton.advance_step(tokens, positions, seq_lens, sampled, limit)
         return
-    live = seq_lens > 0
+    live = (seq_lens > 0) & (seq_lens < (NO_LIMIT if limit is None else limit))
     tokens.copy_(torch.where(live, sampled.clamp(min=0), tokens))
     positions.copy_(torch.where(live, seq_lens, positions))
     seq_lens.add_(live)

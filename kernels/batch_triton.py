@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from compile_attn.kernels.batch import NO_LIMIT
+
 _ROWS = 128  # of a program that advances
 
 
@@ -50,13 +52,13 @@ def metadata(  # type: ignore[no-untyped-def]
     tl.store(token_seq + token, row, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
-def advance(input_ids, position_ids, seq_lens, sampled, num_rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["num_rows", "limit"])  # type: ignore[untyped-decorator]
+def advance(input_ids, position_ids, seq_lens, sampled, num_rows, limit, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     length = tl.load(seq_lens + row, mask=inside, other=0)
     token = tl.load(sampled + row, mask=inside, other=0)
-    live = length > 0
+    live = (length > 0) & (length < limit)
     tl.store(input_ids + row, tl.maximum(token, 0), mask=live)
     tl.store(position_ids + row, length.to(tl.int64), mask=live)
     tl.store(seq_lens + row, length + 1, mask=live)
@@ -92,8 +94,11 @@ def build_metadata(
     return cu_seqlens_q, positions, slot_mapping, token_seq
 
 
-def advance_step(tokens: torch.Tensor, positions: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
+def advance_step(
+    tokens: torch.Tensor, positions: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor, limit: int | None = None
+) -> None:
     """As `batch.advance_step`, of flat tensors."""
     rows = seq_lens.shape[0]
     with torch.cuda.device_of(seq_lens):  # type: ignore[no-untyped-call]
-        advance[(-(-rows // _ROWS),)](tokens, positions, seq_lens, sampled, rows, _ROWS)
+        most = NO_LIMIT if limit is None else limit
+        advance[(-(-rows // _ROWS),)](tokens, positions, seq_lens, sampled, rows, most, _ROWS)

@@ -15,7 +15,8 @@ def _gather(table, row_stride, rows, starts, out, BLOCK: tl.constexpr):  # type:
     row, start, end = tl.load(rows + request), tl.load(starts + request), tl.load(starts + request + 1)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < end - start
-    pages = tl.load(table + row.to(tl.int64) * row_stride + place, mask=inside & (row >= 0), other=0)
+    shown = tl.where(row >= 0, end - start, 0)  # not `inside & (row >= 0)`: see general_triton's `_pages`
+    pages = tl.load(table + row.to(tl.int64) * row_stride + place, mask=place < shown, other=0)
     tl.store(out + start + place, pages, mask=inside)
 
 

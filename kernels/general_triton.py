@@ -101,7 +101,10 @@ def _pages(start, limit, b, batch, MASKED: tl.constexpr, PLAN: tl.constexpr):  #
         if PLAN.page_size % PLAN.block_n == 0:
             page = tl.load(at, mask=start < limit, other=0)
         elif PLAN.block_n % PLAN.page_size == 0:
-            page = tl.load(at + n // PLAN.page_size, mask=(start + n if MASKED else start) < limit, other=0)
+            # Not `start < limit`: the interpreter of Triton 3.9 takes no comparison of scalars for the mask of a block (it keeps
+            # the type of what was compared). The compiler makes the same of both.
+            key = start + n if MASKED else tl.broadcast_to(start, (PLAN.block_n,))
+            page = tl.load(at + n // PLAN.page_size, mask=key < limit, other=0)
         else:
             page = tl.load(at + (start % PLAN.page_size + n) // PLAN.page_size, mask=start + n < limit, other=0)
     return page

@@ -93,7 +93,8 @@ def _announce(tile, first, used, rows, opens, parts, PLAN: tl.constexpr):  # typ
     tl.store(parts.first + tile, first, mask=opens)
     tl.store(parts.used + tile, used, mask=opens)
     at = parts.place + tile * (PLAN.block_q * PLAN.group) + r
-    tl.store(at, tl.where(inside, place, -1).to(tl.int32), mask=opens & (r < PLAN.block_q * PLAN.group))
+    announced = tl.where(opens, PLAN.block_q * PLAN.group, 0)  # not `opens & ...`: see general_triton's `_pages`
+    tl.store(at, tl.where(inside, place, -1).to(tl.int32), mask=r < announced)
 
 
 # Not specialised: what changes from step to step, or with no gain, would only compile the kernel again.

@@ -164,10 +164,13 @@ def attend(
     return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
 
 
-@_op("advance_step(Tensor(a!) input_ids, Tensor(b!) position_ids, Tensor(c!) seq_lens, Tensor sampled) -> ()", _nothing)
-def advance_step(input_ids: Any, position_ids: Any, seq_lens: Any, sampled: Any) -> None:
+@_op(
+    "advance_step(Tensor(a!) input_ids, Tensor(b!) position_ids, Tensor(c!) seq_lens, Tensor sampled, int? limit=None) -> ()",
+    _nothing,
+)
+def advance_step(input_ids: Any, position_ids: Any, seq_lens: Any, sampled: Any, limit: int | None = None) -> None:
     """See `batch.advance_step`."""
-    batch.advance_step(input_ids, position_ids, seq_lens, sampled)
+    batch.advance_step(input_ids, position_ids, seq_lens, sampled, limit)
 
 
 @_op("swap_blocks(Tensor src, Tensor(a!) dst, Tensor pairs) -> ()", _nothing)

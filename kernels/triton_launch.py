@@ -146,7 +146,7 @@ class _Prepared:
     kernel: Any
     grid: tuple[int, int, int]
     rest: tuple[Any, ...]  # of the arguments, behind those that differ from call to call
-    options: dict[str, int]
+    options: dict[str, int]  # enable_fp_fusion: Triton's default until 3.10
     combine: tuple[Any, tuple[int, int, int], tuple[Any, ...], dict[str, bool]] | None
 
 
@@ -175,7 +175,8 @@ def _prepare(
         seen = sight_of(spec.mask, tiles.group, tiles.block_n)
         plan = _plan(spec, tiles, each.few, size.page_size, scaled, narrow, alike, splits > 1, wide)
         printed = functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | ({"maxnreg": tiles.registers} if tiles.registers else {})
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        options |= {"maxnreg": tiles.registers} if tiles.registers else {}
         numbers = (blocks, each.least) if each.programs else (size.keys, splits, each.least)
         kernel, grid = (grid_triton.attend, each.grid) if not each.programs else (grid_triton.attend_evenly, (each.programs, 1, 1))
         combine = None

@@ -24,12 +24,12 @@ STEPS = {"small": (8, 8), "many rows": (512, 512), "many tokens": (16384, 512)} 
 
 def resources(kernel: Any) -> str:
     """Registers, spills and widest accesses, by NVIDIA's own tool that comes with Triton."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas  # the one that this Triton takes for the device
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(kernel.asm["ptx"])
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(file), "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(file), "-o", "/dev/null"]
         done = run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

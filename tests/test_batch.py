@@ -102,6 +102,12 @@ def test_advancing_equals_rebuilding(lengths: list[int], page_size: int, steps: 
     assert input_ids[0].tolist() == [*tokens, 7]  # the pad token stays
 
 
+def test_no_row_grows_past_the_limit() -> None:
+    lengths, ids, positions = torch.tensor([6, 7, 8, 0], dtype=torch.int32), torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    torch.ops.paged_attn.advance_step(ids, positions, lengths, torch.full((4,), 9), 8)
+    assert (lengths.tolist(), positions.tolist(), ids.tolist()) == ([7, 8, 8, 0], [6, 7, 2, 3], [9, 9, 0, 0])
+
+
 def test_views_count_from_zero() -> None:
     metadata = build([[3, 5, 0], [1, 2, 4], [8, 9], [10, 11, 12]], [20, 42, 17, 33], [20, 10, 1, 1], 16, 33)
     prefill, decode = metadata.prefill_metadata(2, 30), metadata.decode_metadata(2, 30)
@@ -177,18 +183,19 @@ def test_triton_agrees_on_many_rows_and_tokens(rows: int, most: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("rows", [1, 5, 130])
-def test_triton_advances_alike(rows: int) -> None:
-    advances_alike(rows, "cpu")
+@pytest.mark.parametrize("limit", [None, 3])
+def test_triton_advances_alike(rows: int, limit: int | None) -> None:
+    advances_alike(rows, limit, "cpu")
 
 
-def advances_alike(rows: int, device: str) -> None:
+def advances_alike(rows: int, limit: int | None, device: str) -> None:
     from compile_attn.kernels import batch_triton
 
     lengths = torch.arange(rows, dtype=torch.int32) % 4  # 0: a pad row
     ids, positions, sampled = torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.arange(rows) * 7 - 8
     there = [each.clone().to(device) for each in (ids, positions, lengths, sampled)]
-    batch_triton.advance_step(*there)
-    torch.ops.paged_attn.advance_step(ids, positions, lengths, sampled)
+    batch_triton.advance_step(*there, limit)
+    torch.ops.paged_attn.advance_step(ids, positions, lengths, sampled, limit)
     for found, expected in zip(there, (ids, positions, lengths, sampled), strict=True):
         assert torch.equal(found.cpu(), expected)
 
@@ -199,7 +206,8 @@ def test_triton_agrees_on_a_gpu() -> None:
         for page_size in (1, 16, 256):
             metadata_by_triton(ragged(rows, most), page_size, rows % 3, "cuda")
     for rows in (1, 5, 512):
-        advances_alike(rows, "cuda")
+        advances_alike(rows, None, "cuda")
+        advances_alike(rows, 3, "cuda")
 
 
 @pytest.mark.gpu

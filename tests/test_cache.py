@@ -24,7 +24,7 @@ def run(cache: PagedKVCache, *chunks: Chunk) -> tuple[list[torch.Tensor], torch.
 def test_allocator_gives_each_page_once() -> None:
     pages = PageAllocator(5)
     first = pages.take(3)
-    assert sorted(first + pages.take(2)) == [0, 1, 2, 3, 4] and pages.free_pages == 0
+    assert sorted(first + pages.take(2)) == [1, 2, 3, 4, 5] and pages.free_pages == 0
     with pytest.raises(OutOfPages, match="1 pages are needed, 0 of 5 are free"):
         pages.take(1)
     pages.give_back(first[:2])
@@ -112,7 +112,7 @@ def test_random_growth_never_shares_a_page() -> None:
 def test_freed_pages_are_poisoned() -> None:
     cache = cache_of(poison=True)
     cache.bind([layer_kv()], owner=0)
-    assert cache.k_pages[0].isnan().all() and cache.k_pages[0].shape == (16, 4, 2, 8)
+    assert cache.k_pages[0].isnan().all() and cache.k_pages[0].shape == (1 + 16, 4, 2, 8)
     a, b = cache.add(), cache.add()
     run(cache, Chunk(a, [1] * 5), Chunk(b, [1] * 5))
     cache.k_pages[0].zero_()

@@ -54,6 +54,27 @@ def test_block_tables_grow_with_the_longest_sequence(monkeypatch: pytest.MonkeyP
         assert {one.tokens for one in lm.cuda_graphs} == {24, 36, 48}
 
 
+@pytest.mark.parametrize("count", [1, 9, 300], ids=["one step", "into the next page", "to the end of all tables"])
+def test_steps_too_many_write_to_no_page_of_another(count: int) -> None:
+    """The host counts every step. Behind its back, a replay takes rows past their pages, their tables and their positions."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", kv_tokens=256, page_size=4, max_seqs=8)) as lm:
+        for prompt in PROMPTS:
+            lm.submit(prompt, Sampling(max_new_tokens=20))
+        for _ in range(5):
+            lm.step()
+        runner, owned = lm._runner, [(seq.length, list(seq.pages)) for seq in lm.cache._in_batch]
+        assert runner.graphs is not None and runner._steady is not None and len(owned) == len(PROMPTS)
+        own = {page: length - at * 4 for length, pages in owned for at, page in enumerate(pages)}  # tokens that are in it
+        before = [pool.clone() for pool in (*lm.cache.k_pages, *lm.cache.v_pages)]
+        for _ in range(count):
+            runner.graphs.replay(runner._steady[0])
+        assert 0 not in own, "what a table does not show is page 0, which is nobody's"
+        for old, new in zip(before, (*lm.cache.k_pages, *lm.cache.v_pages), strict=True):
+            for page in range(1, len(new)):
+                assert torch.equal(old[page, : own.get(page, 4)], new[page, : own.get(page, 4)]), page
+            assert not torch.equal(old, new)
+
+
 def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
         graphs = lm._runner.graphs
@@ -82,6 +103,13 @@ def test_a_model_that_was_changed_is_recorded_anew() -> None:
         want = [alone(model, prompt, Sampling(max_new_tokens=9)) for prompt in PROMPTS]
         assert want != greedy(9)
         assert lm.generate(PROMPTS, max_new_tokens=9) == want and len(lm.cuda_graphs) == 2 * recorded
+
+
+def test_a_cache_that_was_resized_is_recorded_anew() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        lm.cache.resize(128)
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
 
 
 def test_a_batch_made_by_hand_between_two_steps_is_noticed() -> None:

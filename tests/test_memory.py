@@ -14,9 +14,9 @@ from tests.tiny import alone, by_hand, prompts_of, tiny
 
 def test_whole_pages_up_to_what_the_model_can_use() -> None:
     cache = PagedKVCache(kv_tokens=64, page_size=4, max_seqs=3)
-    assert tokens_in(1000, 96, cache) == 40
-    cache.max_positions = 9  # 3 sequences of 3 pages
-    assert tokens_in(1000, 96, cache) == 36
+    assert tokens_in(1000, 96, cache) == 36  # ten pages, one of which is nobody's
+    cache.max_positions = 8  # 3 sequences of 2 pages
+    assert tokens_in(1000, 96, cache) == 24
     with pytest.raises(ValueError, match=r"a page of 4 tokens takes 1.0 MiB, and -0.50 GiB are free beside .*; lower max_batch"):
         tokens_in(-(1 << 29), 1 << 20, cache)
 
@@ -26,7 +26,7 @@ def test_a_cache_is_resized_under_its_model() -> None:
     step, prompt = by_hand(model, cache), prompts_of([30])[0]
     cache.resize(64)
     assert (cache.num_pages, cache.length_limit, cache.free_pages) == (16, 64, 16)
-    assert all(pool.shape[0] == 16 for pool in (*cache.k_pages, *cache.v_pages)) and len(cache.kept) == 4
+    assert all(pool.shape[0] == 1 + 16 for pool in (*cache.k_pages, *cache.v_pages)) and len(cache.kept) == 4
     seq = cache.add()
     logits = step(cache.batch([Chunk(seq, prompt)]).input_ids)
     assert int(logits[0, 0].argmax()) == alone(model, prompt, Sampling(max_new_tokens=1))[0]
@@ -62,6 +62,6 @@ def test_the_rest_of_a_gpu_holds_keys_and_values() -> None:
         held.append(torch.empty(1 << 30, dtype=torch.uint8, device="cuda"))
         held.clear()
 
-    page_bytes = sum(tensor.nbytes for tensor in cache.kept) // cache.num_pages
+    page_bytes = sum(tensor.nbytes for tensor in cache.kept) // (1 + cache.num_pages)
     found = tokens_that_fit(cache, profile, 0.5) // 4 * page_bytes
     assert total * 0.5 - (total - free) - 1.3 * 2**30 < found < total * 0.5 - 2**30
