@@ -89,11 +89,17 @@ def _fastest(
     room: int,
 ) -> str:
     """A table counts for no more than a window lets a query see of it."""
-    known = speeds.nearest(AttentionSpec(num_q_heads, num_kv_heads, head_dim, head_dim))
-    names, room = kernels.split(speeds.BETWEEN), room if window is None else min(room, window + 1)
-    return names[0] if known is None else known.fastest(names, Shape(tokens, sequences, room))
+    names, known = kernels.split(speeds.BETWEEN), _known(num_q_heads, num_kv_heads, head_dim)
+    seen = room if window is None else min(room, window + 1)
+    return names[0] if known is None else known.fastest(names, Shape(tokens, sequences, seen))
+
+
+@functools.lru_cache(maxsize=64)
+def _known(num_q_heads: int, num_kv_heads: int, head_dim: int) -> speeds.Speeds | None:
+    return speeds.nearest(AttentionSpec(num_q_heads, num_kv_heads, head_dim, head_dim))
 
 
 def forget() -> None:
     """What was chosen is chosen anew: for who has changed what was measured."""
     _fastest.cache_clear()
+    _known.cache_clear()

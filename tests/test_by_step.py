@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+import compile_attn as ca
 from compile_attn.kernels import by_step, flash_attn, measured, speeds
 from compile_attn.kernels import flashinfer as fi
 from compile_attn.kernels import mask as m
@@ -372,3 +373,19 @@ def test_what_is_against_a_part_is_against_all() -> None:
 def test_a_name_that_means_nothing(name: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         backend(name)
+
+
+def test_a_paged_model_alone_has_steps() -> None:
+    with pytest.raises(ValueError, match=r"kernel 'reference\|sdpa' was asked for, but it chooses by the shapes of a paged step"):
+        ca.explain(tiny(), torch.arange(9)[None], kernel="reference|sdpa")
+    with pytest.raises(ValueError, match="unknown kernel 'fast' in 'reference"):
+        ca.explain(tiny(), torch.arange(9)[None], kernel="reference|fast")
+
+
+def test_the_report_says_which_steps(flash: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest_at(monkeypatch, BY_LENGTH)
+    report = ca.explain(tiny(), paged=True, kernel="reference|flash_attn")
+    assert {site.kernel for site in report.sites} == {"reference|flash_attn"}
+    [text] = {site.steps for site in report.sites}
+    assert text.startswith("flash_attn where it measured faster: steps nearest to ") and text.endswith("; reference in all others")
+    assert text in report.to_html() and all(site.passed_over["general"] for site in report.sites)

@@ -45,6 +45,26 @@ def test_the_faster_kernel_is_taken() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
+def test_several_are_named_where_steps_differ() -> None:
+    for length in (128, 1024):
+        measured.MICROSECONDS["decode", 128, 4, 128, length]["general"] = 8.0
+    choice = choose(SPEC, CUDA, HALF, 16)
+    assert choice.kernel == "reference|general" and set(choice.passed_over) == set(known_kernels()) - {"reference", "general"}
+    words = "general where it measured faster: steps nearest to decodes of 128 sequences in tables of 1024 tokens"
+    assert choice.steps == (words := f"{words}; reference in all others")
+    window = choose(AttentionSpec(32, 8, 128, 128, m.Window(511)), CUDA, HALF, 16)
+    assert window.steps == words + "; tables count for the 512 keys that a query sees"
+    forced = choose(SPEC, CUDA, HALF, 16, "general|reference")
+    assert forced.kernel == "general|reference" and "general in all others" in forced.steps
+    assert set(forced.passed_over) == set(known_kernels()) - {"reference", "general"}
+    assert choose(SPEC, CUDA, HALF, 16, "general").steps == ""
+    assert choose(SPEC, CUDA, torch.float32, 16).kernel == "general", "nothing was measured in float32"
+    assert choose(SPEC, CPU, HALF, 16).kernel == "reference"
+    measured.MICROSECONDS.clear()
+    assert choose(SPEC, CUDA, HALF, 16, "general|reference").steps == "general in all steps, as nothing was measured"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
 def test_features_come_first() -> None:
     """The reference would be faster, but a kernel that cannot is passed over for what it cannot do."""
     for each in PAGED:
