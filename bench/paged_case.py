@@ -11,7 +11,7 @@ import torch
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
 from compile_attn.apart import compiled_apart
 from compile_attn.kernels.backend import HostStep, PlannedSite
-from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder
+from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, table_width
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -116,18 +116,10 @@ class Inputs:
         return torch.ops.paged_attn.plan(*self.where, PAGE_SIZE, self.dtype, shared.encode(), kernel)  # type: ignore[no-any-return]
 
 
-def table_width(longest: int) -> int:
-    """Pages a row: 1024, 4096, 16384, ... tokens, as a cache gives its steps (`StepBuffers.width`)."""
-    room = 1024
-    while room < longest:
-        room *= 4
-    return room // PAGE_SIZE
-
-
 def _tables(case: Case, device: torch.device) -> tuple[list[list[int]], AttentionMetadata]:
-    """The pages of each sequence, and the batch's metadata."""
+    """The pages of each sequence, and the batch's metadata, its table as wide as a cache would make it."""
     free = torch.randperm(case.pages, generator=torch.Generator().manual_seed(0)).tolist()
-    builder = AttentionMetadataBuilder(PAGE_SIZE, table_width(case.longest))
+    builder = AttentionMetadataBuilder(PAGE_SIZE, table_width(-(-case.longest // PAGE_SIZE), PAGE_SIZE))
     tables = []
     for before, new in case.rows:
         count = -(-(before + new) // PAGE_SIZE)

@@ -1,9 +1,11 @@
 """Which kernel is fastest, by head size and by query heads a KV head? Writes the table that `auto` chooses by.
 
 Each point of the mix (`kernels/speeds.py`) is one op a layer, causal, bfloat16, 32 query heads: paged in a CUDA graph, as decode
-steps run, stateless as the host launches it, its own work included where the device would wait for it.
+steps run, with a block table as wide as a cache would make it; stateless as the host launches it, its own work included where the
+device would wait for it. With `--write`, sizes that are not measured keep what the module holds of them.
 
-    python -m bench.speeds [--dims 64 128 256] [--groups 1 4 8] [--seconds 120] [--write kernels/measured.py] [--out DIR]
+    python -m bench.speeds [--dims 64 128 256] [--groups 1 4 8] [--phases paged stateless] [--seconds 150] [--dry]
+                           [--write kernels/measured.py] [--out DIR]
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from bench.attend import why_not
 from bench.measuring import RESULTS, Call, Table, compare, number, publish, recorded, said, stamp
 from bench.paged_case import APART, LAYERS, PAGE_SIZE, Case, Inputs, Pool, attend_layers, decode, plain, prefill
 from bench.processes import Clock, Progress, keep_measuring
-from compile_attn.kernels import speeds
+from compile_attn.kernels import measured
 from compile_attn.kernels.select import known_kernels
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.kernels.speeds import PAGED, STATELESS, Point
+from compile_attn.kernels.speeds import BETWEEN, PAGED, STATELESS, Key, Point, Speeds
 
 QUERY_HEADS = 32
 SLOW = ("reference",)  # never the fastest, and it would take most of the time
-Key = tuple[str, int, int, int, int]
+PHASES = {"paged": PAGED, "stateless": STATELESS}
+SECONDS_A_POINT = 0.7  # on an H200, with three kernels that can, what they compile included
 Found = dict[Key, dict[str, float]]
 
 
@@ -84,6 +87,9 @@ def key_of(name: str) -> Key:
 
 
 def _case(point: Point) -> Case:
+    if point.phase == "mixed":
+        name, (n, length, new) = "mixed {} x {}", (point.sequences, point.length, point.length // 2)
+        return Case(name.format(n, length), ((length - new, new), *((length - 1, 1),) * (n - 1)))
     return (decode if point.phase == "decode" else prefill)(point.sequences, point.length)
 
 
@@ -139,17 +145,32 @@ def _times(times: Mapping[str, float]) -> str:
     return "{" + ", ".join(f'"{kernel}": {time}' for kernel, time in times.items()) + "}"
 
 
+def kept(found: Mapping[Key, object]) -> Found:
+    """What was measured before, of sizes and phases that are not measured now."""
+    now = {(key[0] == "stateless", *key[1:3]) for key in found}
+    return {key: dict(times) for key, times in measured.MICROSECONDS.items() if (key[0] == "stateless", *key[1:3]) not in now}
+
+
 def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> Table:
     """The mean over the mix, and what `auto` would take."""
     rows = []
     for dim, group in sorted({key[1:3] for key in found}):
-        for name, points in (("paged", PAGED), ("stateless", STATELESS)):
-            means = speeds.means(points, dim, group, found)
-            if means:
-                best = speeds.Speeds(dim, group, means).best(list(kernels))
-                rows.append([name, str(dim), str(group), *(number(means.get(kernel)) for kernel in kernels), best])
+        for name, points in PHASES.items():
+            known = Speeds.of(points, dim, group, found)
+            if known.times:
+                best = known.several(list(kernels)) if name == "paged" else (known.best(list(kernels)),)
+                cells = [*(number(known.mean(kernel)) for kernel in kernels), number(known.mean(BETWEEN.join(best)))]
+                steps = known.words(best) if len(best) > 1 else "all"
+                rows.append([name, str(dim), str(group), *cells, ", ".join(best), steps])
     note = "Weighted geometric means of microseconds over the mix in kernels/speeds.py."
-    return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto"], rows, note)
+    return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto", "is", "for steps"], rows, note)
+
+
+def cost(points: Sequence[Point], sizes: int) -> str:
+    """What a run would measure, and about how long it takes."""
+    names = [f"{each.phase} {each.sequences} x {each.length}, {each.shape.room} tokens a row" for each in points]
+    many = len(points) * sizes
+    return "\n".join([*names, f"{many} points, for {sizes} head sizes and groups: about {many * SECONDS_A_POINT:.0f} s on an H200"])
 
 
 def main() -> None:
@@ -158,13 +179,18 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=able)
     parser.add_argument("--dims", nargs="+", type=int, default=(64, 128, 256))
     parser.add_argument("--groups", nargs="+", type=int, default=(1, 4, 8))
-    parser.add_argument("--seconds", type=float, default=120, help="for all together")
+    parser.add_argument("--phases", nargs="+", choices=tuple(PHASES), default=tuple(PHASES))
+    parser.add_argument("--seconds", type=float, default=150, help="for all together")
+    parser.add_argument("--dry", action="store_true", help="say what would be measured and how long it takes, and end")
     parser.add_argument("--write", type=Path, help="the module to write: kernels/measured.py")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speeds.md and speeds.json")
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.file:
         return _run_here(chosen)
+    print(cost(_points(chosen), len(chosen.dims) * len(chosen.groups)), flush=True)
+    if chosen.dry:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "speeds.json"
         command = [sys.executable, "-m", "bench.speeds", *sys.argv[1:], "--file", str(file)]
@@ -175,8 +201,13 @@ def main() -> None:
     print(*sorted(against), sep="\n")
     if chosen.write:
         where = said({name: stamped[name] for name in ("device", "date", "commit", "torch")})
-        chosen.write.write_text(as_module(found, where))
+        before = kept(found)
+        chosen.write.write_text(as_module(before | found, f"{where}; some sizes before" if before else where))
     publish("speeds", "Which kernel is fastest", [table(found, chosen.kernels)], progress.found, stamped, chosen.out)
+
+
+def _points(chosen: argparse.Namespace) -> list[Point]:
+    return [point for phase in chosen.phases for point in PHASES[phase]]
 
 
 def _run_here(chosen: argparse.Namespace) -> None:
@@ -185,7 +216,7 @@ def _run_here(chosen: argparse.Namespace) -> None:
     progress.add("stamp", stamp(device))
     for dim in chosen.dims:
         for group in chosen.groups:
-            measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock, progress)
+            measure(plain(dim, QUERY_HEADS, QUERY_HEADS // group), chosen.kernels, device, clock, progress, _points(chosen))
             torch.cuda.empty_cache()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compile_attn.kernels.backend import Backend, HostStep, PlannedSite
+from compile_attn.kernels.backend import Backend, HostStep, PlannedSite, Shape, planners
 from compile_attn.kernels.select import backend
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
 from compile_attn.pages import OutOfPages, PageAllocator
@@ -92,7 +92,7 @@ class PagedKVCache:
         self.compilations = 0  # of the model against this cache
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
-        self._planned: dict[str, list[PlannedSite]] = {}
+        self._kernels: list[tuple[Backend, PlannedSite]] = []  # that differ
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
         self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
@@ -199,17 +199,19 @@ class PagedKVCache:
         return self.current
 
     def _plan_on_host(self, chunks: Sequence[Chunk], captured: bool) -> None:
-        """Let kernels plan that do so on the host, from the lengths that it knows."""
-        if not self._planned or self.current is None:
+        """Let the kernels of this step plan that do so on the host, from the lengths that it knows."""
+        assert self.current is not None
+        (rows, tokens, _), room = self.current.shape, self.current.width * self.page_size
+        planning = planners(self._kernels, Shape(tokens, rows, room))
+        if not planning:
             return
-        rows = self.current.shape[0]
         seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device="cpu") for _ in range(2))
         seq_lens[: len(chunks)] = torch.tensor([chunk.seq.length for chunk in chunks])
         query_lens[: len(chunks)] = torch.tensor([len(chunk.tokens) for chunk in chunks])
         table = self.buffers.views(self.current)[0]
-        step = HostStep(table, seq_lens, query_lens, self.current.shape[1], self.page_size, captured)
-        for kernel, sites in self._planned.items():
-            backend(kernel).plan_on_host(step, sites)
+        step = HostStep(table, seq_lens, query_lens, tokens, self.page_size, captured)
+        for kernel, sites in planning.items():
+            kernel.plan_on_host(step, sites)
 
     def width_of(self, chunks: Sequence[Chunk]) -> int:
         """Pages a row of the block table that a batch of these chunks will have."""
@@ -281,12 +283,9 @@ class PagedKVCache:
         self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
-        self._planned = {}
-        for (kernel, spec), layer in zip(kernels, asked, strict=False):
-            if type(backend(kernel)).plan_on_host is not Backend.plan_on_host:
-                sites = self._planned.setdefault(kernel, [])
-                sites.append(PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype))
-        self._planned = {kernel: list(dict.fromkeys(sites)) for kernel, sites in self._planned.items()}
+        pairs = zip(kernels, asked, strict=False)
+        sites = [(backend(name), PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype)) for (name, spec), layer in pairs]
+        self._kernels = list(dict.fromkeys(sites))
 
     def _make_pools(self, layers: tuple[LayerKV, ...]) -> None:
         self.kept, self.k_pages, self.v_pages = [], [], []  # the old ones go first: both may not fit

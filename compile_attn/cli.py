@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="MODULE:FACTORY", help="FACTORY() returns a model, (model, args) or (model, args, kwargs)"
     )
     explain.add_argument("--paged", action="store_true", help="what a paged KV cache would do; the model alone is needed")
-    explain.add_argument("--kernel", default="auto", help="one kernel for every site (default auto)")
+    explain.add_argument(
+        "--kernel", default="auto", help="one kernel for every site, or several: 'flash_attn|general' (default auto)"
+    )
     explain.add_argument("--html", help="write the report as one HTML page")
     explain.add_argument("--diff", action="store_true", help="print the graph diff")
     bench = commands.add_parser("bench", help="run a measuring script of the checkout; without a name, list them")

@@ -17,7 +17,8 @@ Inner = Literal["inductor", "eager"]
 class Options:
     """The options of `torch.compile(model, backend="paged_attn", options={...})`.
 
-    kernel       "auto", or the name of one kernel for every site; a kernel that cannot serve a site is an error.
+    kernel       "auto", or the name of one kernel for every site, or of several ("flash_attn|general"), of which each paged
+                 step takes one by its shapes; a kernel that cannot serve a site is an error.
     on_rejected  what a stateless compilation does about attention it cannot rewrite: "keep" it silently in the report,
                  "warn" once (default), or raise ("error"). A paged compilation always raises.
     cache        a `PagedKVCache`: compile the paged form of the model.
@@ -38,9 +39,11 @@ class Options:
         if self.merge_linears not in (None, True, False):
             raise ValueError(f"paged_attn: merge_linears={self.merge_linears!r}; choose True, False, or None for the default")
         if self.kernel != "auto":
-            from compile_attn.kernels.select import known_kernels
+            from compile_attn.kernels.select import known_kernels, parts_of
 
-            _check_choice("kernel", self.kernel, ("auto", *known_kernels()))
+            parts = parts_of(self.kernel)
+            for part in parts:
+                _check_choice("kernel", part, known_kernels() if len(parts) > 1 else ("auto", *known_kernels()))
 
     @property
     def merges(self) -> bool:

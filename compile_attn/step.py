@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
+from compile_attn.kernels.batch import table_width
+
 if TYPE_CHECKING:
     from compile_attn.cache import CachedSequence
 
@@ -88,10 +90,7 @@ class StepBuffers:
 
     def width(self, pages: int, page_size: int) -> int:
         """The narrowest table for rows of so many pages: 1024 tokens, 4096, 16384, ... or all that a sequence may have."""
-        width = max(2, 1024 // page_size)
-        while width < pages:
-            width *= 4
-        return min(width, self._max_pages)
+        return min(table_width(pages, page_size), self._max_pages)
 
     def write(
         self,

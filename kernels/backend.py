@@ -27,6 +27,14 @@ class Request:
     kv_dtype: torch.dtype | None = None
 
 
+class Shape(NamedTuple):
+    """What shapes say of a step: known to the host without reading the device, and fixed where a CUDA graph holds the step."""
+
+    tokens: int  # T, pads included
+    sequences: int  # B
+    room: int  # tokens that a row of the block table can hold, and so a bound on all lengths
+
+
 class Paged(NamedTuple):  # made in every layer of every step, and a tuple is made in a tenth of a dataclass's time
     """Where the keys and values of `attend` are. Shapes and dtypes as in the op `paged_attn::attend`.
 
@@ -42,7 +50,7 @@ class Paged(NamedTuple):  # made in every layer of every step, and a tuple is ma
     token_seq: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
-    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step, where the graph holds it
+    plan: torch.Tensor | None = None  # what `Backend.plan` gave for this step; for a kernel that makes none it means nothing
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class DeviceStep:
     token_seq: torch.Tensor
     page_size: int
     dtype: torch.dtype  # of queries
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.token_seq.shape[0], self.block_table.shape[0], self.block_table.shape[1] * self.page_size)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,10 @@ class HostStep:
     num_tokens: int  # T, pads included
     page_size: int
     captured: bool
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.num_tokens, self.block_table.shape[0], self.block_table.shape[1] * self.page_size)
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,10 @@ class Backend:
         out += [f"does not compute {spec.asks(feature)}; {cure}" for feature in missing]
         return (*out, *self.limits(request))
 
+    def serving(self, spec: AttentionSpec, shape: Shape) -> Backend:
+        """The kernel that computes this in steps of such shapes: this one, unless it stands for several."""
+        return self
+
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
 
@@ -144,6 +164,16 @@ class Backend:
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         """q [T, Hq, D] -> [T, Hq, Dv]; pad tokens give 0."""
         raise NotImplementedError(f"{self.name} does not serve paged calls")
+
+
+def planners(sites: Iterable[tuple[Backend, PlannedSite]], shape: Shape) -> dict[Backend, list[PlannedSite]]:
+    """Kernels that plan on the host for a step of these shapes, and for which sites: each plans once a step."""
+    out: dict[Backend, list[PlannedSite]] = {}
+    for run, site in sites:
+        serving = run.serving(site.spec, shape)
+        if type(serving).plan_on_host is not Backend.plan_on_host:
+            out.setdefault(serving, []).append(site)
+    return out
 
 
 def _name(value: object) -> str:

@@ -153,3 +153,14 @@ def advance_step(
     tokens.copy_(torch.where(live, sampled.clamp(min=0), tokens))
     positions.copy_(torch.where(live, seq_lens, positions))
     seq_lens.add_(live)
+
+
+def table_width(pages: int, page_size: int) -> int:
+    """Columns of a block table whose rows have so many pages at most: room for 1024 tokens, 4096, 16384, ...
+
+    Few widths are few CUDA graphs, and each bounds all lengths of a step by its shape, which is known on the host.
+    """
+    width = max(2, 1024 // page_size)
+    while width < pages:
+        width *= 4
+    return width

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from compile_attn.kernels.backend import Backend, Request
+from compile_attn.kernels.by_step import ByStep
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
-from compile_attn.kernels.speeds import speeds
+from compile_attn.kernels.speeds import BETWEEN, speeds
 from compile_attn.kernels.visible import block_of
 
 # name -> (module, class). Modules are imported when first asked for.
@@ -29,10 +30,11 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel taken, and for every other one the reasons against it."""
+    """The kernel taken, or several of which each step takes one, and for every other one the reasons against it."""
 
     kernel: str
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    steps: str = ""  # of several: which serves which steps
 
 
 class UnsupportedError(ValueError):
@@ -40,16 +42,25 @@ class UnsupportedError(ValueError):
 
 
 def known_kernels() -> tuple[str, ...]:
-    """The names that `kernel=` takes, beside "auto"."""
+    """The names that `kernel=` takes, beside "auto", and of which it takes several: "flash_attn|general"."""
     return tuple(_BACKENDS)
+
+
+def parts_of(kernel: str) -> tuple[str, ...]:
+    """The names in a kernel's name: one, or of several those that share the steps (`by_step.ByStep`)."""
+    return tuple(kernel.split(BETWEEN))
 
 
 @functools.cache
 def backend(name: str) -> Backend:
     """The backend of that name. ValueError for an unknown one, with the known ones; ImportError without its library."""
-    if name not in _BACKENDS:
-        known = ", ".join(map(repr, known_kernels()))
-        raise ValueError(f"unknown kernel {name!r}; known kernels are {known}, and 'auto' chooses among them")
+    parts = parts_of(name)
+    for part in parts:
+        if part not in _BACKENDS:
+            known, inside = ", ".join(map(repr, known_kernels())), f" in {name!r}" if len(parts) > 1 else ""
+            raise ValueError(f"unknown kernel {part!r}{inside}; known kernels are {known}, and 'auto' chooses among them")
+    if len(parts) > 1:
+        return ByStep([backend(part) for part in parts])
     module, attribute = _BACKENDS[name]
     made: Backend = getattr(importlib.import_module(module), attribute)()
     return made
@@ -64,24 +75,24 @@ def choose(
     kv_dtype: torch.dtype | None = None,
     needs_grad: bool = False,
 ) -> Choice:
-    """The best backend that can, or the forced one. UnsupportedError says why a forced kernel cannot.
+    """The best backend that can, or several where paged steps differ in which is, or the forced one.
 
-    Where gradients are needed, SDPA comes first: it alone has a backward.
+    UnsupportedError says why a forced kernel cannot. Where gradients are needed, SDPA comes first: it alone has a backward.
     """
     request = Request(spec, device, dtype, page_size, kv_dtype)
     if kernel != "auto":
-        if kernel not in _BACKENDS:
-            backend(kernel)
         reasons = _reasons(kernel, request)
         if reasons:
             raise UnsupportedError(f"kernel {kernel!r} was asked for, but it {'; it '.join(reasons)}. The site: {spec.words()}")
-        return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in known_kernels() if name != kernel})
+        others = [name for name in known_kernels() if name not in parts_of(kernel)]
+        return Choice(kernel, {name: (f"kernel={kernel!r} was asked for",) for name in others}, _steps(kernel, spec))
     order, measured = _preferred(request), None if needs_grad else speeds(request)
     if needs_grad:
         order = ("sdpa", *(name for name in order if name != "sdpa"))
     reasons_of = {name: _reasons(name, request) for name in order}
     able = [name for name in order if not reasons_of[name]]
-    taken = able[0] if measured is None else measured.best(able)
+    best = (able[0],) if measured is None else measured.several(able) if page_size is not None else (measured.best(able),)
+    taken = BETWEEN.join(best)
 
     def why_not(name: str) -> str:
         """Against a kernel that could."""
@@ -90,7 +101,13 @@ def choose(
         slower = None if measured is None else measured.against(name, taken)
         return slower or f"could; {taken!r} is preferred on {device.type}"
 
-    return Choice(taken, {name: reasons or (why_not(name),) for name, reasons in reasons_of.items() if name != taken})
+    passed_over = {name: reasons or (why_not(name),) for name, reasons in reasons_of.items() if name not in best}
+    return Choice(taken, passed_over, _steps(taken, spec))
+
+
+def _steps(kernel: str, spec: AttentionSpec) -> str:
+    run = backend(kernel)
+    return run.words(spec) if isinstance(run, ByStep) else ""
 
 
 def _preferred(request: Request) -> tuple[str, ...]:

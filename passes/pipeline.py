@@ -232,7 +232,8 @@ def _fuse_all(
         count = len(graph.nodes)
         lower.fuse(graph, site, choice.kernel)
         added = len(graph.nodes) - count
-        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, len(site.replaced), added))
+        nodes = len(site.replaced), added
+        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, *nodes, choice.steps))
     return tuple(rewritten), refused
 
 

@@ -124,7 +124,8 @@ def _site(site: Rewritten, places: Sequence[Location]) -> tuple[str, ...]:
         f"<br>visible where <code>{_text(print_expr(site.spec.mask.predicate()))}</code>"
     )
     nodes = f"<small>{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added</small>"
-    return _where(places), meaning, picture(site.spec.mask), f"<b>{_text(site.kernel)}</b>{why_not}<div>{nodes}</div>"
+    kernel = f"<b>{_text(site.kernel)}</b>" + (f"<div>{_text(site.steps)}</div>" if site.steps else "")
+    return _where(places), meaning, picture(site.spec.mask), f"{kernel}{why_not}<div>{nodes}</div>"
 
 
 def _where(places: Sequence[Location]) -> str:

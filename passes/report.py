@@ -29,6 +29,7 @@ class Rewritten:
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kernel -> reasons it was not taken
     nodes_removed: int = 0
     nodes_added: int = 0
+    steps: str = ""  # where several kernels share the steps: which serves which
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _meaning(site: Rewritten) -> str:
 def _kernel(site: Rewritten) -> str:
     others = [f"not {name}: {'; '.join(reasons)}" for name, reasons in site.passed_over.items()]
     nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"
-    return "\n".join((site.kernel, *others, nodes))
+    return "\n".join((site.kernel, *filter(None, [site.steps]), *others, nodes))
 
 
 def counted(number: int, noun: str) -> str:

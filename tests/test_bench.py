@@ -14,11 +14,13 @@ import torch
 from bench import attend, decode, direct, floor, memcheck, speeds, steady, workload
 from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
-from bench.paged_case import MIXED, Case, Inputs, Pool, attend_layers, plain, prefill, table_width
+from bench.paged_case import MIXED, PAGE_SIZE, Case, Inputs, Pool, attend_layers, plain, prefill
 from bench.paged_case import decode as decode_case
 from bench.processes import Clock, Progress, keep_measuring
 from bench.sides import llama_config
-from compile_attn.kernels.speeds import STATELESS, Point
+from compile_attn.kernels import measured
+from compile_attn.kernels.batch import table_width
+from compile_attn.kernels.speeds import PAGED, STATELESS, Point
 
 CPU = torch.device("cpu")
 SPEC = plain(16, heads=4, kv_heads=2)
@@ -107,7 +109,6 @@ def test_pages_of_a_pool_are_distinct_by_layer() -> None:
     pool = Pool(8, SPEC, CPU, torch.float32, apart=1 << 14)
     inputs = Inputs(decode_case(3, 24), pool)
     assert inputs.metadata.block_table.shape == (3, 64)
-    assert [table_width(longest) for longest in (1, 1024, 1025, 32768)] == [64, 64, 256, 4096]
     assert sorted(page for table in inputs.tables for page in table) == list(range(6))
     assert not torch.equal(inputs.layers[0][0], inputs.layers[1][0])
     with pytest.raises(ValueError, match="needs 16 pages, the pool has 8"):
@@ -115,7 +116,7 @@ def test_pages_of_a_pool_are_distinct_by_layer() -> None:
 
 
 def test_speeds(tmp_path: Path) -> None:
-    points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1))
+    points = (Point("decode", 3, 24, 1), Point("prefill", 1, 20, 1), Point("stateless", 2, 9, 1), Point("mixed", 3, 24, 1))
     progress = Progress(tmp_path / "progress.json")
     progress.without["decode 16 2 3 24, reference"] = "ended its process"
     progress.add("prefill 16 2 1 20", {"times": {"reference": 1.0}, "against": {}})
@@ -125,6 +126,7 @@ def test_speeds(tmp_path: Path) -> None:
         "prefill 16 2 1 20": ({"reference"}, set()),
         "decode 16 2 3 24": (set(), {"reference", "sdpa"}),
         "stateless 16 2 2 9": ({"reference", "sdpa"}, set()),
+        "mixed 16 2 3 24": ({"reference"}, {"sdpa"}),
     }
     by_key = {speeds.key_of(name): each["times"] for name, each in progress.found.items()}
     made: dict[str, object] = {}
@@ -163,7 +165,33 @@ def test_measuring_goes_on_after_a_broken_process(tmp_path: Path, capfd: pytest.
 
 def test_the_table_of_speeds_names_what_auto_takes() -> None:
     found = {(p.phase, 64, 1, p.sequences, p.length): {"sdpa": 2.0, "general": 1.0} for p in STATELESS}
-    assert speeds.table(found, ["sdpa", "general"]).rows == [["stateless", "64", "1", "2.00", "1.00", "general"]]
+    assert speeds.table(found, ["sdpa", "general"]).rows == [["stateless", "64", "1", "2.00", "1.00", "1.00", "general", "all"]]
+    paged = {(p.phase, 64, 1, p.sequences, p.length): {"a": 4.0, "b": 2.0 if p.sequences == 256 else 8.0} for p in PAGED}
+    [row] = speeds.table(paged, ["a", "b"]).rows
+    steps = "b where it measured faster: steps nearest to decodes of 256 sequences in tables of 1024 tokens; a in all others"
+    assert row[3] == "4.00" and float(row[5]) < 4.0 and row[6:] == ["a, b", steps]
+
+
+def test_a_table_of_some_sizes_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {(phase, dim, 4, 1, 1024): {"sdpa": 1.0} for phase in ("decode", "prefill", "stateless") for dim in (64, 128)}
+    monkeypatch.setattr(measured, "MICROSECONDS", before)
+    found = {("decode", 64, 4, 1, 1024): {"sdpa": 2.0}}
+    assert {key[:2] for key in speeds.kept(found)} == {("decode", 128), ("prefill", 128), ("stateless", 128), ("stateless", 64)}
+
+
+def test_what_a_run_would_cost() -> None:
+    last = speeds.cost(PAGED, 9).splitlines()
+    assert last[0] == "decode 1 x 1024, 1024 tokens a row" and len(last) == len(PAGED) + 1
+    assert last[-1].startswith(f"{9 * len(PAGED)} points, for 9 head sizes and groups: about ")
+    assert len(PAGED + STATELESS) * 9 * speeds.SECONDS_A_POINT < 150
+
+
+@pytest.mark.parametrize("point", PAGED, ids=str)
+def test_a_case_has_the_shapes_of_its_point(point: Point) -> None:
+    """And a table as wide as a cache would give it, by which a step is compared with it."""
+    case = speeds._case(point)
+    width = table_width(-(-case.longest // PAGE_SIZE), PAGE_SIZE)
+    assert (case.tokens, len(case.rows), width * PAGE_SIZE) == point.shape and case.longest == point.length
 
 
 def test_work_of_llama() -> None:

@@ -20,6 +20,10 @@ def test_given() -> None:
     )
 
 
+def test_several_kernels() -> None:
+    assert Options.read({"kernel": "flash_attn|general"}).kernel == "flash_attn|general"
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -28,6 +32,8 @@ def test_given() -> None:
             "unknown option 'caches', 'kernle'; known options are kernel, on_rejected, cache, inner, merge_linears",
         ),
         ({"kernel": "fast"}, r"kernel='fast' is not known; choose one of 'auto', .*'reference'"),
+        ({"kernel": "general|fast"}, r"kernel='fast' is not known; choose one of 'sdpa', .*'reference'"),
+        ({"kernel": "auto|general"}, "kernel='auto' is not known; choose one of 'sdpa'"),
         ({"on_rejected": "ignore"}, "on_rejected='ignore' is not known; choose one of 'keep', 'warn', 'error'"),
         ({"merge_linears": "yes"}, "merge_linears='yes'; choose True, False, or None for the default"),
         ({"inner": "jit"}, "inner='jit' is not known; choose one of 'inductor', 'eager'"),

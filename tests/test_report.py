@@ -58,6 +58,13 @@ def test_token_rewrites_are_listed() -> None:
     assert "positions" in text and "reads the batch's positions" in text and "model.py:4: torch.arange(t)" in text
 
 
+def test_several_kernels_and_their_steps() -> None:
+    shared = replace(SITES[0], kernel="flash_attn|general", steps="general where it measured faster; flash_attn in all others")
+    text = str(Report("paged", (shared,)))
+    assert "│ flash_attn|general " in text and "│ general where it measured faster;" in text
+    assert shared.steps in Report("paged", (shared,)).to_html()
+
+
 def test_only_equal_sites_share_a_row() -> None:
     other = replace(SITES[1], spec=replace(SPEC, mask=Causal()))
     text = str(Report("stateless", (SITES[0], other, SITES[2])))
