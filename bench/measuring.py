@@ -56,7 +56,9 @@ class Table:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    """A bar, as in the name of several kernels, ends no cell."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _width(table: Table) -> int:

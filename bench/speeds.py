@@ -159,9 +159,9 @@ def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> T
             known = Speeds.of(points, dim, group, found)
             if known.times:
                 best = known.several(list(kernels)) if name == "paged" else (known.best(list(kernels)),)
-                cells = [*(number(known.mean(kernel)) for kernel in kernels), number(known.mean(BETWEEN.join(best)))]
+                auto = BETWEEN.join(best)
                 steps = known.words(best) if len(best) > 1 else "all"
-                rows.append([name, str(dim), str(group), *cells, ", ".join(best), steps])
+                rows.append([name, str(dim), str(group), *(number(known.mean(each)) for each in (*kernels, auto)), auto, steps])
     note = "Weighted geometric means of microseconds over the mix in kernels/speeds.py."
     return Table("Kernels by head size and group", ["calls", "head size", "group", *kernels, "auto", "is", "for steps"], rows, note)
 

@@ -1,7 +1,7 @@
 """Which token comes next?
 
 `Sampling` says how, `sample` does it on the device. A draw depends on the request's seed and on how many tokens it has
-made, on nothing else: the same request gets the same tokens whatever shares its batches.
+made, on nothing else: the same logits give the same token whatever shares their batch.
 """
 
 from __future__ import annotations

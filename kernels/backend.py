@@ -145,7 +145,10 @@ class Backend:
         return self
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        """Prepare the next call of `attend` for each of these sites, without waiting for the device. Most need nothing."""
+        """Prepare the step's calls of `attend` for these sites, all that it serves, without waiting for the device.
+
+        Most need nothing.
+        """
 
     def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
         """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""

@@ -21,7 +21,7 @@ from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec
 
 AS_GOOD = 1.03  # what two runs of one kernel differ by
-WORTH = 1.05  # a further kernel must be that much faster in some steps: each is one more to load, to warm up, and to trust
+WORTH = 1.05  # a further kernel must be that much faster in some steps: it is one more to load, and to compile
 BETWEEN = "|"  # in the name of several kernels
 Key = tuple[str, int, int, int, int]  # phase, head size, group, sequences, length
 
@@ -197,14 +197,15 @@ def _mean(times: Iterable[tuple[float, int]]) -> float:
 
 
 def _apart(a: Shape, b: Shape) -> float:
-    """How many doublings of the sequences, the tokens of each and the table lead from one to the other.
+    """How many doublings of the sequences, of the tokens of each, and of the table lead from one to the other.
 
-    A step of one token a sequence is computed in another way than all others: nothing leads to it.
+    Those of the table count twice: long sequences tell kernels apart more than many do. A step of one token a sequence is computed
+    in another way than all others: nothing leads to it.
     """
     if (a.tokens == a.sequences) != (b.tokens == b.sequences):
         return math.inf
-    ratios = a.sequences / b.sequences, a.tokens / a.sequences * b.sequences / b.tokens, a.room / b.room
-    return sum(abs(math.log2(ratio)) for ratio in ratios)
+    tokens, sequences, room = (math.log2(max(1, one) / max(1, other)) for one, other in zip(a, b, strict=True))
+    return abs(sequences) + abs(tokens - sequences) + 2 * abs(room)
 
 
 def _listed(shapes: Sequence[Shape]) -> str:

@@ -47,11 +47,11 @@ def test_floor() -> None:
 
 
 def test_a_page_of_results(tmp_path: Path) -> None:
-    table = Table("Numbers", ["a", "b"], [["1", "2"]], "Noted.")
+    table = Table("Numbers", ["a", "b|c"], [["1", "2"]], "Noted.")
     publish("page", "Results", [table], {"x": 1}, stamp(CPU), tmp_path)
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("# Results\n\n20") and f"torch {torch.__version__}" in text
-    assert text.endswith("## Numbers\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nNoted.\n")
+    assert text.endswith("## Numbers\n\n| a | b\\|c |\n| --- | --- |\n| 1 | 2 |\n\nNoted.\n")
     assert json.loads((tmp_path / "page.json").read_text())["x"] == 1
 
 
@@ -169,7 +169,7 @@ def test_the_table_of_speeds_names_what_auto_takes() -> None:
     paged = {(p.phase, 64, 1, p.sequences, p.length): {"a": 4.0, "b": 2.0 if p.sequences == 256 else 8.0} for p in PAGED}
     [row] = speeds.table(paged, ["a", "b"]).rows
     steps = "b where it measured faster: steps nearest to decodes of 256 sequences in tables of 1024 tokens; a in all others"
-    assert row[3] == "4.00" and float(row[5]) < 4.0 and row[6:] == ["a, b", steps]
+    assert row[3] == "4.00" and float(row[5]) < 4.0 and row[6:] == ["a|b", steps]
 
 
 def test_a_table_of_some_sizes_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

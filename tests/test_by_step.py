@@ -165,6 +165,14 @@ def test_a_plan_is_never_that_of_another_step(flash: Emulated, monkeypatch: pyte
     assert len(flash.calls) == 3 == len({id(call.grid) for call in flash.calls})
 
 
+def test_steps_without_tokens_or_sequences(flash: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest_at(monkeypatch, BY_LENGTH)
+    for sequences in ([(3, 0), (0, 0)], [(3, 0)]):
+        batch = paged_batch(SPECS["gqa"], sequences)
+        assert batch.attend([], "reference|flash_attn").shape == planned(batch, "flash_attn|reference").shape == (0, 4, 8)
+    assert backend("reference|flash_attn").serving(SPECS["gqa"], Shape(0, 0, 0)).name in ("reference", "flash_attn")
+
+
 @interpreted
 @pytest.mark.parametrize("name", ["everything", "buckets", "window", "gqa"])
 def test_a_kernel_for_any_score_among_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

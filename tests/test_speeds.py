@@ -176,7 +176,9 @@ def test_the_shape_of_a_point(point: Point) -> None:
         (Shape(112, 112, 1024), "b"),
         (Shape(512, 512, 1024), "b"),
         (Shape(2, 2, 1024), "a"),
-        (Shape(128, 128, 16384), "a"),  # 7 doublings from the one, 2 from the other
+        (Shape(128, 128, 16384), "a"),
+        (Shape(128, 128, 4096), "b"),
+        (Shape(1024, 1024, 4096), "b"),
         (Shape(2100, 32, 4096), "a"),
         (Shape(129, 128, 1024), "a"),  # no decode: one row has two tokens, as in a mixed batch
         (Shape(300, 2, 1024), "c"),
@@ -185,6 +187,14 @@ def test_the_shape_of_a_point(point: Point) -> None:
 )
 def test_the_nearest_point_decides(shape: Shape, serving: str) -> None:
     assert TABLE.fastest(SHARED, shape) == serving
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 8, 48, 128, 256, 512])
+def test_of_decodes_the_table_says_more_than_the_number(sequences: int) -> None:
+    """In the mix: however many sequences there are, long ones are compared with long ones."""
+    times = {each: {"long": 2.0, "short": 1.0} if each.shape.room == 1024 else {"long": 1.0, "short": 2.0} for each in PAGED}
+    for room, serving in ((1024, "short"), (4096, "long"), (16384, "long"), (131_072, "long")):
+        assert Speeds(128, 4, times).fastest(("long", "short"), Shape(sequences, sequences, room)) == serving
 
 
 def test_a_step_like_none_that_was_measured() -> None:
