@@ -235,7 +235,7 @@ class PagedLM:
         seqs = [self.cache.add() for _ in range(count)]
         logits = self._runner.logits([Chunk(seq, [0] * length) for seq in seqs])
         with torch.no_grad():
-            how = [Sampling(temperature=1.0)] * count
+            how = [Sampling(temperature=1.0, top_p=0.9)] * count
             sample(logits, SamplingRows.of(how, [(0, 0)] * count).to(logits.device))
         for seq in seqs:
             self.cache.free(seq)

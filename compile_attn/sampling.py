@@ -21,11 +21,14 @@ class Sampling:
 
     temperature     0 (default): the token with the largest logit, exactly; above 0: drawn from softmax(logits / it)
     top_k           draw among the k likeliest only; None: all
-    top_p           draw among the likeliest tokens that together reach this probability (after top_k); 1.0: all
+    top_p           draw among the likeliest tokens that together reach this share of what top_k left; 1.0: all. On a GPU
+                    the share is known to about 1e-6, so a token that just reaches or just misses it may fall on the other side
     seed            None: taken from torch's default generator, so torch.manual_seed decides
     max_new_tokens  most new tokens; fewer when the cache or the model's position table ends first
     stop_ids        a token that ends the request; it is still returned
     n               answers per prompt; 1 for now
+
+    Of tokens with equal logits the one with the lower id counts as the likelier, so top_k=1 is exactly greedy.
     """
 
     temperature: float = 0.0
@@ -104,7 +107,7 @@ class SamplingRows:
         real = torch.tensor([(one.temperature, one.top_p) for one in how], dtype=torch.float64, device="cpu")
         whole = [(one.top_k or 0, mixed(seed), count) for one, (seed, count) in zip(how, draws, strict=True)]
         top_k, seeds, counts = torch.tensor(whole, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
-        return cls(real[:, 0], top_k, real[:, 1], seeds, counts)
+        return cls(*(each.contiguous() for each in (real[:, 0], top_k, real[:, 1], seeds, counts)))
 
     @classmethod
     def idle(cls, rows: int) -> SamplingRows:
@@ -129,10 +132,8 @@ def sample(logits: torch.Tensor, how: SamplingRows | None = None, draws: torch.T
 
     Without `how` each row's largest logit is taken. `draws` [R] float64 in [0, 1) stands in for `uniform` of its seeds.
     """
-    if how is None and logits.is_cuda and logits.dtype != torch.float64:
-        from compile_attn.kernels.greedy_triton import greedy
-
-        return greedy(logits, NOT_FINITE)
+    if logits.is_cuda and logits.dtype != torch.float64:
+        return _on_gpu(logits, how, draws)
     best, tokens = logits.max(dim=-1)
     if how is not None:
         points = uniform(how.seeds, how.counts) if draws is None else draws
@@ -140,22 +141,40 @@ def sample(logits: torch.Tensor, how: SamplingRows | None = None, draws: torch.T
     return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
 
+def _on_gpu(logits: torch.Tensor, how: SamplingRows | None, draws: torch.Tensor | None) -> torch.Tensor:
+    """The same by Triton; tests hold it against `_draw`."""
+    if how is None:
+        from compile_attn.kernels.greedy_triton import greedy
+
+        return greedy(logits, NOT_FINITE)
+    from compile_attn.kernels.draw_triton import draw
+
+    return draw(logits, how.tensors(), draws, NOT_FINITE)
+
+
 def _draw(logits: torch.Tensor, how: SamplingRows, draws: torch.Tensor) -> torch.Tensor:
-    """Inverse of the cumulated distribution at each row's draw, likeliest token first."""
-    vocab = logits.shape[-1]
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    ordered = ordered.double()
+    """Inverse of the cumulated distribution at each row's draw, over the kept tokens in the order of their ids."""
     temperature = torch.where(how.temperature > 0, how.temperature, 1.0)  # of greedy rows nothing is read
-    scaled = (ordered - ordered[:, :1]) / temperature[:, None]
-    rank = torch.arange(vocab, device=logits.device)
-    most = torch.where(how.top_k > 0, how.top_k, vocab)
-    probs = scaled.masked_fill(rank >= most[:, None], -math.inf).softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
-    out = (before >= how.top_p[:, None]) & (how.top_p < 1)[:, None]
-    kept = probs.masked_fill(out, 0.0).cumsum(dim=-1)
-    chosen = torch.searchsorted(kept, draws[:, None] * kept[:, -1:], right=True)
-    last = (kept < kept[:, -1:]).sum(dim=-1, keepdim=True)  # the last token that still adds probability
-    return order.gather(1, torch.minimum(chosen, last)).squeeze(1)
+    exact = logits.double()
+    scaled = (exact - exact.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    probs = scaled.softmax(dim=-1)
+    if how.top_k.is_cuda or bool(((how.top_k > 0) | (how.top_p < 1)).any()):  # a GPU is not waited for
+        probs = probs.masked_fill(~_kept(scaled, how), 0.0)
+    reached = probs.cumsum(dim=-1)
+    chosen = torch.searchsorted(reached, draws[:, None] * reached[:, -1:], right=True)
+    last = (reached < reached[:, -1:]).sum(dim=-1, keepdim=True)  # the last token that still adds probability
+    return torch.minimum(chosen, last).squeeze(1)
+
+
+def _kept(scaled: torch.Tensor, how: SamplingRows) -> torch.Tensor:
+    """Which tokens top_k, then top_p, leave."""
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    most = torch.where(how.top_k > 0, how.top_k, scaled.shape[-1])[:, None]
+    kept = torch.arange(scaled.shape[-1], device=scaled.device) < most
+    probs = ordered.masked_fill(~kept, -math.inf).softmax(dim=-1)
+    likelier = probs.cumsum(dim=-1) - probs  # the probability of all that come before
+    kept &= (likelier < how.top_p[:, None]) | (how.top_p >= 1)[:, None]
+    return torch.zeros_like(kept).scatter(1, order, kept)
 
 
 def _check_number(name: str, value: float, good: bool, limit: str) -> None:

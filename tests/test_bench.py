@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attend, decode, direct, floor, memcheck, speeds, steady, workload
+from bench import attend, decode, direct, floor, memcheck, sampling, speeds, steady, workload
 from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, PAGE_SIZE, Case, Inputs, Pool, attend_layers, plain, prefill
@@ -243,6 +243,16 @@ def test_decode_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["| 1, 8"][2:] == [MISSING] * 5
     steps = decode.tables(SHAPES["tiny"], {"ours": found, "vllm": theirs}, floor.Floor(1e9, 1e15))[0].rows[1]
     assert steps[0] == "2, 4" and float(steps[4]) == 0 and steps[6] == "0 %"
+
+
+def test_choosing_tokens() -> None:
+    found = sampling.measure(CPU, rows=(2,), vocab=50)
+    made = sampling.table(found, rate=100.0)
+    assert [row[1] for row in made.rows] == list(sampling.KINDS) * 2 and [row[2] for row in made.rows] == ["sharp"] * 4 + [
+        "flat"
+    ] * 4
+    assert all(row[3] != MISSING and row[6] == "2.00" for row in made.rows)
+    assert [row[4] == MISSING for row in made.rows] == [False, False, True, True] * 2
 
 
 STEP = [  # two steps: the host launches a graph and waits for an earlier one; the device multiplies and attends, with a gap
