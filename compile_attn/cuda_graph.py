@@ -64,6 +64,19 @@ class DecodeGraphs:
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
+    def kinds(self, rows: int, tokens: int, random: bool) -> list[Kind]:
+        """All that decodes of up to so many rows, of up to so many tokens each, ask for; `random`: those that draw, too.
+
+        The largest come first: the others then find room in its memory.
+        """
+        cache, widths = self._cache, [0]
+        counts = range(1, min(rows, cache.num_pages) + 1)  # every row has a page
+        sizes = {size for count in counts if (size := self.size(count)) is not None}
+        while widths[-1] < cache.pages_for(tokens):
+            widths.append(cache.buffers.width(widths[-1] + 1, cache.page_size))
+        ways = (True, False) if random else (False,)
+        return [(size, width, way) for size in sorted(sizes, reverse=True) for width in widths[:0:-1] for way in ways]
+
     def prepare(self, kind: Kind, again: bool) -> None:
         """Record the graph if it is missing; the current batch is another one afterwards.
 
@@ -74,7 +87,7 @@ class DecodeGraphs:
             self._tensors = [*self._model.parameters(), *self._model.buffers()]
         stands = (self._cache.compilations, self._cache.buffers, [tensor.data_ptr() for tensor in self._tensors])
         if stands != self._stands:
-            self._steps.clear()
+            self._forget()
             self._stands = stands
         if kind in self._steps:
             return
@@ -97,6 +110,14 @@ class DecodeGraphs:
         there = self._how.first(how.seeds.shape[0]).tensors()
         for old, new in zip(there, how.to(self._cache.device).tensors(), strict=True):
             old.copy_(new)
+
+    def _forget(self) -> None:
+        """Let go of all graphs. Into a memory pool that no graph holds any more, torch does not record."""
+        if self._steps and self._on_gpu:
+            self._steps.clear()
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+        self._steps.clear()
 
     def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
         """The step, reading and writing nothing but buffers whose addresses stay."""

@@ -25,13 +25,14 @@ from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.report import RefusedError, Report
 from compile_attn.running import Runner, Sent
-from compile_attn.sampling import NOT_FINITE, Sampling, SamplingRows, sample
+from compile_attn.sampling import NOT_FINITE, Sampling
 from compile_attn.scheduler import Reason, Request, Scheduler
 from compile_attn.step import token_array
+from compile_attn.warming import full_step, mixed_step
 
 Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
-WARM_UP_TOKENS = 3
+_FIRST_TOKENS = 3
 # A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
 _BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
@@ -108,9 +109,9 @@ class PagedLM:
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False
-        self._vocabulary = self._warm_up()
+        self._vocabulary = self._first_call()
         if measured:
-            cache.resize(tokens_that_fit(cache, self._full_step, memory_fraction))
+            self._take_the_rest(memory_fraction)
 
     # Requests
 
@@ -197,6 +198,24 @@ class PagedLM:
 
     # Life
 
+    def warm_up(self, rows: int | None = None, tokens: int | None = None, random: bool = False) -> None:
+        """Do now what would otherwise be done when it is first needed, in the middle of serving.
+
+        A long prompt beside decodes is run, so that all kernels are compiled. On a GPU the decode steps of up to `rows` requests
+        (default: max_seqs) of up to `tokens` tokens each (default: the longest there may be) are recorded; with `random` those in
+        which a request draws at random, too. What was recorded before stays. `cuda_graphs` says how long it took.
+        """
+        self._check_open()
+        if self.has_work:
+            raise ValueError("warm_up() while requests are unfinished; call it before the first, or after the last")
+        most = {"rows": self.cache.max_seqs, "tokens": self.cache.length_limit}
+        asked = {"rows": rows, "tokens": tokens}
+        for name, value in asked.items():
+            if value is not None and at_least_one(name, value) > most[name]:
+                raise ValueError(f"{name}={value}; at most {most[name]} can be served")
+        mixed_step(self._runner, self.cache, self._scheduler.budget, random)
+        self._runner.record(rows or most["rows"], tokens or most["tokens"], random)
+
     @property
     def report(self) -> Report | None:
         """What the compiler did: sites, specs, kernels and reasons, token rewrites, the graph before and after."""
@@ -228,24 +247,25 @@ class PagedLM:
 
     # One step
 
-    def _full_step(self) -> None:
-        """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random."""
-        count = min(self.cache.max_seqs, self._scheduler.budget)
-        length = min(self._scheduler.budget // count, self.cache.length_limit)
-        seqs = [self.cache.add() for _ in range(count)]
-        logits = self._runner.logits([Chunk(seq, [0] * length) for seq in seqs])
-        with torch.no_grad():
-            how = [Sampling(temperature=1.0, top_p=0.9)] * count
-            sample(logits, SamplingRows.of(how, [(0, 0)] * count).to(logits.device))
-        for seq in seqs:
-            self.cache.free(seq)
+    def _take_the_rest(self, fraction: float) -> None:
+        """Size the cache by what the largest steps leave of the GPU's memory."""
 
-    def _warm_up(self) -> int:
+        def record() -> int:
+            return self._runner.record(self.cache.max_seqs, self.cache.length_limit, random=True, most=1)
+
+        def profile() -> int:
+            full_step(self._runner, self.cache, self._scheduler.budget)
+            return record()
+
+        self.cache.resize(tokens_that_fit(self.cache, profile, fraction))
+        record()  # again, over the new pages: those that are recorded later find room in its memory
+
+    def _first_call(self) -> int:
         """Compile with a first call, so that a refusal and the model's limits are known before any request."""
         seq = self.cache.add()
         try:
             try:
-                logits = self._runner.logits([Chunk(seq, [0] * min(WARM_UP_TOKENS, self.cache.length_limit))])
+                logits = self._runner.logits([Chunk(seq, [0] * min(_FIRST_TOKENS, self.cache.length_limit))])
             except RefusedError as refused:
                 cure = None if self._own_call else position_cure(self._model)
                 if cure is not None:

@@ -9,21 +9,22 @@ import torch
 from compile_attn.cache import PagedKVCache
 
 
-def tokens_that_fit(cache: PagedKVCache, profile: Callable[[], None], fraction: float) -> int:
-    """Tokens whose keys and values fit into what a full step leaves of `fraction` of the GPU's memory.
+def tokens_that_fit(cache: PagedKVCache, profile: Callable[[], int], fraction: float) -> int:
+    """Tokens whose keys and values fit into what the largest steps leave of `fraction` of the GPU's memory.
 
-    `profile` runs the largest step there is against the cache as it is; its peak, less the cache's own pages, stays free. Never
-    more than max_seqs sequences of the model's greatest length. ValueError where not even one sequence of one page fits.
+    `profile` runs the largest step there is against the cache as it is; its peak, less the cache's own pages, stays free, and so
+    do the bytes it returns, which recorded steps hold for good. Never more than max_seqs sequences of the model's greatest
+    length. ValueError where not even one sequence of one page fits.
     """
     torch.cuda.synchronize(cache.device)
     torch.cuda.reset_peak_memory_stats(cache.device)
-    profile()
+    recorded = profile()
     torch.cuda.synchronize(cache.device)
     peak = torch.cuda.max_memory_allocated(cache.device)
     free, total = torch.cuda.mem_get_info(cache.device)
     others = total - free - torch.cuda.memory_reserved(cache.device)  # of other programs, and what torch did not allocate
     pools = sum(tensor.nbytes for tensor in cache.kept)
-    return tokens_in(int(total * fraction) - others - (peak - pools), pools // (1 + cache.num_pages), cache)
+    return tokens_in(int(total * fraction) - others - recorded - (peak - pools), pools // (1 + cache.num_pages), cache)
 
 
 def tokens_in(room: int, page_bytes: int, cache: PagedKVCache) -> int:

@@ -80,6 +80,20 @@ class Runner:
         batch = self._cache.batch(chunks)
         return self._rows(batch)[: batch.num_rows]
 
+    def record(self, rows: int, tokens: int, random: bool, most: int | None = None) -> int:
+        """Record the decode steps of up to so many rows of up to so many tokens, or `most` of them, the largest first.
+
+        `random`: those that draw at random, too. Returns the bytes that this took.
+        """
+        if self.graphs is None:
+            return 0
+        recorded = self.graphs.recorded
+        before = len(recorded)
+        for at, kind in enumerate(self.graphs.kinds(rows, tokens, random)[:most]):
+            if not self._prepared(kind, again=at > 0):
+                break
+        return sum(one.bytes for one in recorded[before:])
+
     def close(self) -> None:
         """Let go of the graphs and their memory."""
         self.graphs = self._steady = None

@@ -78,7 +78,8 @@ class StepBuffers:
     """The buffers on the device, at addresses that never change."""
 
     def __init__(self, max_seqs: int, max_pages: int, max_tokens: int, device: torch.device) -> None:
-        rows, tokens = max(max_seqs, MIN_SIZE), max(max_tokens, MIN_SIZE)
+        rows = max(max_seqs, MIN_SIZE)
+        tokens = max(max_tokens, rows)  # a decode step has pad rows up to max_seqs, however few tokens there is room for
         self._device, self._max_rows, self._max_pages = device, rows, max_pages
         self._tables: dict[int, _Table] = {}  # by width: how long sequences may be is what kernels share work by
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)

@@ -1,0 +1,55 @@
+"""What is run before any request, so that no request waits for it, and the cache leaves room for it?
+
+The steps are over tokens 0 of sequences of their own, which are gone afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from compile_attn.cache import CachedSequence, Chunk, PagedKVCache
+from compile_attn.running import Runner
+from compile_attn.sampling import Sampling, SamplingRows, sample
+
+
+def full_step(runner: Runner, cache: PagedKVCache, budget: int) -> None:
+    """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random."""
+    count = min(cache.max_seqs, budget)
+    length = min(budget // count, cache.length_limit)
+    with _sequences(cache, count) as seqs:
+        _step(runner, [Chunk(seq, [0] * length) for seq in seqs], random=True)
+
+
+def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, random: bool) -> None:
+    """A long prompt beside as many decodes as there can be, after those decodes' own prompts."""
+    each = cache.pages_for(2)
+    decodes = min(cache.max_seqs, budget, cache.free_pages // each) - 1 if cache.length_limit > 1 else 0
+    room = (cache.free_pages - decodes * each) * cache.page_size
+    with _sequences(cache, decodes + 1) as (first, *rest):
+        if rest:
+            _step(runner, [Chunk(seq, [0]) for seq in rest], random)
+        prompt = [0] * min(budget - decodes, cache.length_limit, room)
+        _step(runner, [Chunk(first, prompt), *(Chunk(seq, [0]) for seq in rest)], random)
+
+
+@contextmanager
+def _sequences(cache: PagedKVCache, count: int) -> Iterator[list[CachedSequence]]:
+    seqs = [cache.add() for _ in range(count)]
+    try:
+        yield seqs
+    finally:
+        for seq in seqs:
+            cache.free(seq)
+
+
+def _step(runner: Runner, chunks: list[Chunk], random: bool) -> None:
+    """With tokens sampled, and at random as well if it is wanted."""
+    logits = runner.logits(chunks)
+    with torch.no_grad():
+        sample(logits)
+        if random:
+            how = SamplingRows.of([Sampling(temperature=1.0)] * len(chunks), [(0, 0)] * len(chunks))
+            sample(logits, how.to(logits.device))
