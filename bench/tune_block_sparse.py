@@ -7,6 +7,7 @@ Prints a line a case, the fastest tiles first. What is chosen stands in `kernels
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -62,6 +63,7 @@ PREFILL = [
     Variant(together=False),
     Variant(128, 64, 8, 2, 128, together=False),  # before: products wait for each other, and nothing is fetched ahead
     Variant(128, 32, 8, 3, 128),
+    Variant(128, 32, 4, 4),
     Variant(128, 64, 8, 3),
     Variant(64, 64, 4, 3),
     Variant(64, 32, 4, 3, 168),
@@ -76,7 +78,9 @@ DECODE = [
     Variant(16, 32, 4, 4, 168),
     Variant(16, 32, 4, 6, 168, alone=2560),
 ]
-DENSE = [Variant(128, 128, 8, 3, 0, False), Variant(128, 32, 8, 4, 128), Variant(128, 32, 8, 4, 128, False)]
+# The first is `general` as it is: would it gain by one loop, or by smaller tiles?
+DENSE = [Variant(128, 128, 8, 3, 0, False), Variant(128, 128, 8, 3), Variant(128, 32, 8, 4, 128), Variant(128, 32, 4, 4)]
+DENSE_DECODE = [Variant(together=False), Variant(), Variant(16, 32, 4, 4, 168)]
 
 
 def cases() -> Iterator[tuple[Case, list[Variant]]]:
@@ -87,7 +91,10 @@ def cases() -> Iterator[tuple[Case, list[Variant]]]:
                 yield Case(batch, context, prefill, mask), variants
     yield Case(1, 8192, True, BlockSparse(64, 1, 2)), PREFILL + ALIKE
     yield Case(1, 8192, True, Window(1023)), PREFILL
-    yield Case(1, 8192, True, Causal()), DENSE
+    for batch, context in ((1, 2048), (1, 8192), (4, 4096)):
+        yield Case(batch, context, True, Causal()), DENSE
+    for batch, context in ((8, 8192), (32, 1024), (32, 8192)):
+        yield Case(batch, context, False, Causal()), DENSE_DECODE
 
 
 def main() -> None:
@@ -97,7 +104,8 @@ def main() -> None:
     dense = {(case.batch, case.context, case.prefill): replace(case, mask=Causal()) for case, _ in work}
     tuned = {variant: Tuned(variant) for _, variants in work for variant in variants}
     usual = [(case, kernel_of(case)) for case in dense.values()]
-    prepare(usual + [(case, tuned[variant]) for case, variants in work for variant in variants])
+    with contextlib.suppress(Exception):  # those that do not compile are told below
+        prepare(usual + [(case, tuned[variant]) for case, variants in work for variant in variants])
     took = {case: microseconds(call(case, by)) for case, by in usual}
     for case, variants in work:
         found, expected = [], None

@@ -65,6 +65,7 @@ class BlockSparseBackend(TritonBackend):
         found = tiles_of(spec, dot, tokens, shared, read, 1 if apart else None, most)
         # What is read for a key inside a branch is not fetched ahead.
         found = replace(found, together=not reads_by_key(spec))
-        if cut is OTHER or found.block_m < cut.rows:
+        needed = size * dot.itemsize * (cut.rows + 2 * cut.stages * found.block_n)
+        if cut is OTHER or found.block_m < cut.rows or needed > shared:
             return found
         return replace(found, warps=cut.warps, stages=cut.stages, registers=cut.registers)

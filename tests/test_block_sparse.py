@@ -219,6 +219,14 @@ def test_tiles_follow_the_mask() -> None:
     assert sizes(m.BlockSparse(16, 1, 16), 4096)[2] == 16
 
 
+@pytest.mark.parametrize("shared", [48 << 10, 64 << 10, 90 << 10, 99 << 10, 227 << 10])
+def test_tiles_fit_what_shared_memory_there_is(shared: int) -> None:
+    for dim, step, tokens in ((64, 0, 4096), (128, 0, 4096), (128, 1, 4096), (256, 1, 4096), (128, 1, 1)):
+        spec = AttentionSpec(32, 8, dim, dim, m.BlockSparse(64, 1, 16, step))
+        found = BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, shared, 0)
+        assert (found.block_m + 2 * found.stages * found.block_n) * dim * 2 <= shared
+
+
 def test_one_loop_unless_keys_have_captured_tensors() -> None:
     def together(spec: AttentionSpec, tokens: int) -> bool:
         return BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, 227 << 10, 0).together
@@ -299,8 +307,9 @@ def test_masks_on_a_gpu(name: str, phase: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128)], ids=str)
-def test_head_sizes_on_a_gpu(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    spec = AttentionSpec(6, 2, *dims, SPARSE["each head its own"], 0.09, 30.0, sinks=Load(2, H % 4))
+@pytest.mark.parametrize("name", ["heads alike", "each head its own"])
+def test_head_sizes_on_a_gpu(name: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    spec = AttentionSpec(6, 2, *dims, SPARSE[name], 0.09, 30.0, sinks=Load(2, H % 4))
     check_on_gpu(on_gpu(spec, PHASES["mixed"], dtype, page_size=48))
 
 
