@@ -7,6 +7,7 @@ Prints a line a case, the fastest tiles first. What is chosen stands in `kernels
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ def cases() -> Iterator[tuple[Case, list[Variant]]]:
 def main() -> None:
     import compile_attn.kernels.ops  # noqa: F401
 
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     work = list(cases())
     dense = {(case.batch, case.context, case.prefill): replace(case, mask=Causal()) for case, _ in work}
     tuned = {variant: Tuned(variant) for _, variants in work for variant in variants}
