@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 
 from compile_attn.kernels.backend import Request
+from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.tiles import Tiles, padded, tiles_of
 from compile_attn.kernels.triton_launch import TritonBackend
 from compile_attn.kernels.triton_print import reads_by_key
-from compile_attn.kernels.visible import block_of, bounded, by_head
+from compile_attn.kernels.visible import block_of, bounded, by_head, most_keys
 
 
 class Cut(NamedTuple):
@@ -44,6 +45,7 @@ CUTS = {
 }
 OTHER = Cut(64, 64, 0, 0, 0)  # 0: as `tiles_of` says
 _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and they are read once for all heads
+_LONG, _WASTE = 1 << 13, 1.5  # of a tile with more rows, which may be in different rows of cells: keys, over those of a small one
 
 
 class BlockSparseBackend(TritonBackend):
@@ -57,10 +59,13 @@ class BlockSparseBackend(TritonBackend):
         return (*super().limits(request), *(() if bounded(mask) else (why,)))
 
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
-        few = tokens * (spec.num_q_heads // spec.num_kv_heads) <= _FEW_ROWS
+        group = spec.num_q_heads // spec.num_kv_heads
+        few = tokens * group <= _FEW_ROWS
         apart = not few and by_head(spec.mask)
         size = padded(max(spec.head_dim, spec.head_dim_v))
         cut = OTHER if few or read or dot.itemsize != 2 else CUTS.get((size, apart), OTHER)
+        if _wasteful(spec.mask, 1 if apart else group, cut.rows):
+            cut = OTHER
         most = cut.rows, min(cut.keys, block_of(spec.mask) or cut.keys)
         found = tiles_of(spec, dot, tokens, shared, read, 1 if apart else None, most)
         # What is read for a key inside a branch is not fetched ahead.
@@ -69,3 +74,9 @@ class BlockSparseBackend(TritonBackend):
         if cut is OTHER or found.block_m < cut.rows or needed > shared:
             return found
         return replace(found, warps=cut.warps, stages=cut.stages, registers=cut.registers)
+
+
+def _wasteful(mask: Mask, heads: int, rows: int) -> bool:
+    """Would a tile of so many rows visit much that only some of them see?"""
+    large, small = (most_keys(mask, heads, max(1, each // heads), _LONG) for each in (rows, OTHER.rows))
+    return large > _WASTE * small

@@ -217,6 +217,8 @@ def test_tiles_follow_the_mask() -> None:
     assert sizes(m.BlockSparse(64, 1, 16, 1), 4096) == (1, rows, keys)
     assert [sizes(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
     assert sizes(m.BlockSparse(16, 1, 16), 4096)[2] == 16
+    by_row = m.All(m.Causal(), m.General(sympy.Eq(sympy.Mod(sympy.floor(I / 64) - sympy.floor(J / 64) + H, 4), 0)))
+    assert sizes(by_row, 4096) == (1, 64, 64)  # twice the tokens would see twice the cells, each row half of them
 
 
 @pytest.mark.parametrize("shared", [48 << 10, 64 << 10, 90 << 10, 99 << 10, 227 << 10])
