@@ -111,12 +111,12 @@ def compile_one(work: tuple[Case, Backend]) -> None:
     batch_of.cache_clear()
 
 
-def microseconds(run: Callable[[], torch.Tensor]) -> float:
+def microseconds(run: Callable[[], torch.Tensor], rep: int = 40) -> float:
     """A call inside a CUDA graph, the median of several replays."""
     import triton.testing
 
     run()
-    return float(triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median")) * 1e3
+    return float(triton.testing.do_bench_cudagraph(run, rep=rep, return_mode="median")) * 1e3
 
 
 def measure(work: list[Case]) -> Iterator[tuple[Case, float, float]]:

@@ -51,5 +51,5 @@ def _step(runner: Runner, chunks: list[Chunk], random: bool) -> None:
     with torch.no_grad():
         sample(logits)
         if random:
-            how = SamplingRows.of([Sampling(temperature=1.0)] * len(chunks), [(0, 0)] * len(chunks))
+            how = SamplingRows.of([Sampling(temperature=1.0, top_p=0.9)] * len(chunks), [(0, 0)] * len(chunks))
             sample(logits, how.to(logits.device))

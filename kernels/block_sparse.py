@@ -3,25 +3,49 @@
 The kernel is the general one: the blocks that it visits are printed from the mask's predicate, for prefill, chunks and
 decode alike. Here a block of keys is no larger than a cell of the mask, so that a visit is all of use. Where heads see
 different cells, a tile of a prefill holds one head: together they would visit what each of them does not see. A tile has few
-visits in which to hide its beginning and end, so that two must fit a multiprocessor.
+visits in which to hide its beginning and end, so that two must fit a multiprocessor, and one loop goes over blocks with and
+without a mask: two would fill and drain their pipelines for a few blocks each.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from compile_attn.kernels.backend import Request
+from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.kernels.tiles import Tiles, tiles_of
+from compile_attn.kernels.tiles import Tiles, padded, tiles_of
 from compile_attn.kernels.triton_launch import TritonBackend
-from compile_attn.kernels.visible import block_of, bounded, by_head
+from compile_attn.kernels.triton_print import reads_by_key
+from compile_attn.kernels.visible import block_of, bounded, by_head, most_keys
 
+
+class Cut(NamedTuple):
+    """A tile of many tokens: its rows and keys at most, and what works on them."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int
+
+
+# Of 16-bit numbers, by head size, and by whether heads see different cells. 128 registers let 128 rows fit a multiprocessor
+# twice; with 128 channels, blocks of more than 32 keys would then take more registers than there are: the compiler would make
+# each product of matrices wait for the one before. tests/hopper.py compiles these; `python -m bench.tune_block_sparse`
+# measures others.
+CUTS = {
+    (64, False): Cut(128, 64, 8, 3, 128),
+    (64, True): Cut(128, 64, 8, 3, 128),
+    (128, False): Cut(128, 32, 8, 4, 128),
+    (128, True): Cut(128, 32, 8, 4, 128),
+}
+OTHER = Cut(64, 64, 0, 0, 0)  # 0: as `tiles_of` says
 _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and they are read once for all heads
-_MOST_KEYS = 64
-_ROWS, _ROWS_OF_A_HEAD = 128, 64  # of a tile, at most: tokens of one head soon are in different rows of cells
-_STAGES, _REGISTERS = 2, 128  # with which a multiprocessor holds two tiles of 128 rows and channels
+_LONG, _WASTE = 1 << 13, 1.5  # of a tile with more rows, which may be in different rows of cells: keys, over those of a small one
 
 
 class BlockSparseBackend(TritonBackend):
@@ -35,10 +59,24 @@ class BlockSparseBackend(TritonBackend):
         return (*super().limits(request), *(() if bounded(mask) else (why,)))
 
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
-        keys = min(_MOST_KEYS, block_of(spec.mask) or _MOST_KEYS)
-        rows = tokens * (spec.num_q_heads // spec.num_kv_heads)
-        apart = rows > _FEW_ROWS and by_head(spec.mask)
-        large = dot.itemsize == 2 and max(spec.head_dim, spec.head_dim_v) in range(65, 129) and not read and not apart
-        most = (_ROWS if large else _ROWS_OF_A_HEAD, keys)
+        group = spec.num_q_heads // spec.num_kv_heads
+        few = tokens * group <= _FEW_ROWS
+        apart = not few and by_head(spec.mask)
+        size = padded(max(spec.head_dim, spec.head_dim_v))
+        cut = OTHER if few or read or dot.itemsize != 2 else CUTS.get((size, apart), OTHER)
+        if _wasteful(spec.mask, 1 if apart else group, cut.rows):
+            cut = OTHER
+        most = cut.rows, min(cut.keys, block_of(spec.mask) or cut.keys)
         found = tiles_of(spec, dot, tokens, shared, read, 1 if apart else None, most)
-        return replace(found, stages=_STAGES, registers=_REGISTERS) if found.block_m == _ROWS else found
+        # What is read for a key inside a branch is not fetched ahead.
+        found = replace(found, together=not reads_by_key(spec))
+        needed = size * dot.itemsize * (cut.rows + 2 * cut.stages * found.block_n)
+        if cut is OTHER or found.block_m < cut.rows or needed > shared:
+            return found
+        return replace(found, warps=cut.warps, stages=cut.stages, registers=cut.registers)
+
+
+def _wasteful(mask: Mask, heads: int, rows: int) -> bool:
+    """Would a tile of so many rows visit much that only some of them see?"""
+    large, small = (most_keys(mask, heads, max(1, each // heads), _LONG) for each in (rows, OTHER.rows))
+    return large > _WASTE * small

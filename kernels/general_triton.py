@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of the blocks of a loop need a mask
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,6 +42,7 @@ class Plan:
     block_d: int  # head sizes, padded to a power of two
     block_dv: int
     split: bool  # several programs share the keys of a tile of queries
+    together: bool  # one loop over blocks of keys with and without a mask, where they are few
 
 
 # Tuples that hold no tuples: Triton 3.6 loses a stride of 1 in a nested one.
@@ -103,7 +106,7 @@ def _pages(start, limit, b, batch, MASKED: tl.constexpr, PLAN: tl.constexpr):  #
         elif PLAN.block_n % PLAN.page_size == 0:
             # Not `start < limit`: the interpreter of Triton 3.9 takes no comparison of scalars for the mask of a block (it keeps
             # the type of what was compared). The compiler makes the same of both.
-            key = start + n if MASKED else tl.broadcast_to(start, (PLAN.block_n,))
+            key = start + n if MASKED != NONE else tl.broadcast_to(start, (PLAN.block_n,))
             page = tl.load(at + n // PLAN.page_size, mask=key < limit, other=0)
         else:
             page = tl.load(at + (start % PLAN.page_size + n) // PLAN.page_size, mask=start + n < limit, other=0)
@@ -130,7 +133,7 @@ def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.cons
     """Keys or values, a row each. One that the sequence does not own is never read (Law 8)."""
     channel = tl.arange(0, BLOCK)[None, :]
     at = pool.at + kv_head * pool.head + slots[:, None] + channel * pool.channel + pages
-    if MASKED:
+    if MASKED != NONE:
         tile = tl.load(at, mask=owned[:, None] & (channel < DIM), other=0.0)
     elif DIM == BLOCK:
         tile = tl.load(at)
@@ -141,7 +144,7 @@ def _tile(pool, slots, pages, kv_head, owned, MASKED: tl.constexpr, DIM: tl.cons
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    state, page, queries, row, start, length, kv_head, scale, keys, values, captured,
+    state, page, queries, row, start, masked, length, kv_head, scale, keys, values, captured,
     SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
@@ -158,9 +161,9 @@ def _visit(  # type: ignore[no-untyped-def]
     s = tl.dot(queries, tl.trans(k.to(PLAN.dot)), input_precision="tf32x3")
     if PLAN.k_scaled:
         s = s * scale
-    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
-    if MASKED:
-        value = tl.where(owned[None, :], value, float("-inf"))
+    value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, False)
+    if masked:
+        value = tl.where(owned[None, :], SCORE(s, j[None, :].to(PLAN.whole), row, captured, True), float("-inf"))
     higher = tl.maximum(top, tl.max(value, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
     weights = exponential(value * PLAN.factor - against[:, None], PLAN)
@@ -193,7 +196,7 @@ def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexp
     channel = tl.arange(0, PLAN.block_dv)[None, :]
     stored = inside[:, None] & (channel < PLAN.dim_v)
     if alone:
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key: 0
+        acc = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]  # a row that sees no key: 0
         tl.store(out + place[:, None] * PLAN.dim_v + channel, acc.to(out.dtype.element_ty), mask=stored)
     else:
         row = part.to(tl.int64) * (PLAN.block_q * PLAN.group) + tl.arange(0, PLAN.block_m)
@@ -203,17 +206,32 @@ def _end(state, place, inside, part, alone, scale, out, parts, PLAN: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _start(k, clears, seen, CLEAR: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of a tile's k-th block: of those without a mask, of the others, or of both, one kind after the other."""
+    if MASKED == NONE:
+        block = CLEAR(k, seen)
+    elif MASKED == ALL:
+        block = EDGE(k, seen)
+    else:
+        block = tl.where(k < clears, CLEAR(k, seen), EDGE(k - clears, seen))
+    return block * PLAN.block_n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # type: ignore[no-untyped-def]
-    state, begin, end, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-    BLOCK: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
+    state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+    CLEAR: tl.constexpr, EDGE: tl.constexpr, SCORE: tl.constexpr, MASKED: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from the begin-th on, of those without a mask or of the others."""
-    start = BLOCK(begin, seen) * PLAN.block_n
+    """Blocks of keys from the begin-th on, of those without a mask, of the others, or of both."""
+    start = _start(begin, clears, seen, CLEAR, EDGE, MASKED, PLAN)
     page = _pages(start, tl.where(begin < end, length, 0), b, batch, MASKED, PLAN)
     for k in range(begin, end):
-        following = BLOCK(k + 1, seen) * PLAN.block_n
+        following = _start(k + 1, clears, seen, CLEAR, EDGE, MASKED, PLAN)
         ahead = _pages(following, tl.where(k + 1 < end, length, 0), b, batch, MASKED, PLAN)
-        state = _visit(state, page, queries, row, start, length, kv_head, scale, keys, values, captured, SCORE, MASKED, PLAN)
+        masked = MASKED if MASKED != SOME else k >= clears
+        state = _visit(
+            state, page, queries, row, start, masked, length, kv_head, scale, keys, values, captured, SCORE, MASKED, PLAN
+        )  # fmt: skip
         page = ahead
         start = following
     return state
@@ -242,13 +260,19 @@ def compute(  # type: ignore[no-untyped-def]
     row = PER_ROW(b_whole, head[:, None], i[:, None], captured)
     scale = tl.load(keys.scale + kv_head * keys.scale_head).to(tl.float32) if PLAN.k_scaled else 1.0
     state = _begin(b_whole, head, i, opens, captured, SINK, PLAN)
-    state = _walk(
-        state, begin, tl.minimum(end, clears), seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
-        CLEAR, SCORE, False, PLAN,
-    )  # fmt: skip
-    state = _walk(
-        state, tl.maximum(begin - clears, 0), end - clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch,
-        captured, EDGE, SCORE, True, PLAN,
-    )  # fmt: skip
+    if PLAN.together:
+        state = _walk(
+            state, begin, end, clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch, captured,
+            CLEAR, EDGE, SCORE, SOME, PLAN,
+        )  # fmt: skip
+    else:
+        state = _walk(
+            state, begin, tl.minimum(end, clears), clears, seen, queries, row, b, kv_head, length, scale, keys, values, batch,
+            captured, CLEAR, EDGE, SCORE, NONE, PLAN,
+        )  # fmt: skip
+        state = _walk(
+            state, tl.maximum(begin - clears, 0), end - clears, clears, seen, queries, row, b, kv_head, length, scale, keys, values,
+            batch, captured, CLEAR, EDGE, SCORE, ALL, PLAN,
+        )  # fmt: skip
     scale = tl.load(values.scale + kv_head * values.scale_head).to(tl.float32) if PLAN.v_scaled else 1.0
     _end(state, place, inside, part, alone, scale, out, parts, PLAN)

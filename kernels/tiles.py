@@ -58,6 +58,7 @@ class Tiles:
     stages: int
     dot: torch.dtype
     registers: int = 0  # of a thread, at most; 0: as many as the compiler takes
+    together: bool = False  # `Plan.together`
 
 
 TilesFor = Callable[[AttentionSpec, torch.dtype, int, int, int], Tiles]  # as `tiles_of`

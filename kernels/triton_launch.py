@@ -284,6 +284,7 @@ def _plan(
         block_d=padded(spec.head_dim),
         block_dv=padded(spec.head_dim_v),
         split=split,
+        together=tiles.together,
     )
 
 

@@ -111,8 +111,17 @@ def loads(spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
 @functools.lru_cache(maxsize=1024)
 def pairwise(spec: AttentionSpec) -> tuple[int, ...]:
     """The captured tensors of which a program reads a value for every query and key, one entry a read."""
+    return tuple(sorted(int(each.args[0]) for each in _loads_by_key(spec) if each.has(H, I)))
+
+
+def reads_by_key(spec: AttentionSpec) -> bool:
+    """Does a program read captured tensors for every key?"""
+    return bool(_loads_by_key(spec))
+
+
+def _loads_by_key(spec: AttentionSpec) -> list[sympy.Basic]:
     found = spec.expression().atoms(Load) | spec.mask.predicate().atoms(Load)
-    return tuple(sorted(int(each.args[0]) for each in found if each.has(J) and each.has(H, I)))
+    return [each for each in found if each.has(J)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Does a Triton kernel compile for an H200, on a machine without one, and does it fit?
+"""Does a Triton kernel compile for an H200, on a machine without one, does it fit, and are its products asynchronous?
 
 The interpreter runs Python, so it accepts what the compiler refuses. Triton's wheel holds all that compiling takes but a
 device; the driver here only says which one is meant. Run as a process of its own, without TRITON_INTERPRET.
@@ -6,8 +6,11 @@ device; the driver here only says which one is meant. Run as a process of its ow
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,17 @@ CASES = {  # spec, dtype, tokens, sequences, dtype of pages
     "decode": (AttentionSpec(32, 8, 64, 64), torch.bfloat16, 8, 8, None),
     "prefill": (AttentionSpec(32, 8, 128, 128), torch.bfloat16, 4096, 2, None),
     "block sparse": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 4096, 2, None),
+    "sparse, heads alike": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 1, 16), softcap=9.0), torch.bfloat16, 4096, 1, None),
+    "sparse, small heads": (AttentionSpec(32, 8, 64, 64, m.BlockSparse(64, 1, 16, 1)), torch.bfloat16, 4096, 1, None),
+    "sparse, fp8 pages": (AttentionSpec(8, 8, 80, 80, m.BlockSparse(64, 1, 16)), torch.float16, 4096, 1, torch.float8_e4m3fn),
+    "sparse with a bias": (
+        AttentionSpec(32, 8, 128, 128, m.Window(300), bias=Load(1, H % 4, (I + J) % 9)),
+        torch.bfloat16,
+        4096,
+        1,
+        None,
+    ),
+    "long window": (AttentionSpec(32, 8, 128, 128, m.Window(1000)), torch.bfloat16, 4096, 1, None),
     "sparse decode": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 8, 8, None),
     "fp8 pages": (AttentionSpec(8, 8, 80, 80, m.Window(500)), torch.float16, 512, 4, torch.float8_e4m3fn),
     "float32": (AttentionSpec(4, 4, 64, 64, m.Chunked(70), softcap=3.0), torch.float32, 512, 4, None),
@@ -72,12 +86,24 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
     k, v = (torch.empty(9, 16, spec.num_kv_heads, dim, dtype=stored or dtype) for dim in (spec.head_dim, spec.head_dim_v))
     scales = (None, None) if stored is None else (torch.ones(()), torch.ones(spec.num_kv_heads))
     kv = Paged(k, v, whole(rows, 256), whole(rows), whole(rows + 1), torch.zeros(tokens, dtype=torch.int64), whole(tokens), *scales)
-    backend = block_sparse.BlockSparseBackend() if isinstance(spec.mask, m.BlockSparse) else general.GeneralBackend()
+    sparse = isinstance(spec.mask, (m.BlockSparse, m.Window))
+    backend = block_sparse.BlockSparseBackend() if sparse else general.GeneralBackend()
     backend.attend(q, kv, CAPTURED, spec)
     if stored is None:
         row = torch.empty(2, spec.num_q_heads, tokens, spec.head_dim, dtype=dtype)
         keys, values = (torch.empty(2, tokens, each.shape[2], each.shape[3], dtype=dtype).transpose(1, 2) for each in (k, v))
         backend.attention(row, keys, values, CAPTURED, spec)
+
+
+def serialised(kernel: Any) -> bool:
+    """Does each product of matrices wait for the one before it? Registers that are short make it so; the assembler alone tells."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        return "are serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def main() -> None:
@@ -95,6 +121,8 @@ def main() -> None:
         shared = max(each.metadata.shared for each in found)
         if shared > SHARED:
             sys.exit(f"{name}: {shared} bytes of shared memory; a block has {SHARED}")
+        if any(map(serialised, found)):
+            sys.exit(f"{name}: products of matrices are serialised")
         print(f"{name}: {len(found)} kernels, {shared} bytes of shared memory")
         found.clear()
 

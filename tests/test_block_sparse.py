@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compile_attn.kernels import mask as m
 from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged, Request
-from compile_attn.kernels.block_sparse import BlockSparseBackend
+from compile_attn.kernels.block_sparse import CUTS, BlockSparseBackend
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
 from compile_attn.kernels.select import UnsupportedError, backend, choose
@@ -103,6 +105,48 @@ def test_visible_blocks_shared_by_several_programs(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(batch.attend([], "block_sparse").double(), batch.expected([]), atol=FLOAT32, rtol=0)
 
 
+@interpreted
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("name", ["heads alike", "each head its own", "larger blocks", "in a window", "sinks and window"])
+def test_tiles_of_16_bits(name: str, dim: int) -> None:
+    """The tiles of a GPU: those of float32 are smaller. Several of each sequence, and of them some with no key to see."""
+    spec = AttentionSpec(4, 2, dim, dim, MASKS[name], scale=0.1, softcap=3.0)
+    batch = paged_batch(spec, [(0, 150), (70, 1), (0, 0), (61, 140)], page_size=16, pad_tokens=3, dtype=torch.float16)
+    unit = torch.finfo(torch.float16).eps
+    found = batch.attend([], "block_sparse")
+    torch.testing.assert_close(found.double(), batch.expected([]), atol=unit, rtol=unit)
+
+
+@interpreted
+@settings(max_examples=20, deadline=None)
+@given(
+    mask=st.builds(m.BlockSparse, st.sampled_from([16, 32, 48, 7]), st.integers(0, 3), st.integers(1, 5), st.integers(0, 2))
+    | st.builds(lambda window, size: m.All(m.Window(window), m.BlockSparse(16, 1, size)), st.integers(0, 90), st.integers(2, 4))
+    | st.builds(lambda size, window: m.Any(m.Chunked(size), m.Window(window)), st.integers(8, 50), st.integers(0, 30)),
+    sequences=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 40)), min_size=1, max_size=4),
+    softcap=st.sampled_from([None, 2.0]),
+    bias=st.sampled_from([None, SLOPE * (J - I)]),
+    programs=st.sampled_from([0, 2]),
+)
+def test_any_blocks_in_one_loop(
+    mask: m.Mask, sequences: list[tuple[int, int]], softcap: float | None, bias: sympy.Expr | None, programs: int
+) -> None:
+    """Whether a program has all blocks of a tile, or shares of several."""
+    spec = AttentionSpec(4, 2, 16, 16, mask, 0.3, softcap, bias, sinks=Load(2, H % 4))
+    batch = paged_batch(spec, sequences, page_size=16, pad_tokens=1)
+    at = batch.metadata
+    kv = Paged(batch.k_pages, batch.v_pages, at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
+    with pytest.MonkeyPatch.context() as patch:
+        if programs:
+            patch.setattr(tiles, "_KEYS_ALONE", 0)
+            patch.setattr(tiles, "_KEYS_A_PROGRAM", 16)
+            patch.setattr(tiles, "_KEYS_A_SPLIT", 32)
+        triton_launch.forget()
+        found, expected = (backend(name).attend(batch.q, kv, CAPTURED, spec) for name in ("block_sparse", "reference"))
+    triton_launch.forget()
+    torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=0)
+
+
 def hide(batch: PagedBatch) -> int:
     """NaN in every page, of the size of a block, that no new token sees through any head of a KV head; how many there are."""
     spec, at = batch.spec, batch.metadata
@@ -167,9 +211,32 @@ def test_tiles_follow_the_mask() -> None:
         return found.group, found.block_q, found.block_n
 
     assert sizes(m.BlockSparse(64, 1, 16), 1) == sizes(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
-    assert sizes(m.BlockSparse(64, 1, 16), 4096) == (4, 32, 64)
-    assert sizes(m.BlockSparse(64, 1, 16, 1), 4096) == (1, 64, 64)
+    rows, keys = CUTS[128, False][:2]
+    assert sizes(m.BlockSparse(64, 1, 16), 4096) == (4, rows // 4, keys)
+    rows, keys = CUTS[128, True][:2]
+    assert sizes(m.BlockSparse(64, 1, 16, 1), 4096) == (1, rows, keys)
     assert [sizes(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
+    assert sizes(m.BlockSparse(16, 1, 16), 4096)[2] == 16
+    by_row = m.All(m.Causal(), m.General(sympy.Eq(sympy.Mod(sympy.floor(I / 64) - sympy.floor(J / 64) + H, 4), 0)))
+    assert sizes(by_row, 4096) == (1, 64, 64)  # twice the tokens would see twice the cells, each row half of them
+
+
+@pytest.mark.parametrize("shared", [48 << 10, 64 << 10, 90 << 10, 99 << 10, 227 << 10])
+def test_tiles_fit_what_shared_memory_there_is(shared: int) -> None:
+    for dim, step, tokens in ((64, 0, 4096), (128, 0, 4096), (128, 1, 4096), (256, 1, 4096), (128, 1, 1)):
+        spec = AttentionSpec(32, 8, dim, dim, m.BlockSparse(64, 1, 16, step))
+        found = BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, shared, 0)
+        assert (found.block_m + 2 * found.stages * found.block_n) * dim * 2 <= shared
+
+
+def test_one_loop_unless_keys_have_captured_tensors() -> None:
+    def together(spec: AttentionSpec, tokens: int) -> bool:
+        return BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, 227 << 10, 0).together
+
+    for tokens in (1, 4096):
+        assert together(spec_of("in a window", sinks=Load(2, H % 4)), tokens)
+        assert not together(spec_of("in a window", bias=Load(1, H, J % 9)), tokens)
+        assert not together(spec_of("documents"), tokens)
 
 
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +260,17 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(NO_TRITON, reason="there is no Triton for this platform")
-def test_compiles_for_an_h200(tmp_path: Path) -> None:
-    compile_for_an_h200(tmp_path, "block sparse", "sparse decode")
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ("block sparse", "sparse decode"),
+        ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages"),
+        ("long window", "sparse with a bias"),
+    ],
+    ids=str,
+)
+def test_compiles_for_an_h200(cases: tuple[str, ...], tmp_path: Path) -> None:
+    compile_for_an_h200(tmp_path, *cases)
 
 
 # On a GPU, against the reference in float64.
@@ -233,8 +309,9 @@ def test_masks_on_a_gpu(name: str, phase: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128)], ids=str)
-def test_head_sizes_on_a_gpu(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    spec = AttentionSpec(6, 2, *dims, SPARSE["each head its own"], 0.09, 30.0, sinks=Load(2, H % 4))
+@pytest.mark.parametrize("name", ["heads alike", "each head its own"])
+def test_head_sizes_on_a_gpu(name: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    spec = AttentionSpec(6, 2, *dims, SPARSE[name], 0.09, 30.0, sinks=Load(2, H % 4))
     check_on_gpu(on_gpu(spec, PHASES["mixed"], dtype, page_size=48))
 
 
