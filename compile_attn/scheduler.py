@@ -102,6 +102,8 @@ class Scheduler:
         self._ending: list[Request] = []  # their last token was sampled, and is not read yet
         self._last: Plan | None = None  # that was sent
         self._unread = 0  # plans that were sent and whose tokens are still to come
+        self._turned_away: Request | None = None  # who was the first to wait when all pages and rows were given out,
+        self._free = 0  # and how many pages were free then
         self._spare = 0  # how often the last plan can be sent again before a request ends by its length
         self._count = 0
 
@@ -151,6 +153,8 @@ class Scheduler:
             picked, preempted, left = self._pick_running()
         if not preempted:
             self._admit(picked, self.budget - sum(count for _, count in picked), left)
+        first = self._waiting[0] if self._waiting and not preempted else None
+        self._turned_away, self._free = None if first is None or first.pending else first, self.cache.free_pages
         if not picked and self._waiting and not self._waiting[0].pending:
             raise OutOfPages(
                 f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
@@ -163,11 +167,11 @@ class Scheduler:
         last, running = self._last, self._running
         if last is None or not last.settled or self._unread != 1 or last.sampled != running:
             return False
-        return len(running) <= self.cache.free_pages and (not self._waiting or len(running) >= self._most_running)
-
-    @property
-    def _most_running(self) -> int:
-        return min(self.cache.max_seqs, self.budget)
+        free = self.cache.free_pages
+        if len(running) > free:
+            return False
+        # Whoever was turned away still is: nobody has left.
+        return not self._waiting or (self._waiting[0] is self._turned_away and free <= self._free)
 
     def _pick_running(self) -> tuple[list[tuple[Request, int]], bool, int]:
         """How many tokens of each running request; whether any was preempted; the pages then free."""
@@ -245,7 +249,7 @@ class Scheduler:
 
     def _admit(self, picked: list[tuple[Request, int]], budget: int, free: int) -> None:
         """Let waiting requests in while their known tokens fit beside what the running ones still have to load."""
-        most = self._most_running
+        most = min(self.cache.max_seqs, self.budget)
         if not self._waiting or len(self._running) >= most:
             return
         free -= sum(self._pages_wanted(request, request.missing) for request in self._running)

@@ -86,6 +86,27 @@ def test_a_steady_step_is_planned_once() -> None:
             assert request.reason == ("cancelled" if request is requests[2] else "length")
 
 
+@pytest.mark.parametrize(("kv_tokens", "max_seqs"), [(66, 8), (512, 3)], ids=["pages", "rows"])
+def test_who_waits_costs_no_plan(kv_tokens: int, max_seqs: int) -> None:
+    """Pages or rows are all given out; as soon as some come free, the next request has them."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", page_size=1, kv_tokens=kv_tokens, max_seqs=max_seqs)) as lm:
+        plans: list[Any] = []
+        send = lm._runner.send
+        lm._runner.send = lambda plan: plans.append(plan) or send(plan)  # type: ignore[method-assign, func-returns-value]
+        how = Sampling(max_new_tokens=6)
+        requests = [lm.submit(prompt, how) for prompt in prompts_of([16] * 6)]
+        for _ in range(5):
+            lm.step()
+        assert len(plans[-1].sampled) == 3 and len({id(plan) for plan in plans[2:]}) == 1
+        lm.cancel(requests[1])
+        lm.step()
+        assert requests[3].seq is not None
+        while lm.has_work:
+            lm.step()
+        for at, (request, prompt) in enumerate(zip(requests, prompts_of([16] * 6), strict=True)):
+            assert at == 1 or request.new_tokens == alone(tiny(), prompt, how)
+
+
 def test_a_steady_step_takes_one_call_a_row() -> None:
     """The host's time for a step, in a number that is the same on every machine: calls of Python functions."""
     rows = 40
