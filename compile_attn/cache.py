@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compile_attn.kernels.backend import Backend, HostStep, PlannedSite, Shape, planners
-from compile_attn.kernels.select import backend
+from compile_attn.host_plans import HostPlans
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
 from compile_attn.pages import OutOfPages, PageAllocator
 from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
@@ -92,7 +91,9 @@ class PagedKVCache:
         self.compilations = 0  # of the model against this cache
         self._alive: set[CachedSequence] = set()
         self._in_batch: tuple[CachedSequence, ...] = ()
-        self._kernels: list[tuple[Backend, PlannedSite]] = []  # that differ
+        self._longest = 0  # tokens of a sequence in the batch
+        self._advances = False  # it was run, decodes, and holds all its pages
+        self._host_plans = HostPlans(self.page_size)
         self._bound: tuple[tuple[LayerKV, ...], object] | None = None
         self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
@@ -110,7 +111,7 @@ class PagedKVCache:
         self._allocator = PageAllocator(self.num_pages)
         # At least 2: torch.compile specialises sizes 0 and 1, and one compilation serves caches of every size.
         self.buffers = StepBuffers(self.max_seqs, max(2, self.max_pages_per_seq), self.kv_tokens, self.device)
-        self.current = None
+        self.current, self._advances = None, False
         if self._bound is not None:
             self._make_pools(self._bound[0])
 
@@ -149,6 +150,7 @@ class PagedKVCache:
             self._poison(pages)
         self._allocator.give_back(pages)
         self._alive.discard(seq)
+        self._advances = False
         seq._pages = array("i")
         seq.length, seq.unrun, seq.freed = 0, False, True
 
@@ -161,14 +163,13 @@ class PagedKVCache:
 
     # One step
 
-    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None, advanced: bool = False) -> Batch:
+    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None) -> Batch:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
         The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
 
-        pad_to: the least B, T and R, for a step that a CUDA graph replays. advanced: the device has brought everything but the
-        block table from the batch before to this one (`advance_step`), and it stays.
+        pad_to: the least B, T and R, for a step that a CUDA graph replays.
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
@@ -188,30 +189,38 @@ class PagedKVCache:
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
         width = self.buffers.width(max(map(len, tables)), self.page_size)
-        if advanced:
-            assert self.current is not None
-            self.buffers.write_table(tables, width)
-        else:
-            logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
-            self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
+        logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
+        self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
-        self._plan_on_host(chunks, captured=pad_to is not None)
+        self._longest, self._advances = max(seq.length for seq in self._in_batch), False
+        self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=pad_to is not None)
         return self.current
 
-    def _plan_on_host(self, chunks: Sequence[Chunk], captured: bool) -> None:
-        """Let the kernels of this step plan that do so on the host, from the lengths that it knows."""
-        assert self.current is not None
-        (rows, tokens, _), room = self.current.shape, self.current.width * self.page_size
-        planning = planners(self._kernels, Shape(tokens, rows, room))
-        if not planning:
-            return
-        seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device="cpu") for _ in range(2))
-        seq_lens[: len(chunks)] = torch.tensor([chunk.seq.length for chunk in chunks])
-        query_lens[: len(chunks)] = torch.tensor([len(chunk.tokens) for chunk in chunks])
-        table = self.buffers.views(self.current)[0]
-        step = HostStep(table, seq_lens, query_lens, tokens, self.page_size, captured)
-        for kernel, sites in planning.items():
-            kernel.plan_on_host(step, sites)
+    def advanced_width(self) -> int | None:
+        """Pages a row of the block table if the batch is advanced; None where it cannot be."""
+        if not self._advances or self._longest >= self.length_limit:
+            return None
+        return self.buffers.width(self.pages_for(self._longest + 1), self.page_size)
+
+    def advance(self) -> Batch:
+        """The batch of decodes that was run last, every sequence one token longer, as the device already has it (`advance_step`).
+
+        Only new pages are sent. For when `advanced_width()` is the batch's own. Raises OutOfPages, with nothing changed.
+        """
+        self._check_open()
+        assert self.current is not None and self.advanced_width() == self.current.width
+        seqs, size = self._in_batch, self.page_size
+        full = [row for row, seq in enumerate(seqs) if seq.length % size == 0]
+        for row, page in zip(full, self._allocator.take(len(full)), strict=True):
+            seqs[row]._pages.append(page)
+        for seq in seqs:
+            seq.length += 1
+            seq.unrun = True
+        self._longest, self._advances = self._longest + 1, False
+        if full:
+            self.buffers.add_pages(full, self.current.width)
+        self._host_plans.plan_advanced()
+        return self.current
 
     def width_of(self, chunks: Sequence[Chunk]) -> int:
         """Pages a row of the block table that a batch of these chunks will have."""
@@ -222,14 +231,15 @@ class PagedKVCache:
         """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
         self._check_open()
         self.current = self.buffers.write([], [], [], [], width, pad_to=rows)
-        self._in_batch = ()
-        self._plan_on_host([], captured=True)
+        self._in_batch, self._advances = (), False
+        self._host_plans.plan(self.current, [], self.buffers.views(self.current)[0], captured=True)
         return self.current
 
     def replayed(self) -> None:
         """The current batch was run by a CUDA graph, which asks for no inputs."""
         for seq in self._in_batch:
             seq.unrun = False
+        self._advances = self.current is not None and self.current.num_tokens == len(self._in_batch) > 0
         self.steps_run += 1
 
     def step_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -283,9 +293,7 @@ class PagedKVCache:
         self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
-        pairs = zip(kernels, asked, strict=False)
-        sites = [(backend(name), PlannedSite(spec, layer.dtype, self.fp8 or layer.dtype)) for (name, spec), layer in pairs]
-        self._kernels = list(dict.fromkeys(sites))
+        self._host_plans.bind(kernels, [(layer.dtype, self.fp8 or layer.dtype) for layer in asked])
 
     def _make_pools(self, layers: tuple[LayerKV, ...]) -> None:
         self.kept, self.k_pages, self.v_pages = [], [], []  # the old ones go first: both may not fit

@@ -85,7 +85,7 @@ class DecodeGraphs:
         """
         if not again:
             self._tensors = [*self._model.parameters(), *self._model.buffers()]
-        stands = (self._cache.compilations, self._cache.buffers, [tensor.data_ptr() for tensor in self._tensors])
+        stands = (self._cache.compilations, self._cache.buffers, [*map(torch.Tensor.data_ptr, self._tensors)])
         if stands != self._stands:
             self._forget()
             self._stands = stands

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -37,7 +37,7 @@ _FIRST_TOKENS = 3
 _BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: there is one for every token, and freezing takes three times as long as making it
 class Output:
     """One new token. `index`: which prompt (from `step()`: which request); `reason` says why it was the last one."""
 
@@ -129,12 +129,16 @@ class PagedLM:
         terminal only (`progress` forces it on or off).
         """
         work = self._checked(prompts, sampling, max_new_tokens)
-        made: list[list[int]] = [[] for _ in work]
-        with _progress_bar(progress, sum(how.max_new_tokens for _, how in work)) as advance:
-            for out in self._stream(work):
-                made[out.index].append(out.token)
-                advance(work[out.index][1].max_new_tokens - len(made[out.index]) + 1 if out.finished else 1)
-        return made
+        most = sum(how.max_new_tokens for _, how in work)
+        with self._submitted(work) as requests, _progress_bar(progress, most) as advance:
+            shown, left = 0, requests
+            while left := [one for one in left if one.reason is None]:
+                self.step()
+                if advance is not None:
+                    unused = sum(one.sampling.max_new_tokens - len(one.new_tokens) for one in requests if one.reason is None)
+                    advance(most - unused - shown)
+                    shown = most - unused
+        return [one.new_tokens for one in requests]
 
     def stream(
         self,
@@ -187,14 +191,14 @@ class PagedLM:
 
     def _read(self, sent: Sent) -> list[Output]:
         tokens = sent.read()
-        for request, token in zip(sent.plan.sampled, tokens, strict=True):
+        for request, token in zip(sent.plan.sampled, tokens, strict=True) if NOT_FINITE in tokens else ():
             if token == NOT_FINITE and not request.finished:
                 raise RuntimeError(
                     f"the logits of request {request.id} after {request.length - 1} tokens are not finite; "
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
         made = self._scheduler.commit(sent.plan, tokens)
-        return [Output(request.id, token, request.finished, request.reason) for request, token in made]
+        return [Output(request.id, token, request.reason is not None, request.reason) for request, token in made]
 
     # Life
 
@@ -277,12 +281,22 @@ class PagedLM:
             self.cache.free(seq)
         return vocabulary_of(self._model, logits.shape[-1])
 
-    def _stream(self, work: list[tuple[list[int], Sampling]]) -> Iterator[Output]:
+    @contextmanager
+    def _submitted(self, work: list[tuple[list[int], Sampling]]) -> Iterator[list[Request]]:
+        """Requests that end with the block, one way or another."""
         self._check_open()
         requests: list[Request] = []
-        read = [0] * len(work)
         try:
             requests.extend(self._scheduler.submit(tokens, how) for tokens, how in work)
+            yield requests
+        finally:
+            for request in requests:
+                if not request.finished and not self._closed:
+                    self._scheduler.cancel(request)
+
+    def _stream(self, work: list[tuple[list[int], Sampling]]) -> Iterator[Output]:
+        with self._submitted(work) as requests:
+            read = [0] * len(work)
             live = list(enumerate(requests))
             while live:
                 for index, request in live:
@@ -293,10 +307,6 @@ class PagedLM:
                 live = [(index, one) for index, one in live if not one.finished or read[index] < len(one.new_tokens)]
                 if not all(one.finished for _, one in live):
                     self.step()
-        finally:
-            for request in requests:
-                if not request.finished and not self._closed:
-                    self._scheduler.cancel(request)
 
     # Checks
 
@@ -347,12 +357,12 @@ def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
         )
 
 
-def _progress_bar(wanted: bool | None, total: int) -> AbstractContextManager[Callable[[int], None]]:
+def _progress_bar(wanted: bool | None, total: int) -> AbstractContextManager[Callable[[int], None] | None]:
     """A bar over new tokens on standard error, or nothing where that is no terminal."""
     import sys
 
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
-        return nullcontext(lambda _: None)
+        return nullcontext()
     from compile_attn.progress import token_bar
 
     return token_bar(total)

@@ -18,7 +18,7 @@ from compile_attn.cache import Batch, Chunk, PagedKVCache
 from compile_attn.calling import logits_of
 from compile_attn.cuda_graph import DecodeGraphs, Kind
 from compile_attn.sampling import SamplingRows, sample
-from compile_attn.scheduler import Plan, Request
+from compile_attn.scheduler import Plan
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,15 @@ class Runner:
         self._run, self._cache = run, cache
         self._strict = cuda_graphs is True
         self.graphs = DecodeGraphs(self._rows, cache, model) if cuda_graphs else None
-        self._steady: tuple[Kind, list[Request], Batch] | None = None  # the step that the device can repeat by itself
+        self._steady: tuple[Kind, Plan, Batch] | None = None  # the step that the device can repeat by itself
 
     def send(self, plan: Plan) -> Sent:
         """Hand the step to the device."""
-        size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
-        random = any(how.temperature > 0 for how in plan.how)
-        kind = None if size is None else (size, self._cache.width_of(plan.chunks), random)
+        kind = self._kind(plan)
         if kind is not None and self._prepared(kind, self._repeats(plan, kind)):
             self._replay(plan, kind)
         else:
-            self._run_once(plan, random)
+            self._run_once(plan)
         tokens = self._cache.buffers.recent[: len(plan.sampled)]
         if tokens.device.type != "cuda":
             return Sent(plan, tokens.clone(), None)
@@ -98,10 +96,22 @@ class Runner:
         """Let go of the graphs and their memory."""
         self.graphs = self._steady = None
 
+    def _kind(self, plan: Plan) -> Kind | None:
+        """The graph that runs this step; None where none can."""
+        size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
+        if size is None:
+            return None
+        same = self._steady is not None and self._steady[1] is plan
+        width = self._cache.advanced_width() if same else None
+        return size, width or self._cache.width_of(plan.chunks), plan.random
+
     def _repeats(self, plan: Plan, kind: Kind) -> bool:
         """Whether the device has brought the buffers from the last step to this one by itself."""
-        last = self._steady
-        return last is not None and last[:2] == (kind, plan.sampled) and last[2] is self._cache.current
+        if self._steady is None:
+            return False
+        last, before, batch = self._steady
+        same = last == kind and before.sampled == plan.sampled and batch is self._cache.current
+        return same and self._cache.advanced_width() == kind[1]
 
     def _prepared(self, kind: Kind, again: bool) -> bool:
         assert self.graphs is not None
@@ -119,17 +129,17 @@ class Runner:
     def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
         again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
-        batch = self._cache.batch(plan.chunks, pad_to=kind[0], advanced=again)
+        batch = self._cache.advance() if again else self._cache.batch(plan.chunks, pad_to=kind[0])
         if kind[2] and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
         self.graphs.replay(kind)
         self._cache.replayed()
-        self._steady = (kind, plan.sampled, batch)
+        self._steady = (kind, plan, batch)
 
-    def _run_once(self, plan: Plan, random: bool) -> None:
+    def _run_once(self, plan: Plan) -> None:
         logits = self.logits(plan.chunks)
         if plan.sampled:
-            how = SamplingRows.of(plan.how, plan.draws).to(logits.device) if random else None
+            how = SamplingRows.of(plan.how, plan.draws).to(logits.device) if plan.random else None
             with torch.no_grad():
                 self._cache.buffers.recent[: len(plan.sampled)].copy_(sample(logits, how))
 

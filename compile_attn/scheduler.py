@@ -6,9 +6,11 @@ chunks under a token budget, and the youngest request gives its pages back (to b
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache
@@ -58,10 +60,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order."""
+    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order.
+
+    settled: every new token is the one that the step before has sampled in the same row, so that the step can be planned again
+    as it is.
+    """
 
     chunks: list[Chunk]
     sampled: list[Request]
+    settled: bool = False
 
     @property
     def how(self) -> list[Sampling]:
@@ -72,7 +79,12 @@ class Plan:
         """Seed and number of the draw of each sampled row; see `sampling.uniform`."""
         return [(request.seed, len(request.new_tokens) + request.pending) for request in self.sampled]
 
-    @property
+    @cached_property
+    def random(self) -> bool:
+        """Whether any row draws at random."""
+        return any(request.sampling.temperature > 0 for request in self.sampled)
+
+    @cached_property
     def decodes(self) -> bool:
         """Whether every row has one new token, and every row's next token comes out."""
         return len(self.sampled) == len(self.chunks) == sum(len(chunk.tokens) for chunk in self.chunks)
@@ -88,6 +100,11 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._ending: list[Request] = []  # their last token was sampled, and is not read yet
+        self._last: Plan | None = None  # that was sent
+        self._unread = 0  # plans that were sent and whose tokens are still to come
+        self._turned_away: Request | None = None  # who was the first to wait when all pages and rows were given out,
+        self._free = 0  # and how many pages were free then
+        self._spare = 0  # how often the last plan can be sent again before a request ends by its length
         self._count = 0
 
     @property
@@ -126,6 +143,8 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """Choose the next step, oldest request first; None without work."""
+        if self._repeats():
+            return self._last
         running = self._running
         if len(running) <= min(self.budget, self.cache.free_pages) and all(one.missing == 1 for one in running):
             picked, preempted = [(one, 1) for one in running], False  # what follows would say the same, in more time
@@ -134,12 +153,25 @@ class Scheduler:
             picked, preempted, left = self._pick_running()
         if not preempted:
             self._admit(picked, self.budget - sum(count for _, count in picked), left)
+        first = self._waiting[0] if self._waiting and not preempted else None
+        self._turned_away, self._free = None if first is None or first.pending else first, self.cache.free_pages
         if not picked and self._waiting and not self._waiting[0].pending:
             raise OutOfPages(
                 f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
                 f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
             )
         return self._as_plan(picked) if picked else None
+
+    def _repeats(self) -> bool:
+        """Whether the last plan is the next one, too: most steps of most servers, which is why it is asked first."""
+        last, running = self._last, self._running
+        if last is None or not last.settled or self._unread != 1 or last.sampled != running:
+            return False
+        free = self.cache.free_pages
+        if len(running) > free:
+            return False
+        # Whoever was turned away still is: nobody has left.
+        return not self._waiting or (self._waiting[0] is self._turned_away and free <= self._free)
 
     def _pick_running(self) -> tuple[list[tuple[Request, int]], bool, int]:
         """How many tokens of each running request; whether any was preempted; the pages then free."""
@@ -168,35 +200,46 @@ class Scheduler:
 
         A request that this step brings to its end gives its pages back now: what is sent later runs later.
         """
+        self._unread += 1
+        if plan is self._last and self._spare:
+            self._spare -= 1
+            for request in plan.sampled:
+                request.pending += 1
+            return
+        self._last, limit, soonest = plan, self.cache.length_limit, sys.maxsize
         for row, request in enumerate(plan.sampled):
             request.pending, request.row = request.pending + 1, row
-            if (
-                len(request.new_tokens) + request.pending >= request.sampling.max_new_tokens
-                or request.length > self.cache.length_limit
-            ):
+            made = len(request.new_tokens) + request.pending
+            left = min(request.sampling.max_new_tokens - made, limit + 1 - request.length)
+            soonest = min(soonest, left)
+            if left <= 0:
                 self._running.remove(request)  # a token past the limit could not be fed back
                 self._release(request)
                 self._ending.append(request)
+        self._spare = max(0, soonest - 1)
 
     def commit(self, plan: Plan, tokens: Sequence[int]) -> list[tuple[Request, int]]:
         """Give each sampled request its token, and let go of those that end. Returns who got which."""
+        self._unread -= 1
         made = []
         for request, token in zip(plan.sampled, tokens, strict=True):
-            if request.finished:  # stopped or cancelled after this step was sent
+            if request.reason is not None:  # stopped or cancelled after this step was sent
                 continue
             request.pending -= 1
             request.new_tokens.append(token)
             made.append((request, token))
             if token in request.sampling.stop_ids:
                 request.reason = "stop"
-            elif request in self._ending and not request.pending:
+            elif not request.pending and request in self._ending:
                 request.reason = "length"
-            if request.finished:
-                self._drop(request)
+            else:
+                continue
+            self._drop(request)
         return made
 
     def abandon(self) -> None:
         """After a step that failed: give all pages back and let every unfinished request start over."""
+        self._last, self._unread = None, 0
         while self._running:
             self._preempt_youngest()
         self._waiting.extendleft(reversed(self._ending))
@@ -262,4 +305,5 @@ class Scheduler:
         ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
         chunks = [request.chunk(count) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits == "last"]
-        return Plan(chunks, sampled)
+        settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
+        return Plan(chunks, sampled, settled)

@@ -131,11 +131,16 @@ class StepBuffers:
         if width not in self._tables:
             shape = (self._max_rows, width)
             self._tables[width] = _Table(torch.zeros(shape, dtype=torch.int32, device=self._device), [])
-        there = self._tables[width]
-        places, pages = there.changes(tables)
+        self._put(width, *self._tables[width].changes(tables))
+
+    def add_pages(self, rows: list[int], width: int) -> None:
+        """The same for these rows alone, each of which has got one page more."""
+        self._put(width, *self._tables[width].grown(rows))
+
+    def _put(self, width: int, places: list[int], pages: list[int]) -> None:
         if places:
             values = self._sent(np.array(pages, dtype=np.int32))
-            there.on_device.view(-1).index_copy_(0, self._sent(np.array(places)), values)
+            self._tables[width].on_device.view(-1).index_copy_(0, self._sent(np.array(places)), values)
 
     def _carry(self, carried: list[tuple[int, int]]) -> None:
         """Token ids that only the device knows: (place among the packed tokens, row of the step before) each."""
@@ -186,6 +191,18 @@ class _Table:
             places.extend(range(row * width + begin, row * width + end))
             pages.extend([*table[begin:], *[0] * (end - size)])
         self.held = [(table, len(table)) for table in tables]
+        return places, pages
+
+    def grown(self, rows: list[int]) -> tuple[list[int], list[int]]:
+        """The same where these rows, and no others, have one page more."""
+        width = self.on_device.shape[1]
+        places: list[int] = []
+        pages: list[int] = []
+        for row in rows:
+            table, count = self.held[row]
+            places.append(row * width + count)
+            pages.append(table[count])
+            self.held[row] = table, count + 1
         return places, pages
 
 

@@ -131,7 +131,8 @@ class _FlashAttention3(Provider):
     """What both builds of FlashAttention 3 share: Hopper only, any page size, any head size up to 256 by zero padding.
 
     Large pages of causal prefills are read by TMA, whole: what lies in the last one behind its sequence is multiplied by 0, and
-    NaN times 0 is NaN. Told of keys to skip at the left, be it none, the kernel reads them key by key, as it does small pages.
+    NaN times 0 is NaN. No page is known to be free of NaN: one that a sequence gave back holds whatever its model had made. Told of
+    keys to skip at the left, be it none, the kernel reads them key by key, as it does small pages.
     """
 
     features = _EVERY | {Feature.SOFTCAP, Feature.UNEQUAL_HEAD_DIMS}

@@ -18,6 +18,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN = SPECS["gqa"]
 
 
+def test_fp8_pages_on_a_gpu() -> None:
+    """FlashAttention, the first for plain attention, reads none; one that does is chosen, and it is said how to get either."""
+    for spec in (PLAIN, SPECS["window"]):
+        choice = choose(spec, CUDA, torch.bfloat16, 16, kv_dtype=torch.float8_e4m3fn)
+        assert choice.kernel == "general"
+        assert (
+            choice.passed_over["flash_attn"][0] == "reads no pages of float8_e4m3fn; use kv_dtype='auto', or choose kernel='auto'"
+        )
+        with pytest.raises(UnsupportedError, match=r"'flash_attn' was asked for, but it reads no pages of .* choose kernel='auto'"):
+            choose(spec, CUDA, torch.bfloat16, 16, "flash_attn", kv_dtype=torch.float8_e4m3fn)
+
+
 @pytest.fixture
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "MICROSECONDS", {})
