@@ -37,7 +37,7 @@ def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type:
     return b, first
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _bounds(b, batch, num_tokens, num_sequences):  # type: ignore[no-untyped-def]
     """Of a sequence, the end of its tokens and the number of its keys."""
     real = b < num_sequences
