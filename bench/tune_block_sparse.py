@@ -1,6 +1,6 @@
 """With which tiles is block-sparse attention fastest, and how far from what its density allows?
 
-    python -m bench.tune_block_sparse
+    python -m bench.tune_block_sparse [--only prefill | decode]
 
 Prints a line a case, the fastest tiles first. What is chosen stands in `kernels/block_sparse.py` and `kernels/tiles.py`.
 """
@@ -101,8 +101,10 @@ def cases() -> Iterator[tuple[Case, list[Variant]]]:
 def main() -> None:
     import compile_attn.kernels.ops  # noqa: F401
 
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    work = list(cases())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("prefill", "decode"))
+    only = parser.parse_args().only
+    work = [(case, variants) for case, variants in cases() if only in (None, "prefill" if case.prefill else "decode")]
     dense = {(case.batch, case.context, case.prefill): replace(case, mask=Causal()) for case, _ in work}
     tuned = {variant: Tuned(variant) for _, variants in work for variant in variants}
     usual = [(case, kernel_of(case)) for case in dense.values()]

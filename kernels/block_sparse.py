@@ -61,19 +61,22 @@ class BlockSparseBackend(TritonBackend):
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
         group = spec.num_q_heads // spec.num_kv_heads
         few = tokens * group <= _FEW_ROWS
-        apart = not few and by_head(spec.mask)
-        size = padded(max(spec.head_dim, spec.head_dim_v))
-        cut = OTHER if few or read or dot.itemsize != 2 else CUTS.get((size, apart), OTHER)
-        if _wasteful(spec.mask, 1 if apart else group, cut.rows):
-            cut = OTHER
+        heads = 1 if by_head(spec.mask) and not few else group
+        cut = OTHER if few or dot.itemsize != 2 else _cut(spec, heads, shared)
         most = cut.rows, min(cut.keys, block_of(spec.mask) or cut.keys)
-        found = tiles_of(spec, dot, tokens, shared, read, 1 if apart else None, most)
-        # What is read for a key inside a branch is not fetched ahead.
-        found = replace(found, together=not reads_by_key(spec))
-        needed = size * dot.itemsize * (cut.rows + 2 * cut.stages * found.block_n)
-        if cut is OTHER or found.block_m < cut.rows or needed > shared:
+        found = tiles_of(spec, dot, tokens, shared, read, heads, most)
+        found = replace(found, together=not reads_by_key(spec))  # what is read inside a branch is not fetched ahead
+        if cut is OTHER or found.block_m < cut.rows:
             return found
         return replace(found, warps=cut.warps, stages=cut.stages, registers=cut.registers)
+
+
+def _cut(spec: AttentionSpec, heads: int, shared: int) -> Cut:
+    """For tiles that hold so many heads of a KV head. What is read for every key takes registers of its own."""
+    size = padded(max(spec.head_dim, spec.head_dim_v))
+    cut = CUTS.get((size, by_head(spec.mask)), OTHER)
+    fits = 2 * size * (cut.rows + 2 * cut.stages * cut.keys) <= shared
+    return cut if fits and not reads_by_key(spec) and not _wasteful(spec.mask, heads, cut.rows) else OTHER
 
 
 def _wasteful(mask: Mask, heads: int, rows: int) -> bool:

@@ -37,6 +37,15 @@ def _find(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type:
     return b, first
 
 
+@triton.jit
+def _bounds(b, batch, num_tokens, num_sequences):  # type: ignore[no-untyped-def]
+    """Of a sequence, the end of its tokens and the number of its keys."""
+    real = b < num_sequences
+    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
+    length = tl.load(batch.lengths + b, mask=real, other=0)
+    return end, length
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sequence, first token, end of its tokens, number of its keys, and position of token 0, for a block of tokens."""
@@ -54,9 +63,13 @@ def _sequence(block, batch, num_tokens, num_sequences, PLAN: tl.constexpr):  # t
         first = tl.where(b == 0, block * PLAN.block_q, new + (block - blocks) * PLAN.block_q)
     else:
         b, first = _find(block, batch, num_tokens, num_sequences, PLAN)
-    real = b < num_sequences
-    end = tl.load(batch.starts + b + 1, mask=real, other=num_tokens)
-    length = tl.load(batch.lengths + b, mask=real, other=0)
+    if PLAN.few == 0 and PLAN.block_q == 1:
+        # In a decode, mostly the sequence of the token's own number: these loads need not wait for the one that says so.
+        end, length = _bounds(first, batch, num_tokens, num_sequences)
+        if b != first:
+            end, length = _bounds(b, batch, num_tokens, num_sequences)
+    else:
+        end, length = _bounds(b, batch, num_tokens, num_sequences)
     origin = length - end  # the last token is the last key: what `positions` holds, without a load that waits for this one
     if PLAN.few > 0:
         end = tl.where(end - first > PLAN.few, first, end)
