@@ -42,6 +42,8 @@ CUTS = {
     (64, True): Cut(128, 64, 8, 3, 128),
     (128, False): Cut(128, 32, 8, 4, 128),
     (128, True): Cut(128, 32, 8, 4, 128),
+    (256, False): Cut(128, 32, 8, 3, 0),
+    (256, True): Cut(128, 32, 8, 3, 0),
 }
 OTHER = Cut(64, 64, 0, 0, 0)  # 0: as `tiles_of` says
 _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and they are read once for all heads

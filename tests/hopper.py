@@ -33,6 +33,8 @@ CASES = {  # spec, dtype, tokens, sequences, dtype of pages
     "block sparse": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 4096, 2, None),
     "sparse, heads alike": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 1, 16), softcap=9.0), torch.bfloat16, 4096, 1, None),
     "sparse, small heads": (AttentionSpec(32, 8, 64, 64, m.BlockSparse(64, 1, 16, 1)), torch.bfloat16, 4096, 1, None),
+    "sparse, large heads": (AttentionSpec(32, 8, 256, 256, m.BlockSparse(64, 1, 16)), torch.bfloat16, 4096, 1, None),
+    "sparse, two head sizes": (AttentionSpec(16, 16, 192, 128, m.BlockSparse(64, 1, 16, 1)), torch.bfloat16, 4096, 1, None),
     "sparse, fp8 pages": (AttentionSpec(8, 8, 80, 80, m.BlockSparse(64, 1, 16)), torch.float16, 4096, 1, torch.float8_e4m3fn),
     "sparse with a bias": (
         AttentionSpec(32, 8, 128, 128, m.Window(300), bias=Load(1, H % 4, (I + J) % 9)),

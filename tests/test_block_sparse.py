@@ -106,7 +106,7 @@ def test_visible_blocks_shared_by_several_programs(monkeypatch: pytest.MonkeyPat
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("dim", [64, 80, 136])
 @pytest.mark.parametrize("name", ["heads alike", "each head its own", "larger blocks", "in a window", "sinks and window"])
 def test_tiles_of_16_bits(name: str, dim: int) -> None:
     """The tiles of a GPU: those of float32 are smaller. Several of each sequence, and of them some with no key to see."""
@@ -265,7 +265,7 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("block sparse", "sparse decode"),
         ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages"),
-        ("long window", "sparse with a bias"),
+        ("long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
     ],
     ids=str,
 )
