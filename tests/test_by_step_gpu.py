@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -132,7 +131,7 @@ def test_the_check_would_see_a_wrong_key(monkeypatch: pytest.MonkeyPatch) -> Non
     model, prompts, attend = model_on("cpu"), prompts_of([20, 3]), ReferenceBackend.attend
 
     def forgetful(self: Any, q: Any, kv: Paged, captured: Any, spec: Any) -> Any:
-        return attend(self, q, replace(kv, positions=(kv.positions - 1).clamp(min=0)), captured, spec)
+        return attend(self, q, kv._replace(positions=(kv.positions - 1).clamp(min=0)), captured, spec)
 
     with PagedLM(model, 256, max_seqs=2, kernel="reference", inner="eager") as lm:
         check_greedy(model, prompts, lm.generate(prompts, Sampling(max_new_tokens=12)))
