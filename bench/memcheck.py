@@ -22,7 +22,7 @@ import torch
 
 from bench.measuring import RESULTS, Table, publish, stamp
 
-TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "flash_rows")
+TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows")
 # Recording a graph forbids allocations of its own, and what reads 4 GiB of pages takes minutes here.
 LEFT_OUT = "not graph and not beyond_int32 and not long_context"
 PLACES = (

@@ -69,13 +69,12 @@ class DecodeGraphs:
 
         The largest come first: the others then find room in its memory.
         """
-        cache, widths = self._cache, [0]
+        cache = self._cache
         counts = range(1, min(rows, cache.num_pages) + 1)  # every row has a page
         sizes = {size for count in counts if (size := self.size(count)) is not None}
-        while widths[-1] < cache.pages_for(tokens):
-            widths.append(cache.buffers.width(widths[-1] + 1, cache.page_size))
+        widths = cache.buffers.widths(cache.pages_for(tokens), cache.page_size)
         ways = (True, False) if random else (False,)
-        return [(size, width, way) for size in sorted(sizes, reverse=True) for width in widths[:0:-1] for way in ways]
+        return [(size, width, way) for size in sorted(sizes, reverse=True) for width in reversed(widths) for way in ways]
 
     def prepare(self, kind: Kind, again: bool) -> None:
         """Record the graph if it is missing; the current batch is another one afterwards.
@@ -95,9 +94,11 @@ class DecodeGraphs:
         begin, held = time.perf_counter(), self._reserved()
         buffers = self._cache.buffers
         recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
-        step = self._body(self._cache.dead_batch(size, width), random)
-        self._steps[kind] = self._record(step) if self._on_gpu else step
-        buffers.recent[:size].copy_(recent)
+        try:
+            step = self._body(self._cache.dead_batch(size, width), random)
+            self._steps[kind] = self._record(step) if self._on_gpu else step
+        finally:  # also where the step ran but could not be recorded: the next one goes on from these tokens
+            buffers.recent[:size].copy_(recent)
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
         self.recorded.append(Recorded(size, width * self._cache.page_size, random, seconds, bytes_))
 
@@ -118,6 +119,7 @@ class DecodeGraphs:
             self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
         self._steps.clear()
+        self.recorded.clear()
 
     def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
         """The step, reading and writing nothing but buffers whose addresses stay."""
@@ -139,17 +141,19 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         here: Any = torch.cuda.current_stream(self._cache.device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream), _no_garbage():
-            step()  # whatever is compiled, tuned or allocated at first use
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                step()
-            except BaseException:
-                with suppress(RuntimeError):  # it says that the recording failed
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), _no_garbage():
+                step()  # whatever is compiled, tuned or allocated at first use
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    with suppress(RuntimeError):  # it says that the recording failed
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            here.wait_stream(self._stream)  # what has run there reads the buffers that are written next
         return graph.replay
 
     def _reserved(self) -> int:

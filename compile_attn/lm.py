@@ -37,7 +37,9 @@ _FIRST_TOKENS = 3
 _BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
-@dataclass(slots=True)  # not frozen: there is one for every token, and freezing takes three times as long as making it
+@dataclass(
+    slots=True, unsafe_hash=True
+)  # not frozen: there is one for every token, and freezing takes three times as long as making it
 class Output:
     """One new token. `index`: which prompt (from `step()`: which request); `reason` says why it was the last one."""
 
@@ -205,20 +207,24 @@ class PagedLM:
     def warm_up(self, rows: int | None = None, tokens: int | None = None, random: bool = False) -> None:
         """Do now what would otherwise be done when it is first needed, in the middle of serving.
 
-        A long prompt beside decodes is run, so that all kernels are compiled. On a GPU the decode steps of up to `rows` requests
-        (default: max_seqs) of up to `tokens` tokens each (default: the longest there may be) are recorded; with `random` those in
-        which a request draws at random, too. What was recorded before stays. `cuda_graphs` says how long it took.
+        A prompt beside decodes is run in block tables of each width, so that kernels are compiled. On a GPU the decode steps of up
+        to `rows` requests (default: max_seqs) of up to `tokens` tokens each (default: the longest there may be) are recorded; with
+        `random` those in which a request draws at random, too. What was recorded before stays. `cuda_graphs` says how long it took.
         """
         self._check_open()
         if self.has_work:
             raise ValueError("warm_up() while requests are unfinished; call it before the first, or after the last")
+        if self.cache.pages_in_use:
+            raise ValueError(f"warm_up() while {self.cache.pages_in_use} pages of the cache are in use; free their sequences first")
         most = {"rows": self.cache.max_seqs, "tokens": self.cache.length_limit}
         asked = {"rows": rows, "tokens": tokens}
         for name, value in asked.items():
             if value is not None and at_least_one(name, value) > most[name]:
                 raise ValueError(f"{name}={value}; at most {most[name]} can be served")
-        mixed_step(self._runner, self.cache, self._scheduler.budget, random)
-        self._runner.record(rows or most["rows"], tokens or most["tokens"], random)
+        longest, size = tokens or most["tokens"], self.cache.page_size
+        for width in self.cache.buffers.widths(self.cache.pages_for(longest), size):
+            mixed_step(self._runner, self.cache, self._scheduler.budget, width * size, random)
+        self._runner.record(rows or most["rows"], longest, random)
 
     @property
     def report(self) -> Report | None:

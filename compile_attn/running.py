@@ -85,12 +85,11 @@ class Runner:
         """
         if self.graphs is None:
             return 0
-        recorded = self.graphs.recorded
-        before = len(recorded)
+        before = list(self.graphs.recorded)
         for at, kind in enumerate(self.graphs.kinds(rows, tokens, random)[:most]):
             if not self._prepared(kind, again=at > 0):
-                break
-        return sum(one.bytes for one in recorded[before:])
+                return 0
+        return sum(one.bytes for one in self.graphs.recorded if not any(one is known for known in before))
 
     def close(self) -> None:
         """Let go of the graphs and their memory."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
 NOT_FINITE = -1  # what `sample` returns for a row whose largest logit is NaN or infinite
 
 
@@ -105,7 +106,7 @@ class SamplingRows:
     def of(cls, how: Sequence[Sampling], draws: Sequence[tuple[int, int]]) -> SamplingRows:
         """On the CPU, from what is asked and each row's seed and number of draws made."""
         real = torch.tensor([(one.temperature, one.top_p) for one in how], dtype=torch.float64, device="cpu")
-        whole = [(one.top_k or 0, mixed(seed), count) for one, (seed, count) in zip(how, draws, strict=True)]
+        whole = [(min(one.top_k or 0, _ALL), mixed(seed), count) for one, (seed, count) in zip(how, draws, strict=True)]
         top_k, seeds, counts = torch.tensor(whole, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
         return cls(*(each.contiguous() for each in (real[:, 0], top_k, real[:, 1], seeds, counts)))
 

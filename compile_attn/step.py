@@ -93,6 +93,13 @@ class StepBuffers:
         """The narrowest table for rows of so many pages: 1024 tokens, 4096, 16384, ... or all that a sequence may have."""
         return min(table_width(pages, page_size), self._max_pages)
 
+    def widths(self, pages: int, page_size: int) -> list[int]:
+        """All that rows of up to so many pages ask for, ascending."""
+        out: list[int] = []
+        while not out or out[-1] < pages:
+            out.append(self.width(out[-1] + 1 if out else 1, page_size))
+        return out
+
     def write(
         self,
         tables: Sequence[array[int]],

@@ -23,15 +23,15 @@ def full_step(runner: Runner, cache: PagedKVCache, budget: int) -> None:
         _step(runner, [Chunk(seq, [0] * length) for seq in seqs], random=True)
 
 
-def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, random: bool) -> None:
-    """A long prompt beside as many decodes as there can be, after those decodes' own prompts."""
+def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, longest: int, random: bool) -> None:
+    """A prompt of up to so many tokens beside as many decodes as there can be, after those decodes' own prompts."""
     each = cache.pages_for(2)
-    decodes = min(cache.max_seqs, budget, cache.free_pages // each) - 1 if cache.length_limit > 1 else 0
+    decodes = min(cache.max_seqs - 1, budget // 2, cache.free_pages // each - 1) if cache.length_limit > 1 else 0
     room = (cache.free_pages - decodes * each) * cache.page_size
     with _sequences(cache, decodes + 1) as (first, *rest):
         if rest:
             _step(runner, [Chunk(seq, [0]) for seq in rest], random)
-        prompt = [0] * min(budget - decodes, cache.length_limit, room)
+        prompt = [0] * min(budget - decodes, cache.length_limit, room, longest)
         _step(runner, [Chunk(first, prompt), *(Chunk(seq, [0]) for seq in rest)], random)
 
 

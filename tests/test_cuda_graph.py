@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,16 +94,38 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == ()
 
 
+def test_what_a_failed_recording_ran_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is run once before it is recorded: over pad rows, in the buffer that holds tokens which the host has not read."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs, sampled = lm._runner.graphs, list[torch.Tensor]()
+        assert graphs is not None
+
+        def fail(step: Callable[[], None]) -> None:
+            before = lm.cache.buffers.recent.clone()
+            step()
+            sampled.extend((before, lm.cache.buffers.recent.clone()))
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(graphs, "_on_gpu", True)
+        monkeypatch.setattr(graphs, "_reserved", lambda: 0)
+        monkeypatch.setattr(graphs, "_record", fail)
+        lm._runner._strict = False
+        with pytest.warns(UserWarning, match="one could not be recorded"):
+            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        assert not torch.equal(*sampled), "what was run has sampled something else"
+
+
 def test_a_model_that_was_changed_is_recorded_anew() -> None:
     model = tiny()
     with as_on_a_gpu(PagedLM(model, inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
         assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
-        recorded = len(lm.cuda_graphs)
-        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and len(lm.cuda_graphs) == recorded
+        recorded = lm.cuda_graphs
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == recorded
         model.pos.weight.data = model.pos.weight.data.flip(0).contiguous()
         want = [alone(model, prompt, Sampling(max_new_tokens=9)) for prompt in PROMPTS]
         assert want != greedy(9)
-        assert lm.generate(PROMPTS, max_new_tokens=9) == want and len(lm.cuda_graphs) == 2 * recorded
+        assert lm.generate(PROMPTS, max_new_tokens=9) == want
+        assert len(lm.cuda_graphs) == len(recorded) and not set(lm.cuda_graphs) & set(recorded), "the old ones are gone"
 
 
 def test_a_cache_that_was_resized_is_recorded_anew() -> None:

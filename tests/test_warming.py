@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from compile_attn.cache import Chunk
 from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from compile_attn.step import StepBuffers
@@ -76,8 +78,40 @@ def test_it_has_its_time_before_the_first_request() -> None:
             lm.warm_up()
         lm.cancel(request)
         lm.warm_up(rows=2)
+        seq = lm.cache.add()
+        lm.cache.batch([Chunk(seq, [1, 2, 3, 4, 5])])
+        with pytest.raises(ValueError, match="while 2 pages of the cache are in use; free their sequences first"):
+            lm.warm_up()
+        lm.cache.free(seq)
+        lm.warm_up(rows=2)
     with pytest.raises(ValueError, match="closed"):
         lm.warm_up()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("budget", [1, 5, 100])
+def test_prompts_of_every_width(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels may differ by the width of the block table, and a prompt is no decode."""
+    ran: list[tuple[int, int, int]] = []
+    with PagedLM(tiny(), max_batch_tokens=budget, **SETTINGS) as lm:
+        logits = lm._runner.logits
+
+        def watched(chunks: Sequence[Chunk]) -> torch.Tensor:
+            out = logits(chunks)
+            assert lm.cache.current is not None
+            ran.append((len(chunks), lm.cache.current.num_tokens, lm.cache.current.width * 4))
+            return out
+
+        monkeypatch.setattr(lm._runner, "logits", watched)
+        lm.warm_up()
+        assert lm.cache.pages_in_use == 0
+    if budget == 1:
+        assert set(ran) == {(1, 1, 24)}
+    elif budget == 5:
+        assert set(ran) == {(2, 2, 24), (3, 5, 24)}
+    else:
+        mixed = [each for each in ran if each[1] > each[0]]
+        assert mixed == [(8, 7 + 24, 24), (8, 7 + 48, 48), (8, 63, 72)], "a step of this model has at most 63 tokens"
 
 
 @pytest.mark.gpu
