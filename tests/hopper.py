@@ -97,15 +97,23 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
         backend.attention(row, keys, values, CAPTURED, spec)
 
 
-def serialised(kernel: Any) -> bool:
-    """Does each product of matrices wait for the one before it? Registers that are short make it so; the assembler alone tells."""
-    from triton import knobs
+def assembled(kernel: Any) -> str:
+    """What NVIDIA's assembler, as it comes with Triton, says of a kernel."""
+    from triton.backends.nvidia.compiler import get_ptxas  # the one that this Triton takes for the device
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
-        return "are serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+def serialised(kernel: Any) -> bool:
+    """Does each product of matrices wait for the one before it? Registers that are short make it so; the assembler alone tells."""
+    return "are serialized" in assembled(kernel)
 
 
 def main() -> None:
