@@ -152,11 +152,11 @@ def test_recorded_steps_follow_weights_that_move() -> None:
     with as_on_a_gpu(lm_of(model, merge_linears=False)) as lm:
         want = expected(model)
         assert lm.generate(PROMPTS, max_new_tokens=6) == want
-        count = len(lm.cuda_graphs)
-        assert lm.generate(PROMPTS, max_new_tokens=6) == want and len(lm.cuda_graphs) == count > 0
+        recorded = lm.cuda_graphs
+        assert lm.generate(PROMPTS, max_new_tokens=6) == want and lm.cuda_graphs == recorded != ()
         with lm_of(model):
             pass
-        assert lm.generate(PROMPTS, max_new_tokens=6) == want and len(lm.cuda_graphs) > count
+        assert lm.generate(PROMPTS, max_new_tokens=6) == want and not set(lm.cuda_graphs) & set(recorded)
 
 
 def test_a_cache_still_knows_its_model() -> None:
