@@ -27,9 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    """No test sees the compilations, or the recompile limit, of another."""
+def _fresh() -> None:
+    """No test sees the compilations, the recompile limit or the random numbers of another: the same weights at every run."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
 
 
 @pytest.fixture

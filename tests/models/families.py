@@ -44,6 +44,7 @@ def build(family: Family, form: str = "eager", seed: int = 0) -> nn.Module:
 def enliven(model: nn.Module, seed: int = 0, gain: float = 1.0) -> None:
     """Random weights of gain about 1 per matrix and 0.3 for vectors: attention is then far from uniform, logits from flat."""
     generator = torch.Generator().manual_seed(seed)
+    convolved = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d))}
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -52,7 +53,8 @@ def enliven(model: nn.Module, seed: int = 0, gain: float = 1.0) -> None:
             elif "embed" in name or "wte" in name or "wpe" in name:
                 weight.copy_(noise * 0.5)
             else:
-                weight.copy_(noise * (gain * 1.5 / weight.shape[-1] ** 0.5))
+                fan_in = weight[0].numel() if id(weight) in convolved else weight.shape[-1]
+                weight.copy_(noise * (gain * 1.5 / fan_in**0.5))
 
 
 def _sizes(hidden: str, inner: str, layers: str, heads: str, count: int = 2) -> dict[str, Any]:
