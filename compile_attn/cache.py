@@ -15,7 +15,8 @@ import torch
 
 from compile_attn.host_plans import HostPlans
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
-from compile_attn.pages import OutOfPages, PageAllocator
+from compile_attn.modes import in_own_modes
+from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
 from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ class PagedKVCache:
         self._asked_seq_len = None if max_seq_len is None else at_least_one("max_seq_len", max_seq_len)
         self.resize(kv_tokens)
 
+    @in_own_modes
     def resize(self, kv_tokens: int) -> None:
         """Hold so many tokens from now on, in empty pages. ValueError while any sequence is alive."""
         if self._alive:
             raise ValueError(f"{len(self._alive)} sequences are in the cache; free them before it is resized")
-        self.num_pages = _page_count(kv_tokens, self.page_size)
+        self.num_pages = page_count(kv_tokens, self.page_size)
         self.kv_tokens = self.num_pages * self.page_size
         self.max_seq_len = min(self._asked_seq_len or self.kv_tokens, self.kv_tokens)
         self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
@@ -163,13 +165,14 @@ class PagedKVCache:
 
     # One step
 
-    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None) -> Batch:
+    @in_own_modes
+    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None, width: int = 0) -> Batch:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
         The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
 
-        pad_to: the least B, T and R, for a step that a CUDA graph replays.
+        pad_to: the least B, T and R, for a step that a CUDA graph replays; width: the least pages a row of the block table.
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
@@ -188,11 +191,12 @@ class PagedKVCache:
             chunk.seq.length += len(new)
             chunk.seq.unrun = True
         tables = [chunk.seq._pages for chunk in chunks]
-        width = self.buffers.width(max(map(len, tables)), self.page_size)
+        width = self.buffers.width(max(width, *map(len, tables)), self.page_size)
+        self._advances = False  # also if what follows fails half-way
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
         self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
-        self._longest, self._advances = max(seq.length for seq in self._in_batch), False
+        self._longest = max(seq.length for seq in self._in_batch)
         self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=pad_to is not None)
         return self.current
 
@@ -268,6 +272,7 @@ class PagedKVCache:
 
     # Binding to a model
 
+    @in_own_modes
     def bind(
         self,
         layers: Sequence[LayerKV],
@@ -373,19 +378,6 @@ class PagedKVCache:
         if self.max_tokens is not None and total > self.max_tokens:
             raise ValueError(f"a batch of {total} new tokens; this model takes at most {self.max_tokens} a step: split")
         return tokens
-
-
-def at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
-    return value
-
-
-def _page_count(kv_tokens: int, page_size: int) -> int:
-    if at_least_one("kv_tokens", kv_tokens) % page_size:
-        near = max(1, round(kv_tokens / page_size)) * page_size
-        raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
-    return kv_tokens // page_size
 
 
 def _indexed(device: torch.device) -> torch.device:

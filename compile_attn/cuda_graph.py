@@ -115,6 +115,7 @@ class DecodeGraphs:
     def _forget(self) -> None:
         """Let go of all graphs. Into a memory pool that no graph holds any more, torch does not record."""
         if self._steps and self._on_gpu:
+            torch.cuda.synchronize(self._cache.device)  # the last step may still run
             self._steps.clear()
             self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
@@ -148,6 +149,7 @@ class DecodeGraphs:
                 try:
                     step()
                 except BaseException:
+                    self._pool = torch.cuda.graph_pool_handle()  # a pool in which recording failed takes no other
                     with suppress(RuntimeError):  # it says that the recording failed
                         graph.capture_end()
                     raise

@@ -38,8 +38,8 @@ class HostPlans:
         if not self._planning:
             return
         seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device="cpu") for _ in range(2))
-        seq_lens[: len(chunks)] = torch.tensor([chunk.seq.length for chunk in chunks])
-        query_lens[: len(chunks)] = torch.tensor([len(chunk.tokens) for chunk in chunks])
+        seq_lens.numpy()[: len(chunks)] = [chunk.seq.length for chunk in chunks]
+        query_lens.numpy()[: len(chunks)] = [len(chunk.tokens) for chunk in chunks]
         self._step = HostStep(table, seq_lens, query_lens, tokens, self._page_size, captured)
         self._plan()
 

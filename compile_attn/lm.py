@@ -16,13 +16,15 @@ from typing import Self
 import torch
 from torch import nn
 
-from compile_attn.cache import Chunk, PagedKVCache, at_least_one
+from compile_attn.cache import Chunk, PagedKVCache
 from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
+from compile_attn.modes import in_own_modes
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
+from compile_attn.pages import at_least_one
 from compile_attn.passes.report import RefusedError, Report
 from compile_attn.running import Runner, Sent
 from compile_attn.sampling import NOT_FINITE, Sampling
@@ -172,14 +174,15 @@ class PagedLM:
         """How often a request lost its pages to an older one and had to be recomputed."""
         return self._scheduler.preemptions
 
+    @in_own_modes
     def step(self) -> list[Output]:
         """Run one batch; tokens that were made. After an error every request starts over with the next step.
 
         On a GPU the tokens are those of the batch before, so that it never waits for the host: the first call returns none.
         """
         self._check_open()
-        plan = self._scheduler.plan()
         try:
+            plan = self._scheduler.plan()
             if plan is not None:
                 self._sent.append(self._runner.send(plan))
                 self._scheduler.sent(plan)
@@ -204,6 +207,7 @@ class PagedLM:
 
     # Life
 
+    @in_own_modes
     def warm_up(self, rows: int | None = None, tokens: int | None = None, random: bool = False) -> None:
         """Do now what would otherwise be done when it is first needed, in the middle of serving.
 
@@ -221,10 +225,15 @@ class PagedLM:
         for name, value in asked.items():
             if value is not None and at_least_one(name, value) > most[name]:
                 raise ValueError(f"{name}={value}; at most {most[name]} can be served")
-        longest, size = tokens or most["tokens"], self.cache.page_size
-        for width in self.cache.buffers.widths(self.cache.pages_for(longest), size):
-            mixed_step(self._runner, self.cache, self._scheduler.budget, width * size, random)
+        longest = tokens or most["tokens"]
+        for width in self.cache.buffers.widths(self.cache.pages_for(longest), self.cache.page_size):
+            mixed_step(self._runner, self.cache, self._scheduler.budget, width, random)
         self._runner.record(rows or most["rows"], longest, random)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the cache are."""
+        return self.cache.device
 
     @property
     def report(self) -> Report | None:
@@ -257,6 +266,7 @@ class PagedLM:
 
     # One step
 
+    @in_own_modes
     def _take_the_rest(self, fraction: float) -> None:
         """Size the cache by what the largest steps leave of the GPU's memory."""
 
@@ -270,6 +280,7 @@ class PagedLM:
         self.cache.resize(tokens_that_fit(self.cache, profile, fraction))
         record()  # again, over the new pages: those that are recorded later find room in its memory
 
+    @in_own_modes
     def _first_call(self) -> int:
         """Compile with a first call, so that a refusal and the model's limits are known before any request."""
         seq = self.cache.add()

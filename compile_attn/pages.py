@@ -37,3 +37,18 @@ class PageAllocator:
             assert self._taken[page], f"page {page} is given back twice"
             self._taken[page] = 0
             self._free.append(page)
+
+
+def at_least_one(name: str, value: int) -> int:
+    """The value, if it is a count."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def page_count(kv_tokens: int, page_size: int) -> int:
+    """Pages that hold exactly so many tokens."""
+    if at_least_one("kv_tokens", kv_tokens) % page_size:
+        near = max(1, round(kv_tokens / page_size)) * page_size
+        raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
+    return kv_tokens // page_size

@@ -69,13 +69,13 @@ class Runner:
         host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(tokens.device))
         return Sent(plan, host, arrived)
 
-    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Run the model over new tokens; the logits rows they asked for."""
+    def logits(self, chunks: Sequence[Chunk], width: int = 0) -> torch.Tensor:
+        """Run the model over new tokens; the logits rows they asked for. `width`: the least pages a row of the block table."""
         self._steady = None
-        batch = self._cache.batch(chunks)
+        batch = self._cache.batch(chunks, width=width)
         return self._rows(batch)[: batch.num_rows]
 
     def record(self, rows: int, tokens: int, random: bool, most: int | None = None) -> int:

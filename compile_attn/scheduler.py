@@ -244,6 +244,7 @@ class Scheduler:
             self._preempt_youngest()
         self._waiting.extendleft(reversed(self._ending))
         self._ending.clear()
+        self._waiting = deque(request for request in self._waiting if not request.finished)
         for request in self._waiting:
             request.pending = 0
 

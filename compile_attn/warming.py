@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from compile_attn.cache import CachedSequence, Chunk, PagedKVCache
 from compile_attn.running import Runner
 from compile_attn.sampling import Sampling, SamplingRows, sample
@@ -23,16 +21,19 @@ def full_step(runner: Runner, cache: PagedKVCache, budget: int) -> None:
         _step(runner, [Chunk(seq, [0] * length) for seq in seqs], random=True)
 
 
-def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, longest: int, random: bool) -> None:
-    """A prompt of up to so many tokens beside as many decodes as there can be, after those decodes' own prompts."""
+def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, width: int, random: bool) -> None:
+    """A prompt beside as many decodes as there can be, after those decodes' own prompts, in a block table of so many pages a row.
+
+    The prompt is as long as a step and the table allow. In a wide table it stands for a late chunk of a longer one.
+    """
     each = cache.pages_for(2)
     decodes = min(cache.max_seqs - 1, budget // 2, cache.free_pages // each - 1) if cache.length_limit > 1 else 0
     room = (cache.free_pages - decodes * each) * cache.page_size
     with _sequences(cache, decodes + 1) as (first, *rest):
         if rest:
             _step(runner, [Chunk(seq, [0]) for seq in rest], random)
-        prompt = [0] * min(budget - decodes, cache.length_limit, room, longest)
-        _step(runner, [Chunk(first, prompt), *(Chunk(seq, [0]) for seq in rest)], random)
+        prompt = [0] * min(budget - decodes, cache.length_limit, room, width * cache.page_size)
+        _step(runner, [Chunk(first, prompt), *(Chunk(seq, [0]) for seq in rest)], random, width)
 
 
 @contextmanager
@@ -45,11 +46,10 @@ def _sequences(cache: PagedKVCache, count: int) -> Iterator[list[CachedSequence]
             cache.free(seq)
 
 
-def _step(runner: Runner, chunks: list[Chunk], random: bool) -> None:
+def _step(runner: Runner, chunks: list[Chunk], random: bool, width: int = 0) -> None:
     """With tokens sampled, and at random as well if it is wanted."""
-    logits = runner.logits(chunks)
-    with torch.no_grad():
-        sample(logits)
-        if random:
-            how = SamplingRows.of([Sampling(temperature=1.0, top_p=0.9)] * len(chunks), [(0, 0)] * len(chunks))
-            sample(logits, how.to(logits.device))
+    logits = runner.logits(chunks, width)
+    sample(logits)
+    if random:
+        how = SamplingRows.of([Sampling(temperature=1.0, top_p=0.9)] * len(chunks), [(0, 0)] * len(chunks))
+        sample(logits, how.to(logits.device))

@@ -62,16 +62,17 @@ def build(at: Batch, causal: bool, more: int = 0) -> torch.Tensor:
         build_rows(at, causal, out, part(sequences))
         return out
     rows = read(out, tokens, sequences)
+    count = torch.arange(max(tokens, sequences) + 1, device=device)
     rows.zeros.zero_()
     if tokens == sequences:
         keys = at.positions + 1 if causal else at.seq_lens[at.token_seq]
-        rows.starts.copy_(torch.arange(tokens + 1))
-        rows.lengths.copy_(torch.where(torch.arange(tokens) < at.cu_seqlens_q[-1], keys, 0))
+        rows.starts.copy_(count[: tokens + 1])
+        rows.lengths.copy_(torch.where(count[:tokens] < at.cu_seqlens_q[-1], keys, 0))
         rows.of_table.copy_(at.token_seq)
     else:
         rows.starts.copy_(torch.nn.functional.pad(at.cu_seqlens_q, (0, 1), value=tokens))
         rows.lengths.copy_(torch.nn.functional.pad(at.seq_lens, (0, 1)))
-        rows.of_table.copy_(torch.nn.functional.pad(torch.arange(sequences), (0, 1)))
+        rows.of_table.copy_(torch.nn.functional.pad(count[:sequences], (0, 1)))
     return out
 
 

@@ -150,7 +150,7 @@ class Requests:
         length = np.where(rows >= 0, lengths[rows], 0)
         pages = np.maximum(1, -(-length // page_size))
         self.count, self.most_pages = len(rows), int(pages.max(initial=1))
-        self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, pin_memory=pinned)
+        self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self._array = self.packed.numpy()
         at_rows, at_qo, at_kv, at_last = _places(self.count)
         self._array[at_rows], self._array[at_last] = rows, length - (pages - 1) * page_size
@@ -284,7 +284,7 @@ class _Turns:
     def __init__(self, wrapper: Any, device: torch.device) -> None:
         self._wrapper, self._device = wrapper, device
         first = getattr(wrapper, self._NAME)
-        self._buffers = [first, torch.empty(first.shape, dtype=first.dtype, pin_memory=first.is_pinned())]
+        self._buffers = [first, torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=first.is_pinned())]
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 

@@ -70,7 +70,7 @@ def _planned(key: _Key) -> Any:
     with torch.cuda.device_of(room):  # type: ignore[no-untyped-call]
         wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(room, "NHD", backend=kernel)
         sizes = (problem.num_q_heads, problem.num_kv_heads, problem.head_dim)
-        starts = (torch.arange(batch + 1, dtype=torch.int32) * length for length in (tokens, keys))
+        starts = (torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length for length in (tokens, keys))
         try:
             wrapper.plan(*starts, *sizes, causal=problem.causal, **problem.options())
         except RuntimeError as error:

@@ -59,8 +59,8 @@ def _attend_on_host(q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor]
         if len(together) == 1:
             tokens: slice | torch.Tensor = slice(first, first + count)
         else:
-            tokens = torch.tensor([part[0] for part in together])
-        rows, lows = torch.tensor([part[2] for part in together]), torch.tensor([part[3] for part in together])
+            tokens = torch.tensor([part[0] for part in together], device=q.device)
+        rows, lows = (torch.tensor([part[at] for part in together], device=q.device) for at in (2, 3))
         queries = q[tokens].view(len(together), count, *q.shape[1:])
         positions = kv.positions[tokens].view(len(together), count)
         width = max(part[4] - part[3] for part in together)

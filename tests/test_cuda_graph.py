@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,35 @@ def test_random_schedules_on_a_gpu(inner: str) -> None:
             play(lm, random.Random(seed))
         assert lm.preemptions > 10 and {one.rows for one in lm.cuda_graphs} == {2, 4, 6}
         assert {one.random for one in lm.cuda_graphs} == {False, True}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [True, False], ids=["the first graph", "a later one"])
+def test_after_an_interrupted_recording_the_next_one_succeeds(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes while the graph is recorded: no other is recorded into the pool that it leaves."""
+    with PagedLM(tiny().cuda(), inner="eager", cuda_graphs=True, **SETTINGS) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        if not first:
+            lm.warm_up(rows=2)
+        body = graphs._body
+
+        def interrupted(*args: Any) -> Callable[[], None]:
+            step, calls = body(*args), iter((False, True))
+
+            def run() -> None:
+                step()
+                if next(calls):
+                    raise KeyboardInterrupt
+
+            return run
+
+        monkeypatch.setattr(graphs, "_body", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lm.generate(PROMPTS, max_new_tokens=9)
+        monkeypatch.undo()
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        assert {one.rows for one in lm.cuda_graphs} >= {8}
 
 
 @pytest.mark.gpu

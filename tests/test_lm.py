@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import compile_attn.lm as runtime
 from compile_attn.lm import Output, PagedLM
 from compile_attn.sampling import Sampling
-from tests.tiny import POSITIONS, VOCAB, TinyDecoder, alone, prompts_of, tiny
+from tests.tiny import POSITIONS, VOCAB, TinyDecoder, alone, as_on_a_gpu, prompts_of, tiny
 
 PROMPTS = prompts_of([5, 23, 41, 1, 2, 17])
 
@@ -173,6 +173,33 @@ def test_a_failing_step_leaks_nothing(shared: PagedLM, monkeypatch: pytest.Monke
     while shared.has_work:
         shared.step()
     assert [request.new_tokens] == greedy(PROMPTS[:1], 7)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "as on a GPU"])
+@pytest.mark.parametrize("place", ["when it lets a request in", "when a request ends"])
+def test_an_interrupt_in_the_scheduler_loses_no_request(place: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    want = greedy(PROMPTS[:2], 12)
+    with lm_of() as lm:
+        if ahead:
+            as_on_a_gpu(lm)
+        requests = [
+            lm.submit(prompt, Sampling(max_new_tokens=12, stop_ids=(made[-1],)))
+            for prompt, made in zip(PROMPTS, want, strict=False)
+        ]
+        owner, name = (lm.cache, "add") if place == "when it lets a request in" else (lm._scheduler, "_drop")
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            while lm.has_work:
+                lm.step()
+        monkeypatch.undo()
+        for _ in range(60):
+            lm.step()
+        assert not lm.has_work and lm.cache.pages_in_use == 0
+        for request, made in zip(requests, want, strict=True):
+            assert request.finished and request.new_tokens == made[: made.index(made[-1]) + 1]
 
 
 def test_useless_logits_are_an_error() -> None:
