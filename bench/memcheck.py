@@ -12,8 +12,8 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from bench.measuring import RESULTS, Table, publish, stamp
+from bench.processes import run_apart
 
 TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows")
-# Recording a graph forbids allocations of its own, and what reads 4 GiB of pages takes minutes here.
-LEFT_OUT = "not graph and not beyond_int32 and not long_context"
+# Recording a graph, as a model that generates does, forbids allocations of its own; what reads 4 GiB of pages takes minutes.
+LEFT_OUT = "not graph and not generates and not beyond_int32 and not long_context"
 PLACES = (
     shutil.which("compute-sanitizer"),
     *(f"/usr/local/cuda/{folder}/compute-sanitizer" for folder in ("bin", "compute-sanitizer")),
@@ -48,17 +49,14 @@ def sanitizer() -> str:
     return found
 
 
-def watched(tool: str, command: Sequence[str], logs: Path, limit: float) -> tuple[int | None, list[str]]:
+def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
-    how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", str(logs / "%p.log")]
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        code: int | None = subprocess.run([sanitizer(), *how, *command], env=env, timeout=limit, check=False).returncode
-    except subprocess.TimeoutExpired:
-        code = None
-    return code, [text for file in sorted(logs.iterdir()) if "ERROR SUMMARY" in (text := file.read_text(errors="replace"))]
+    with tempfile.TemporaryDirectory() as logs:
+        how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", f"{logs}/%p.log"]
+        code = run_apart([sanitizer(), *how, *command], limit, env)
+        texts = [file.read_text(errors="replace") for file in sorted(Path(logs).iterdir())]
+    return code, [text for text in texts if "ERROR SUMMARY" in text]
 
 
 def errors(logs: Sequence[str]) -> int:
@@ -75,29 +73,33 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(args)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    logs, planted = chosen.out / f"{chosen.tool}_logs", chosen.out / "planted.py"
     rows = []
     if chosen.tool == "memcheck":
-        planted.write_text(PLANTED)
-        _, seen = watched(chosen.tool, [sys.executable, str(planted)], logs, 120)
-        planted.unlink()
-        rows.append(
-            ["a planted write behind a tensor", "", str(errors(seen)), "yes" if errors(seen) else "NO: nothing below counts"]
-        )
+        with tempfile.TemporaryDirectory() as folder:  # a file: Triton reads a kernel's source
+            planted = Path(folder) / "planted.py"
+            planted.write_text(PLANTED)
+            _, seen = watched(chosen.tool, [sys.executable, str(planted)], 120)
+        rows.append(["a planted write behind a tensor", str(len(seen)), str(errors(seen)), "yes" if errors(seen) else "NO"])
+    if all(row[-1] == "yes" for row in rows):  # a tool that does not see the planted one shows nothing
+        rows.append(tests_under(chosen.tool, chosen.tests, chosen.jobs, chosen.limit))
+    table = Table(f"compute-sanitizer --tool {chosen.tool}", ["what ran", "processes", "errors", "as it should be"], rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    publish(chosen.tool, "Memory that kernels touch", [table], {"rows": rows, "left out": LEFT_OUT}, stamp(device), chosen.out)
+    return 0 if all(row[-1] == "yes" for row in rows) else 1
+
+
+def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float) -> list[str]:
+    """A row of the table: the gpu tests of these files."""
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(chosen.jobs), "-p", "no:cacheprovider"]
-    code, seen = watched(chosen.tool, [*command, *chosen.tests], logs, chosen.limit)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), "-p", "no:cacheprovider"]
+    code, seen = watched(tool, [*command, *tests], limit)
     for text in seen:
         if errors([text]):
             print(text[:6000])
     ended = {0: "all passed", None: "cut off"}.get(code, f"pytest ended with {code}")
     clean = "yes" if code == 0 and seen and not errors(seen) else "NO"
-    what = f"gpu tests of {', '.join(Path(test).stem for test in chosen.tests)}: {ended}, {time.perf_counter() - begin:.0f} s"
-    rows.append([what, str(len(seen)), str(errors(seen)), clean])
-    table = Table(f"compute-sanitizer --tool {chosen.tool}", ["what ran", "processes", "errors", "as it should be"], rows)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    publish(chosen.tool, "Memory that kernels touch", [table], {"rows": rows, "left out": LEFT_OUT}, stamp(device), chosen.out)
-    return 0 if all(row[-1] == "yes" for row in rows) else 1
+    what = f"gpu tests of {', '.join(Path(test).stem for test in tests)}: {ended}, {time.perf_counter() - begin:.0f} s"
+    return [what, str(len(seen)), str(errors(seen)), clean]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,32 @@ class Progress:
         self._file.write_text(json.dumps({"found": self.found, "without": self.without, "trying": self._trying}, indent=1))
 
 
-def run_apart(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
-    """The exit status; None after that many seconds. Nothing that it started is left behind."""
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
+def _leave(signal_number: int, _: Any) -> None:
+    raise SystemExit(128 + signal_number)
+
+
+@contextlib.contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Whoever asks this process to end lets it tidy up."""
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # processes of an engine would keep the device's memory
-        process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_apart(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
+    """The exit status; None after that many seconds. Nothing that it started is left behind, also if this process is ended."""
+    with _leaving_in_order():
+        process = subprocess.Popen(command, start_new_session=True, env=environment)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # processes of an engine would keep the device's memory
+            process.wait()
 
 
 def keep_measuring(command: Sequence[str], file: Path, seconds: float) -> Progress:

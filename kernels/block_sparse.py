@@ -67,7 +67,8 @@ class BlockSparseBackend(TritonBackend):
         cut = OTHER if few or dot.itemsize != 2 else _cut(spec, heads, shared)
         most = cut.rows, min(cut.keys, block_of(spec.mask) or cut.keys)
         found = tiles_of(spec, dot, tokens, shared, read, heads, most)
-        found = replace(found, together=not reads_by_key(spec))  # what is read inside a branch is not fetched ahead
+        # What is read inside a branch is not fetched ahead; and a branch around three products of float32 spills.
+        found = replace(found, together=dot.itemsize == 2 and not reads_by_key(spec))
         if cut is OTHER or found.block_m < cut.rows:
             return found
         return replace(found, warps=cut.warps, stages=cut.stages, registers=cut.registers)
@@ -76,7 +77,8 @@ class BlockSparseBackend(TritonBackend):
 def _cut(spec: AttentionSpec, heads: int, shared: int) -> Cut:
     """For tiles that hold so many heads of a KV head. What is read for every key takes registers of its own."""
     size = padded(max(spec.head_dim, spec.head_dim_v))
-    cut = CUTS.get((size, by_head(spec.mask)), OTHER)
+    odd = spec.head_dim % 16 or spec.head_dim_v % 16  # unmeasured, and their loads are not joined
+    cut = OTHER if odd else CUTS.get((size, by_head(spec.mask)), OTHER)
     fits = 2 * size * (cut.rows + 2 * cut.stages * cut.keys) <= shared
     return cut if fits and not reads_by_key(spec) and not _wasteful(spec.mask, heads, cut.rows) else OTHER
 

@@ -15,6 +15,7 @@ from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.visible import most_keys
 
 _AT_ONCE, _SMALL_AT_ONCE = 2, 3  # programs of few tokens that a multiprocessor holds; of small heads
+_REGISTERS = 1 << 16  # of a multiprocessor, on every NVIDIA GPU since 2014
 _PARTS_EACH = 4  # of a multiprocessor, if that is enough for the longest sequences
 COMBINE_EARLY = False  # the programs that combine parts are brought up while the last parts are found
 _WAVES = 2  # of tiles of many tokens
@@ -168,7 +169,8 @@ def _spread(spec: AttentionSpec, size: Size, tiles: Tiles, few: int, shared: int
 def _at_once(spec: AttentionSpec, tiles: Tiles, shared: int) -> int:
     """Programs of a multiprocessor, so many that all fit."""
     block = tiles.block_n * (padded(spec.head_dim) + padded(spec.head_dim_v)) * tiles.dot.itemsize
-    return max(1, min(_SMALL_AT_ONCE if tiles.registers else _AT_ONCE, shared // (block * tiles.stages)))
+    most = min(_SMALL_AT_ONCE, _REGISTERS // (32 * tiles.warps * tiles.registers)) if tiles.registers else _AT_ONCE
+    return max(1, min(most, shared // (block * tiles.stages)))
 
 
 def padded(dim: int) -> int:

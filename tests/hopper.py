@@ -6,6 +6,7 @@ device; the driver here only says which one is meant. Run as a process of its ow
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import CAPTURED, SLOPE, SPECS
 
 SHARED = 227 << 10  # bytes that a block may ask for on compute capability 9.0
+SPILLED = 4 << 10  # bytes of a thread that no kernel may reach: the assembler then gives up, and keeps next to nothing in registers
 EVERYTHING = AttentionSpec(
     8, 2, 192, 128, m.All(m.Window(99), m.SameDocument(0)), 0.07, 30.0, SLOPE * (J - I) + Load(1, H, J % 9), sinks=Load(2, H % 4)
 )
@@ -43,6 +45,7 @@ CASES = {  # spec, dtype, tokens, sequences, dtype of pages
         1,
         None,
     ),
+    "sparse, float32": (AttentionSpec(32, 8, 256, 256, m.BlockSparse(64, 1, 16)), torch.float32, 4096, 1, None),
     "long window": (AttentionSpec(32, 8, 128, 128, m.Window(1000)), torch.bfloat16, 4096, 1, None),
     "sparse decode": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 8, 8, None),
     "fp8 pages": (AttentionSpec(8, 8, 80, 80), torch.float16, 512, 4, torch.float8_e4m3fn),
@@ -116,6 +119,11 @@ def serialised(kernel: Any) -> bool:
     return "are serialized" in assembled(kernel)
 
 
+def spilled(kernel: Any) -> int:
+    """Bytes that a thread puts aside for want of registers."""
+    return max(map(int, re.findall(r"(\d+) bytes spill stores", assembled(kernel))))
+
+
 def main() -> None:
     from triton.runtime import driver
 
@@ -133,6 +141,8 @@ def main() -> None:
             sys.exit(f"{name}: {shared} bytes of shared memory; a block has {SHARED}")
         if any(map(serialised, found)):
             sys.exit(f"{name}: products of matrices are serialised")
+        if any(spilled(each) >= SPILLED for each in found):
+            sys.exit(f"{name}: {max(map(spilled, found))} bytes of a thread are spilled")
         print(f"{name}: {len(found)} kernels, {shared} bytes of shared memory")
         found.clear()
 

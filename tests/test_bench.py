@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import attend, decode, direct, floor, memcheck, sampling, speeds, steady, workload
+from bench import attend, block_sparse, decode, direct, floor, memcheck, sampling, speeds, steady, workload
 from bench.measuring import MISSING, Table, compare, number, percent, publish, ratio, stamp
 from bench.naive_llama import SHAPES, random_llama
 from bench.paged_case import MIXED, PAGE_SIZE, Case, Inputs, Pool, attend_layers, plain, prefill
@@ -20,6 +25,8 @@ from bench.processes import Clock, Progress, keep_measuring
 from bench.sides import llama_config
 from compile_attn.kernels import measured
 from compile_attn.kernels.batch import table_width
+from compile_attn.kernels.evaluate import evaluator
+from compile_attn.kernels.mask import BlockSparse
 from compile_attn.kernels.speeds import PAGED, STATELESS, Point
 
 CPU = torch.device("cpu")
@@ -161,6 +168,40 @@ def test_measuring_goes_on_after_a_broken_process(tmp_path: Path, capfd: pytest.
     assert "the process itself ended with status 1" in capfd.readouterr().out
     keep_measuring([sys.executable, "-c", "import time; time.sleep(60)"], file, 0.1)
     assert "cut off after 0 s" in capfd.readouterr().out
+
+
+def test_who_is_told_to_end_leaves_no_process_behind(tmp_path: Path) -> None:
+    """`timeout` ends a script, but not what runs in a session of its own, such as an engine that holds a GPU's memory."""
+    file = tmp_path / "number"
+    child = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"import sys; from bench.processes import run_apart; run_apart([sys.executable, '-c', {child!r}], 60)"
+    script = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    clock = Clock(30)
+    while not (file.exists() and file.read_text()) and not clock.over:
+        time.sleep(0.02)
+    script.terminate()
+    assert script.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+
+
+def test_density_is_what_a_mask_shows() -> None:
+    for step, local, whole in itertools.product((0, 1), (1, 3), (True, False)):
+        case = block_sparse.Case(1, 512, whole, BlockSparse(block_sparse.BLOCK, local, 3, step))
+        at = torch.arange(512)
+        env = {
+            "b": torch.tensor(0),
+            "h": torch.arange(block_sparse.HEADS)[:, None, None],
+            "i": at[:, None],
+            "j": at,
+            "captured": [],
+        }
+        seen = evaluator(case.mask.predicate())(env).expand(block_sparse.HEADS, 512, 512)
+        if whole:
+            density = seen.sum() / block_sparse.HEADS / (512 * 513 / 2)
+        else:
+            density = seen[:, -1].view(block_sparse.KV_HEADS, -1, 512).any(1).double().mean()
+        assert case.density() == pytest.approx(float(density), rel=1e-6)
 
 
 def test_the_table_of_speeds_names_what_auto_takes() -> None:
@@ -308,8 +349,12 @@ def test_memory_errors_are_counted(planted: int, found: int, status: int, tmp_pa
     )
     tool.chmod(0o755)
     monkeypatch.setattr(memcheck, "PLACES", (None, str(tool)))
-    assert memcheck.main(["--out", str(tmp_path)]) == status
-    assert f"| {found} | {'yes' if found == 0 else 'NO'} |" in (tmp_path / "memcheck.md").read_text()
+    out = tmp_path / "out"
+    assert memcheck.main(["--out", str(out)]) == status
+    said = (out / "memcheck.md").read_text()
+    assert f"| a planted write behind a tensor | 1 | {planted} | {'yes' if planted else 'NO'} |" in said
+    assert (f"| {found} | {'yes' if found == 0 else 'NO'} |" in said and "gpu tests of" in said) == bool(planted)
+    assert {file.name for file in out.iterdir()} == {"memcheck.md", "memcheck.json"}
 
 
 def test_no_sanitizer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,7 +264,7 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     "cases",
     [
         ("block sparse", "sparse decode"),
-        ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages"),
+        ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages", "sparse, float32"),
         ("long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
     ],
     ids=str,
@@ -303,12 +303,14 @@ def check_on_gpu(batch: PagedBatch) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", SPARSE)
 def test_masks_on_a_gpu(name: str, phase: str) -> None:
-    check_on_gpu(on_gpu(AttentionSpec(8, 2, 128, 128, SPARSE[name], 0.09), PHASES[phase], torch.bfloat16))
+    for pads in (3, 0):  # with a token more than sequences, single tokens have a launch of their own
+        batch = on_gpu(AttentionSpec(8, 2, 128, 128, SPARSE[name], 0.09), PHASES[phase], torch.bfloat16, pad_tokens=pads)
+        check_on_gpu(batch)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128), (72, 72), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", ["heads alike", "each head its own"])
 def test_head_sizes_on_a_gpu(name: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
     spec = AttentionSpec(6, 2, *dims, SPARSE[name], 0.09, 30.0, sinks=Load(2, H % 4))
@@ -368,7 +370,7 @@ def test_a_cuda_graph_holds_any_lengths(lengths: Sequence[tuple[int, int]]) -> N
         out = run.attend(q, static, [], spec)
     for turn in (1, 0, 1):
         q.copy_(batches[turn].q)
-        for name, value in vars(paged(batches[turn])).items():
+        for name, value in paged(batches[turn])._asdict().items():
             if value is not None:
                 buffer = getattr(static, name)
                 buffer[tuple(slice(0, size) for size in value.shape)] = value

@@ -372,8 +372,10 @@ def close(dtype: torch.dtype) -> dict[str, float]:
     return {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype] / 4}
 
 
-def on_gpu(spec: AttentionSpec, sequences: Sequence[tuple[int, int]], dtype: torch.dtype, page_size: int = 16) -> PagedBatch:
-    return paged_batch(spec, sequences, page_size=page_size, pad_tokens=3, dtype=dtype, device="cuda")
+def on_gpu(
+    spec: AttentionSpec, sequences: Sequence[tuple[int, int]], dtype: torch.dtype, page_size: int = 16, pad_tokens: int = 3
+) -> PagedBatch:
+    return paged_batch(spec, sequences, page_size=page_size, pad_tokens=pad_tokens, dtype=dtype, device="cuda")
 
 
 def captured_on_gpu() -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -111,9 +112,9 @@ def test_calls_of_one_shape_on_a_gpu(dim: int) -> None:
     """From the second on they look for nothing, unless a tensor lies otherwise."""
     spec = AttentionSpec(8, 2, dim, dim, m.Window(1500), scale=dim**-0.5)
     for before, after in (([1, 2000, 63, 0], [700, 1, 5, 900]), ([4000, 3, 3, 3], [2, 2, 4000, 640])):
-        for lengths in (before, after):
-            check_on_gpu(on_gpu(spec, [(length, 1) for length in lengths], torch.bfloat16))
-            batch = on_gpu(spec, [(length, 1) for length in lengths], torch.bfloat16)
+        for lengths, pads in itertools.product((before, after), (0, 3)):  # pads: single tokens are then a launch of their own
+            batch = on_gpu(spec, [(length, 1) for length in lengths], torch.bfloat16, pad_tokens=pads)
+            check_on_gpu(batch)
             shifted = torch.empty(*batch.q.shape[:2], dim + 3, dtype=torch.bfloat16, device="cuda")[..., 3:]
             batch.q = shifted.copy_(batch.q)
             check_on_gpu(batch)
