@@ -64,10 +64,15 @@ def read_scales(scales: Scales | None, fp8: torch.dtype | None) -> Scales | None
             f"kv_scales of {len(scales)} attention sites, but the cache is not fp8; pass kv_dtype='fp8_e4m3', or no kv_scales"
         )
     for site, pair in enumerate(scales):
-        good = isinstance(pair, Sequence) and len(pair) == 2 and all(math.isfinite(scale) and scale > 0 for scale in pair)
+        good = isinstance(pair, Sequence) and len(pair) == 2 and all(0 < _rounded(scale) < math.inf for scale in pair)
         if not good:
             raise ValueError(f"kv_scales[{site}]={pair!r}; give each attention site a pair of positive numbers, for K and for V")
     return scales
+
+
+def _rounded(scale: float) -> float:
+    """As it is kept."""
+    return torch.tensor(scale, dtype=torch.float32).item()
 
 
 def scale_tensors(scales: Scales | None, sites: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -35,11 +35,17 @@ def own_modes(device: torch.device) -> Iterator[None]:
 
 
 def in_own_modes(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
-    """A method that runs in the modes of its object's device."""
+    """A method that runs in such modes of its object's device; what needs no gradients says so itself, so most callers' will do."""
 
     @functools.wraps(method)
     def inside(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled() and _is_current(self.device):
+            return method(self, *args, **kwargs)
         with own_modes(self.device):
             return method(self, *args, **kwargs)
 
     return inside
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.current_device() == device.index

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -251,8 +252,18 @@ class Classic(Provider):
     def found(self) -> bool:
         return _installed("flash_attn") and _installed("flash_attn_2_cuda")  # FlashAttention 4 has the first name alone
 
+    def trouble(self) -> str | None:
+        version = importlib.metadata.version("flash_attn")
+        old = tuple(int(part) for part in version.split(".")[:2]) < (2, 6)
+        return (
+            f"is version {version}; from 2.6 on it has every argument that is used here: {self.install} --upgrade" if old else None
+        )
+
     def run(self, call: Call) -> torch.Tensor:
         library, grid = importlib.import_module("flash_attn"), call.grid
+        if 0 < grid.most_keys <= grid.right:  # it would take the bound for none
+            keys = f"{grid.most_queries} queries on {grid.most_keys} keys"
+            raise ValueError(f"flash_attn: {keys}; FlashAttention 2 takes fewer than twice as many; choose kernel='auto'")
         shared = _common(grid) | {"alibi_slopes": call.slopes}
         table, lengths = _gathered(call), grid.lengths
         if table is not None and grid.most_queries == 1:  # only this function splits keys; it fixes the number by shapes

@@ -52,6 +52,8 @@ class FlashInferBackend(Backend):
         slope = spec.alibi_slope()
         if slope is not None and not is_standard(slope, spec.num_q_heads):
             out.append(f"knows the standard ALiBi slopes of {spec.num_q_heads} heads, not {print_expr(slope)}; {cure}")
+        if spec.scale <= 0:
+            out.append(f"takes its maximum before the scale, so the scale must be above 0, not {spec.scale:g}; {cure}")
         extras = [name for name, has in (("softcap", spec.softcap), ("ALiBi", spec.bias), ("sinks", spec.sinks)) if has is not None]
         if len(extras) > 1:
             out.append(f"has softcap, ALiBi and sinks one at a time, not {' with '.join(extras)}; {cure}")

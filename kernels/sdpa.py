@@ -23,13 +23,15 @@ class SdpaBackend(Backend):
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec
     ) -> torch.Tensor:
-        gqa = spec.num_q_heads != spec.num_kv_heads
+        gqa, scale = spec.num_q_heads != spec.num_kv_heads, spec.scale
+        if scale <= 0:  # kernels hide keys by -inf, and multiply by the scale afterwards: the queries take its sign
+            q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
         if spec.bias is None and isinstance(spec.mask, Bidirectional):
-            return F.scaled_dot_product_attention(q, k, v, scale=spec.scale, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
         if spec.bias is None and isinstance(spec.mask, Causal) and q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         mask = _mask(q, k, captured, spec)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
 
 def _mask(q: torch.Tensor, k: torch.Tensor, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
@@ -44,7 +46,9 @@ def _mask(q: torch.Tensor, k: torch.Tensor, captured: Sequence[torch.Tensor], sp
     }
     mask = constant(evaluator(spec.mask.predicate())(env), q.device)
     if spec.bias is not None:
-        bias = constant(evaluator(spec.bias)(env), q.device).to(q.dtype)
-        mask = torch.where(mask, bias, float("-inf"))
+        mask = torch.where(mask, constant(evaluator(spec.bias)(env), q.device), float("-inf"))
+        # Softmax knows no shift, but rounding does: what the heaviest keys get is to be near 0.
+        highest = mask.detach().amax(-1, keepdim=True)
+        mask = (mask - torch.where(highest.isfinite(), highest, 0)).to(q.dtype)
     leading = mask.shape[:-2] if mask.dim() > 2 else ()
     return mask.expand(*leading, q.shape[2], k.shape[2])

@@ -135,7 +135,10 @@ def _read(node: ast.AST, names: Mapping[str, Callable[..., Any]]) -> Any:
         case ast.BinOp(op=ast.Mult()):  # a chain at once: sympy distributes a number over a sum in a product of two
             return sympy.Mul(*(_read(factor, names) for factor in _factors(node)))
         case ast.BinOp(left=left, op=op, right=right):
-            return _BINARY[type(op)](_read(left, names), _read(right, names))
+            first, second = _read(left, names), _read(right, names)
+            if isinstance(op, ast.Div) and first.is_Integer and second.is_Integer and second != 0:
+                return sympy.Rational(first.p, second.p)  # also where sympy would leave a product of -1 and 1/4
+            return _BINARY[type(op)](first, second)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_read(operand, names)
         case ast.UnaryOp(op=ast.Invert(), operand=operand):

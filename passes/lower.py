@@ -79,9 +79,9 @@ def fuse(graph: fx.Graph, site: AttentionSite, kernel: str) -> fx.Node:
 
 
 def _plain_sdpa(site: AttentionSite, q: fx.Node, k: fx.Node) -> bool:
-    """Whether aten SDPA's own arguments express the spec: causal over equal lengths, or no mask, and no bias."""
+    """Whether aten SDPA's own arguments express the spec: causal over equal lengths, or no mask, no bias, and a positive scale."""
     spec = site.spec
-    if spec.bias is not None or spec.score is not None or spec.sinks is not None or spec.softcap is not None:
+    if spec.scale <= 0 or spec.bias is not None or spec.score is not None or spec.sinks is not None or spec.softcap is not None:
         return False
     square = same_size(val(q).shape[2], val(k).shape[2])
     return isinstance(spec.mask, Bidirectional) or (isinstance(spec.mask, Causal) and square)

@@ -77,6 +77,7 @@ class _Merger:
         self._groups: list[list[_Row]] = []
         self._places = {node: place for place, node in enumerate(placeholders(graph))}
         self._inputs: dict[tuple[fx.Node, ...], fx.Node] = {}
+        self._ranks: dict[frozenset[fx.Node], dict[fx.Node, int]] = {}  # of the weights of a group
 
     def take(self, linears_of_one: list[Linear]) -> None:
         """Find what may be merged of the linears of one tensor."""
@@ -157,7 +158,9 @@ class _Merger:
         return kept if len(kept) == len(rows) else self._movable(kept)
 
     def _replace(self, rows: list[_Row]) -> None:
-        """One linear in place of the first, and slices of it in place of all."""
+        """One linear in place of the first, and slices of it in place of all. The same weights always stand in the same order."""
+        ranks = self._ranks.setdefault(frozenset(row.weight for row in rows), {row.weight: at for at, row in enumerate(rows)})
+        rows = sorted(rows, key=lambda row: ranks[row.weight])
         order = {node: place for place, node in enumerate(self._graph.nodes)}
         uses = sorted((use for row in rows for use in row.uses), key=lambda use: order[use.node])
         first = uses[0]

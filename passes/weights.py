@@ -5,6 +5,7 @@ Parameters become the rows of one tensor: each keeps its identity, its shape and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def join(weights: Sequence[torch.Tensor], joined: torch.Tensor | None = None) ->
     first, rows = weights[0], [weight.shape[0] for weight in weights]
     with torch.inference_mode(False), torch.no_grad():
         if one_block(weights) == list(range(len(weights))):
-            return first.detach().as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+            whole, strides = torch.Size((sum(rows), *first.shape[1:])), (math.prod(first.shape[1:]), *first.stride()[1:])
+            return first.detach().as_strided(whole, strides, first.storage_offset())  # a single row may have any stride
         if joined is None:
             joined = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
         pairs = zip(weights, torch.split(joined, rows), strict=True)

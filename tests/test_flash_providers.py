@@ -5,9 +5,11 @@ Recording modules stand for the libraries, none of which need be installed.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,11 @@ def test_the_classic(monkeypatch: pytest.MonkeyPatch) -> None:
     name, args, given = module.seen[-1]
     assert (name, args) == ("flash_attn_varlen_func", (packed.q, packed.k, packed.v, packed.grid.starts, packed.k_starts, 1, 2))
     assert given["block_table"] is None
+    with pytest.raises(
+        ValueError, match="flash_attn: 4 queries on 2 keys; FlashAttention 2 takes fewer than twice as many; choose"
+    ):
+        Classic().run(packed._replace(grid=replace(packed.grid, most_queries=4, right=2)))
+    assert len(module.seen) == 3
 
 
 def test_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,3 +407,12 @@ def test_flash_attention_4_is_not_taken_for_2(monkeypatch: pytest.MonkeyPatch, t
 
 def test_torch_is_asked_whether_it_takes_tables() -> None:
     assert Torch().found() == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12))
+
+
+@pytest.mark.parametrize(
+    ("version", "why"), [("2.5.9.post1", "is version 2.5.9.post1; from 2.6 on"), ("2.6.0", None), ("2.10.1", None)]
+)
+def test_an_old_classic(version: str, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"flash_attn": version}[name])
+    trouble = Classic().trouble()
+    assert trouble is None if why is None else trouble is not None and trouble.startswith(why)

@@ -310,6 +310,8 @@ def test_freed_fp8_pages_are_poisoned(dtype: torch.dtype) -> None:
             r"kv_scales\[1\]=\(0.0, 1.0\); give each attention site a pair",
         ),
         ({"kv_dtype": "fp8", "kv_scales": [(1.0, 1.0), 0.5]}, r"kv_scales\[1\]=0.5; give each"),
+        ({"kv_dtype": "fp8", "kv_scales": [(1.0, 1e-60), (1.0, 1.0)]}, r"kv_scales\[0\]=\(1.0, 1e-60\); give each"),
+        ({"kv_dtype": "fp8", "kv_scales": [(1e60, 1.0), (1.0, 1.0)]}, r"kv_scales\[0\]=\(1e\+60, 1.0\); give each"),
         ({"kv_dtype": "fp8", "kv_scales": [(1.0, float("nan"))]}, r"kv_scales\[0\]=\(1.0, nan\); give each"),
     ],
 )

@@ -90,6 +90,10 @@ MERGED: dict[str, tuple[Forward, tuple[int, ...]]] = {
         (),
     ),
     "two layers of one set of weights": (lambda m, x: together(*(one(y) for y in (x, x.cos()) for one in (m.a, m.b, m.c))), ()),
+    "two layers of one set in other orders": (
+        lambda m, x: together(m.a(x), m.b(x), m.c(x), m.c(x.cos()), m.a(x.cos()), m.b(x.cos())),
+        (),
+    ),
 }
 
 
@@ -341,6 +345,19 @@ def test_a_second_graph_takes_the_block_as_it_is() -> None:
     assert merged.entries[0].detail == "a.weight, b.weight, c.weight: one product of 12 + 4 + 8 columns"
     torch.testing.assert_close(run(normalized, x_of(), merged.joined), model(x_of()), atol=1e-5, rtol=0)
     assert [one.data_ptr() for one in model.parameters()] == addresses
+
+
+def test_a_single_row_of_any_stride() -> None:
+    """One row is contiguous whatever its stride says: such as a column of a flat buffer, transposed."""
+    flat, model = torch.randn(4 * WIDTH + WIDTH), Siblings(lambda m, x: together(m.gate(x), m.up(x)))
+    model.gate, model.up = nn.Linear(WIDTH, 1, bias=False), nn.Linear(WIDTH, 4, bias=False)
+    model.gate.weight = nn.Parameter(flat[:WIDTH].view(WIDTH, 1).t())
+    model.up.weight = nn.Parameter(flat[WIDTH:].view(4, WIDTH))
+    assert model.gate.weight.is_contiguous() and model.gate.weight.stride() == (1, 1)
+    want, normalized = model(x_of()), captured(model, x_of())
+    merged = merge_linears(normalized)
+    assert len(merged.joined) == 1 and len(products(normalized)) == 1
+    torch.testing.assert_close(run(normalized, x_of(), merged.joined), want, atol=1e-5, rtol=0)
 
 
 def test_replaced_data_is_joined_again() -> None:

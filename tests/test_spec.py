@@ -104,6 +104,8 @@ FORMS = [
     sympy.pi * S + sympy.E,
     sympy.Float(math.nextafter(0.1, 1)) * S + sympy.Float(5e-324),
     sympy.true,
+    sympy.Rational(-1, 4) * 2 ** (-2 * H) * (J - I),
+    sympy.Mul(sympy.Rational(-1, 4), 2 ** (-2 * H), J - I),
 ]
 
 
