@@ -39,9 +39,8 @@ _FIRST_TOKENS = 3
 _BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
-@dataclass(
-    slots=True, unsafe_hash=True
-)  # not frozen: there is one for every token, and freezing takes three times as long as making it
+# Not frozen: there is one for every token, and freezing takes three times as long as making it.
+@dataclass(slots=True, unsafe_hash=True)
 class Output:
     """One new token. `index`: which prompt (from `step()`: which request); `reason` says why it was the last one."""
 

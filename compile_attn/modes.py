@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -23,25 +23,19 @@ class Placed(Protocol):
 Owner = TypeVar("Owner", bound=Placed)
 
 
-@contextmanager
-def own_modes(device: torch.device) -> Iterator[None]:
-    """Without gradients, outside of inference mode, and on a GPU with this one as the current device.
+def in_own_modes(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
+    """A method that runs outside of inference mode, and with its object's GPU as the current device.
 
     What is made in inference mode cannot be written outside of it, and what is compiled in one mode is compiled again in another.
+    Gradients are the business of whoever calls the model; but to leave inference mode turns them on.
     """
-    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def in_own_modes(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
-    """A method that runs in such modes of its object's device; what needs no gradients says so itself, so most callers' will do."""
 
     @functools.wraps(method)
     def inside(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.is_inference_mode_enabled() and _is_current(self.device):
             return method(self, *args, **kwargs)
-        with own_modes(self.device):
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, torch.inference_mode(False), torch.no_grad():
             return method(self, *args, **kwargs)
 
     return inside

@@ -39,7 +39,8 @@ class Options:
         if self.merge_linears not in (None, True, False):
             raise ValueError(f"paged_attn: merge_linears={self.merge_linears!r}; choose True, False, or None for the default")
         if self.kernel != "auto":
-            from compile_attn.kernels.select import known_kernels, parts_of
+            from compile_attn.kernels.select import known_kernels
+            from compile_attn.kernels.speeds import parts_of
 
             parts = parts_of(self.kernel)
             for part in parts:

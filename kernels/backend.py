@@ -169,6 +169,13 @@ class Backend:
         raise NotImplementedError(f"{self.name} does not serve paged calls")
 
 
+def maximum_before_scale(spec: AttentionSpec) -> tuple[str, ...]:
+    """The reason against a library that hides keys by -inf and multiplies by the scale afterwards: below 0 they would be +inf."""
+    if spec.scale > 0:
+        return ()
+    return (f"takes its maximum before the scale, which must be positive, not {spec.scale:g}; choose kernel='auto'",)
+
+
 def planners(sites: Iterable[tuple[Backend, PlannedSite]], shape: Shape) -> dict[Backend, list[PlannedSite]]:
     """Kernels that plan on the host for a step of these shapes, and for which sites: each plans once a step."""
     out: dict[Backend, list[PlannedSite]] = {}

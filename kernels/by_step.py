@@ -89,7 +89,7 @@ def _fastest(
     room: int,
 ) -> str:
     """A table counts for no more than a window lets a query see of it."""
-    names, known = kernels.split(speeds.BETWEEN), _known(num_q_heads, num_kv_heads, head_dim)
+    names, known = speeds.parts_of(kernels), _known(num_q_heads, num_kv_heads, head_dim)
     seen = room if window is None else min(room, window + 1)
     return names[0] if known is None else known.fastest(names, Shape(tokens, sequences, seen))
 

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from compile_attn.kernels import flash_rows, flash_splits
-from compile_attn.kernels.backend import Backend, DeviceStep, HostStep, Paged, PlannedSite, Request, plan_size
+from compile_attn.kernels.backend import Backend, DeviceStep, HostStep, Paged, PlannedSite, Request, maximum_before_scale, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
 from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
@@ -47,8 +47,7 @@ class FlashAttnBackend(Backend):
         spec, out = request.spec, []
         if not isinstance(spec.mask, (Causal, Window, Bidirectional)):
             out.append(f"knows causal, windowed and bidirectional masks, not '{spec.mask.words()}'; {_CURE}")
-        if spec.scale <= 0:
-            out.append(f"takes its maximum before the scale, which must be positive, not {spec.scale:g}; {_CURE}")
+        out += maximum_before_scale(spec)
         if spec.sinks is not None and not _by_head(spec.sinks):
             out.append(f"takes one sink a head, not {spec.sinks}; {_CURE}")
         if spec.alibi_slope() is not None and (request.page_size is None or not spec.mask.causal()):

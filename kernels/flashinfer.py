@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request
+from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request, maximum_before_scale
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
@@ -52,8 +52,7 @@ class FlashInferBackend(Backend):
         slope = spec.alibi_slope()
         if slope is not None and not is_standard(slope, spec.num_q_heads):
             out.append(f"knows the standard ALiBi slopes of {spec.num_q_heads} heads, not {print_expr(slope)}; {cure}")
-        if spec.scale <= 0:
-            out.append(f"takes its maximum before the scale, so the scale must be above 0, not {spec.scale:g}; {cure}")
+        out += maximum_before_scale(spec)
         extras = [name for name, has in (("softcap", spec.softcap), ("ALiBi", spec.bias), ("sinks", spec.sinks)) if has is not None]
         if len(extras) > 1:
             out.append(f"has softcap, ALiBi and sinks one at a time, not {' with '.join(extras)}; {cure}")

@@ -13,7 +13,7 @@ from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.by_step import ByStep
 from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.spec import AttentionSpec, Feature
-from compile_attn.kernels.speeds import BETWEEN, speeds
+from compile_attn.kernels.speeds import BETWEEN, parts_of, speeds
 from compile_attn.kernels.visible import block_of
 
 # name -> (module, class). Modules are imported when first asked for.
@@ -44,11 +44,6 @@ class UnsupportedError(ValueError):
 def known_kernels() -> tuple[str, ...]:
     """The names that `kernel=` takes, beside "auto", and of which it takes several: "flash_attn|general"."""
     return tuple(_BACKENDS)
-
-
-def parts_of(kernel: str) -> tuple[str, ...]:
-    """The names in a kernel's name: one, or of several those that share the steps (`by_step.ByStep`)."""
-    return tuple(kernel.split(BETWEEN))
 
 
 @functools.cache

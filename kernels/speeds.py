@@ -89,7 +89,7 @@ class Speeds:
 
     def mean(self, kernel: str) -> float | None:
         """Over the mix; of several kernels, each counts where it serves. None where one was not measured."""
-        parts = kernel.split(BETWEEN)
+        parts = parts_of(kernel)
         if len(self._measured(parts)) < len(parts):
             return None
         return _mean((times[self.fastest(parts, point.shape)], point.weight) for point, times in self.times.items())
@@ -171,6 +171,11 @@ def speeds(request: Request) -> Speeds | None:
     if request.dtype not in (torch.bfloat16, torch.float16) or request.kv_dtype not in (None, request.dtype):
         return None
     return nearest(spec, paged)
+
+
+def parts_of(kernel: str) -> tuple[str, ...]:
+    """The names in a kernel's name: one, or of several those that share the steps (`by_step.ByStep`)."""
+    return tuple(kernel.split(BETWEEN))
 
 
 def nearest(spec: AttentionSpec, paged: bool = True) -> Speeds | None:

@@ -6,6 +6,7 @@ device; the driver here only says which one is meant. Run as a process of its ow
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
         backend.attention(row, keys, values, CAPTURED, spec)
 
 
+@functools.cache
 def assembled(kernel: Any) -> str:
     """What NVIDIA's assembler, as it comes with Triton, says of a kernel."""
     from triton.backends.nvidia.compiler import get_ptxas  # the one that this Triton takes for the device

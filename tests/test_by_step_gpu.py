@@ -20,9 +20,9 @@ from compile_attn.kernels import by_step, measured
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.flash_providers import HopperExtension, HopperPackage
 from compile_attn.kernels.reference import ReferenceBackend
-from compile_attn.kernels.select import backend, choose, parts_of
+from compile_attn.kernels.select import backend, choose
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.kernels.speeds import PAGED, Point
+from compile_attn.kernels.speeds import PAGED, Point, parts_of
 from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from tests.test_by_step import watched

@@ -409,8 +409,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (AttentionSpec(4, 4, 80, 80), 16, "has no head size 80 (only 64, 128, 256); pad the heads, or "),
         (AttentionSpec(4, 4, 128, 128, m.Chunked(8)), 16, "does not compute the mask 'causal inside chunks of 8 positions'; "),
         (AttentionSpec(4, 4, 128, 128, bias=3 * SLOPE * (J - I)), 16, "knows the standard ALiBi slopes of 4 heads, not "),
-        (AttentionSpec(4, 4, 128, 128, scale=-0.1), 16, "so the scale must be above 0, not -0.1"),
-        (AttentionSpec(4, 4, 128, 128, scale=0.0), 16, "so the scale must be above 0, not 0"),
+        (AttentionSpec(4, 4, 128, 128, scale=-0.1), 16, "takes its maximum before the scale, which must be positive, not -0.1"),
+        (AttentionSpec(4, 4, 128, 128, scale=0.0), 16, "takes its maximum before the scale, which must be positive, not 0"),
         (AttentionSpec(4, 4, 128, 128, bias=Load(0, H) * (J - I)), 16, "knows the standard ALiBi slopes of 4 heads, not "),
         (
             AttentionSpec(4, 4, 128, 128, softcap=9.0, sinks=Load(0, H)),

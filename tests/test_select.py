@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from compile_attn.kernels import flash_attn, measured
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import Backend, Request
-from compile_attn.kernels.select import UnsupportedError, _reasons, backend, choose, known_kernels, parts_of
+from compile_attn.kernels.select import UnsupportedError, _reasons, backend, choose, known_kernels
 from compile_attn.kernels.spec import AttentionSpec, Feature
+from compile_attn.kernels.speeds import parts_of
 from tests.oracle import CAPTURED, SPECS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
