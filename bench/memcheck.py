@@ -26,6 +26,7 @@ from bench.processes import run_apart
 TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows")
 # Recording a graph, as a model that generates does, forbids allocations of its own; what reads 4 GiB of pages takes minutes.
 LEFT_OUT = "not graph and not generates and not beyond_int32 and not long_context"
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # if the second is there, it warns of -n, and a warning is an error
 PLACES = (
     shutil.which("compute-sanitizer"),
     *(f"/usr/local/cuda/{folder}/compute-sanitizer" for folder in ("bin", "compute-sanitizer")),
@@ -91,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float) -> list[str]:
     """A row of the table: the gpu tests of these files."""
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), *PLUGINS]
     code, seen = watched(tool, [*command, *tests], limit)
     for text in seen:
         if errors([text]):

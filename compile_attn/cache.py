@@ -17,7 +17,7 @@ from compile_attn.host_plans import HostPlans
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
 from compile_attn.modes import in_own_modes
 from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
-from compile_attn.step import MIN_SIZE, Batch, Chunk, StepBuffers, token_array
+from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
 
 if TYPE_CHECKING:
     from compile_attn.kernels.spec import AttentionSpec
@@ -166,13 +166,13 @@ class PagedKVCache:
     # One step
 
     @in_own_modes
-    def batch(self, chunks: Sequence[Chunk], *, pad_to: int | None = None, width: int = 0) -> Batch:
+    def batch(self, chunks: Sequence[Chunk], *, recorded: Sizes | None = None, width: int = 0) -> Batch:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
         The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
 
-        pad_to: the least B, T and R, for a step that a CUDA graph replays; width: the least pages a row of the block table.
+        recorded: the sizes of a CUDA graph that replays the step; width: the least pages a row of the block table.
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
@@ -194,10 +194,10 @@ class PagedKVCache:
         width = self.buffers.width(max(width, *map(len, tables)), self.page_size)
         self._advances = False  # also if what follows fails half-way
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
-        self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, pad_to or MIN_SIZE)
+        self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, recorded or LEAST)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
         self._longest = max(seq.length for seq in self._in_batch)
-        self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=pad_to is not None)
+        self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=recorded is not None)
         return self.current
 
     def advanced_width(self) -> int | None:
@@ -231,10 +231,10 @@ class PagedKVCache:
         longest = max(chunk.seq.length + len(chunk.tokens) for chunk in chunks)
         return self.buffers.width(self.pages_for(longest), self.page_size)
 
-    def dead_batch(self, rows: int, width: int) -> Batch:
+    def dead_batch(self, sizes: Sizes, width: int) -> Batch:
         """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
         self._check_open()
-        self.current = self.buffers.write([], [], [], [], width, pad_to=rows)
+        self.current = self.buffers.write([], [], [], [], width, least=sizes)
         self._in_batch, self._advances = (), False
         self._host_plans.plan(self.current, [], self.buffers.views(self.current)[0], captured=True)
         return self.current

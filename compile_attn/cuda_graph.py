@@ -1,7 +1,8 @@
-"""How does a decode step run without its host?
+"""How does a step run without its host?
 
-A CUDA graph holds the model, sampling, and `advance_step`, which brings the step's buffers to the next token. There is one for each
-number of rows and way of sampling, recorded when first needed; they share one memory pool, since no two run at once.
+A CUDA graph holds the model and sampling; that of a decode also `advance_step`, which brings the step's buffers to the next token.
+There is one for each size of a step and way of sampling, recorded when first needed; they share one memory pool, since no two run
+at once. Steps of many new tokens have none: they keep the device busy for longer than the host takes to launch them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,31 +22,52 @@ from compile_attn.kernels.batch import advance_step
 from compile_attn.sampling import SamplingRows, sample
 
 Forward = Callable[[Batch], torch.Tensor]
-Kind = tuple[int, int, bool]  # rows; pages a row of the block table; whether any row draws at random
+# New tokens of a step with prompts, and its sequences. Up to so many tokens, reading the weights takes longer than multiplying with
+# them, so that pad tokens cost little; attention skips pad rows.
+_TOKENS = (16, 32, 64, 128, 192, 256)
+_ROWS = (2, 16, 128)
+
+
+class Kind(NamedTuple):
+    """What a graph is recorded for. A decode has as many new tokens as rows, and no other step has."""
+
+    rows: int  # sequences, and rows of logits
+    new_tokens: int
+    width: int  # pages a row of the block table
+    random: bool  # any row draws at random
+
+    @property
+    def decodes(self) -> bool:
+        return self.rows == self.new_tokens
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One graph: how many rows it decodes, of how many tokens at most, whether it draws at random, and what recording it took."""
+    """One graph: how many rows it serves, of how many tokens at most, how many of all are new (as many as rows: a decode), whether
+    it draws at random, and what recording it took."""
 
     rows: int
+    new_tokens: int
     tokens: int
     random: bool
     seconds: float
     bytes: int  # of GPU memory that torch reserved meanwhile
 
 
-class DecodeGraphs:
-    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows, with block tables of 1024, 4096, ... tokens (`StepBuffers.width`).
+class StepGraphs:
+    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens, each in block tables of several
+    widths (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 
     forward   runs the model on the cache's current batch and returns one row of logits a row
     model     a graph holds the addresses of its parameters and buffers, and is recorded anew where one has changed
+    budget    most new tokens in one step
     """
 
-    def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module) -> None:
+    def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module, budget: int) -> None:
         self._forward, self._cache, self._model = forward, cache, model
+        self.most_tokens = min(budget, _TOKENS[-1])  # of a step with prompts
         self._tensors: list[torch.Tensor] = []
         self._stands: tuple[object, ...] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
@@ -57,24 +79,40 @@ class DecodeGraphs:
 
     def size(self, rows: int) -> int | None:
         """Rows of the graph that serves so many; None where the model takes fewer tokens a step."""
-        most = max(2, self._cache.max_seqs)
         steps = (2, 4, 8, 16)
         size = next((step for step in steps if rows <= step), -(-rows // 16) * 16 if rows <= 128 else -(-rows // 32) * 32)
-        size = min(size, most)
+        size = min(size, self._most_rows)
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
+    def mixed_size(self, rows: int, new_tokens: int) -> tuple[int, int] | None:
+        """Rows and new tokens of the graph that serves a step with prompts; None where it is too large for any."""
+        cache = self._cache
+        most = min(self.most_tokens, cache.buffers.input_ids.shape[0], cache.max_tokens or _TOKENS[-1])
+        if new_tokens > most or rows > _ROWS[-1]:
+            return None
+        size = min(next(step for step in _ROWS if rows <= step), self._most_rows)
+        tokens = min(next((step for step in _TOKENS if new_tokens <= step and size < step), most), most)
+        return (size, tokens) if size < tokens else None
+
     def kinds(self, rows: int, tokens: int, random: bool) -> list[Kind]:
-        """All that decodes of up to so many rows, of up to so many tokens each, ask for; `random`: those that draw, too.
+        """All that steps of up to so many rows, of up to so many tokens each, ask for; `random`: those that draw, too.
 
         The largest come first: the others then find room in its memory.
         """
         cache = self._cache
         counts = range(1, min(rows, cache.num_pages) + 1)  # every row has a page
-        sizes = {size for count in counts if (size := self.size(count)) is not None}
+        decodes = [(size, size) for count in counts if (size := self.size(count)) is not None]
+        least = [1, *(size + 1 for size in _TOKENS)]  # of each size
+        mixed = [self.mixed_size(count, max(count, new)) for count in counts for new in least if new <= count * tokens]
+        sizes = sorted({*decodes, *filter(None, mixed)}, key=lambda size: (size[1], size[0]), reverse=True)
         widths = cache.buffers.widths(cache.pages_for(tokens), cache.page_size)
         ways = (True, False) if random else (False,)
-        return [(size, width, way) for size in sorted(sizes, reverse=True) for width in reversed(widths) for way in ways]
+        return [Kind(*size, width, way) for size in sizes for width in reversed(widths) for way in ways]
+
+    @property
+    def _most_rows(self) -> int:
+        return max(2, self._cache.max_seqs)
 
     def prepare(self, kind: Kind, again: bool) -> None:
         """Record the graph if it is missing; the current batch is another one afterwards.
@@ -90,20 +128,20 @@ class DecodeGraphs:
             self._stands = stands
         if kind in self._steps:
             return
-        size, width, random = kind
         begin, held = time.perf_counter(), self._reserved()
         buffers = self._cache.buffers
-        recent = buffers.recent[:size].clone()  # tokens that the host has not read yet
+        recent = buffers.recent[: kind.rows].clone()  # tokens that the host has not read yet
         try:
-            step = self._body(self._cache.dead_batch(size, width), random)
+            step = self._body(self._cache.dead_batch((kind.rows, kind.new_tokens, kind.rows), kind.width), kind.random)
             self._steps[kind] = self._record(step) if self._on_gpu else step
         finally:  # also where the step ran but could not be recorded: the next one goes on from these tokens
-            buffers.recent[:size].copy_(recent)
+            buffers.recent[: kind.rows].copy_(recent)
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
-        self.recorded.append(Recorded(size, width * self._cache.page_size, random, seconds, bytes_))
+        tokens = kind.width * self._cache.page_size
+        self.recorded.append(Recorded(kind.rows, kind.new_tokens, tokens, kind.random, seconds, bytes_))
 
     def replay(self, kind: Kind) -> None:
-        """Run the step on the current batch; its tokens are in `buffers.recent`, and the buffers stand one token further."""
+        """Run the step on the current batch; its tokens are in `buffers.recent`. A decode leaves the buffers one token further."""
         self._steps[kind]()
 
     def set_sampling(self, how: SamplingRows) -> None:
@@ -124,7 +162,7 @@ class DecodeGraphs:
 
     def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
         """The step, reading and writing nothing but buffers whose addresses stay."""
-        rows, buffers = batch.shape[0], self._cache.buffers
+        (rows, new_tokens, _), buffers = batch.shape, self._cache.buffers
         how = self._how.first(rows) if random else None
         recent, seq_lens = buffers.recent[:rows], buffers.seq_lens[:rows]
         limit = min(batch.width * self._cache.page_size, self._cache.length_limit)
@@ -132,6 +170,8 @@ class DecodeGraphs:
         def step() -> None:
             with torch.no_grad():
                 recent.copy_(sample(self._forward(batch), how))
+                if new_tokens > rows:
+                    return
                 advance_step(buffers.input_ids[:rows], buffers.position_ids[:rows], seq_lens, recent, limit)
                 if how is not None:
                     how.counts.add_(1)

@@ -56,7 +56,8 @@ class PagedLM:
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
     kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
     kernel, inner, merge_linears    as in Options
-    cuda_graphs       decode steps are replayed from CUDA graphs: "auto" where that can be, True or an error, False never
+    cuda_graphs       decodes, and steps of few new tokens, are replayed from CUDA graphs: "auto" where that can be, True or an
+                      error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
@@ -107,7 +108,7 @@ class PagedLM:
         self._own_call = call is not None
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
-        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, on_gpu and cuda_graphs)
+        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, on_gpu and cuda_graphs, budget)
         self._scheduler = Scheduler(cache, budget)
         self._sent: deque[Sent] = deque()
         self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
@@ -210,9 +211,10 @@ class PagedLM:
     def warm_up(self, rows: int | None = None, tokens: int | None = None, random: bool = False) -> None:
         """Do now what would otherwise be done when it is first needed, in the middle of serving.
 
-        A prompt beside decodes is run in block tables of each width, so that kernels are compiled. On a GPU the decode steps of up
-        to `rows` requests (default: max_seqs) of up to `tokens` tokens each (default: the longest there may be) are recorded; with
-        `random` those in which a request draws at random, too. What was recorded before stays. `cuda_graphs` says how long it took.
+        A prompt beside decodes is run in block tables of each width, so that kernels are compiled. On a GPU the steps of up to
+        `rows` requests (default: max_seqs) of up to `tokens` tokens each (default: the longest there may be) that run from graphs
+        are recorded; with `random` those in which a request draws at random, too. What was recorded before stays. `cuda_graphs`
+        says how long it took.
         """
         self._check_open()
         if self.has_work:
@@ -241,7 +243,7 @@ class PagedLM:
 
     @property
     def cuda_graphs(self) -> tuple[Recorded, ...]:
-        """The decode steps that were recorded so far, with seconds and bytes."""
+        """The steps that were recorded so far, with seconds and bytes."""
         return () if self._runner.graphs is None else tuple(self._runner.graphs.recorded)
 
     @property
@@ -270,7 +272,7 @@ class PagedLM:
         """Size the cache by what the largest steps leave of the GPU's memory."""
 
         def record() -> int:
-            return self._runner.record(self.cache.max_seqs, self.cache.length_limit, random=True, most=1)
+            return self._runner.record(self.cache.max_seqs, self.cache.length_limit, random=True, largest=True)
 
         def profile() -> int:
             full_step(self._runner, self.cache, self._scheduler.budget)

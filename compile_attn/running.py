@@ -16,7 +16,7 @@ from torch import nn
 
 from compile_attn.cache import Batch, Chunk, PagedKVCache
 from compile_attn.calling import logits_of
-from compile_attn.cuda_graph import DecodeGraphs, Kind
+from compile_attn.cuda_graph import Kind, Recorded, StepGraphs
 from compile_attn.sampling import SamplingRows, sample
 from compile_attn.scheduler import Plan
 
@@ -38,9 +38,10 @@ class Sent:
 
 
 class Runner:
-    """Runs plans on a compiled model and its cache, decode steps from graphs where they are wanted.
+    """Runs plans on a compiled model and its cache, steps of few tokens from graphs where they are wanted.
 
     run           the compiled model
+    budget        most new tokens in one step
     cuda_graphs   "auto" goes on without them, with a warning, where a step cannot be recorded; True raises; False: never
     """
 
@@ -50,10 +51,11 @@ class Runner:
         cache: PagedKVCache,
         model: nn.Module,
         cuda_graphs: str | bool,
+        budget: int,
     ) -> None:
         self._run, self._cache = run, cache
         self._strict = cuda_graphs is True
-        self.graphs = DecodeGraphs(self._rows, cache, model) if cuda_graphs else None
+        self.graphs = StepGraphs(self._rows, cache, model, budget) if cuda_graphs else None
         self._steady: tuple[Kind, Plan, Batch] | None = None  # the step that the device can repeat by itself
 
     def send(self, plan: Plan) -> Sent:
@@ -78,18 +80,24 @@ class Runner:
         batch = self._cache.batch(chunks, width=width)
         return self._rows(batch)[: batch.num_rows]
 
-    def record(self, rows: int, tokens: int, random: bool, most: int | None = None) -> int:
-        """Record the decode steps of up to so many rows of up to so many tokens, or `most` of them, the largest first.
+    def record(self, rows: int, tokens: int, random: bool, *, largest: bool = False) -> int:
+        """Record the steps of up to so many rows of up to so many tokens, or only the largest decode and the largest of the others.
 
         `random`: those that draw at random, too. Returns the bytes that this took.
         """
         if self.graphs is None:
             return 0
-        before = list(self.graphs.recorded)
-        for at, kind in enumerate(self.graphs.kinds(rows, tokens, random)[:most]):
-            if not self._prepared(kind, again=at > 0):
-                return 0
-        return sum(one.bytes for one in self.graphs.recorded if not any(one is known for known in before))
+        before, kinds = list(self.graphs.recorded), self.graphs.kinds(rows, tokens, random)
+        if largest:
+            firsts = (next((kind for kind in kinds if kind.decodes is decodes), None) for decodes in (True, False))
+            kinds = [kind for kind in firsts if kind is not None]
+        for at, kind in enumerate(kinds):
+            self._prepared(kind, again=at > 0)
+        return sum(one.bytes for one in self._recorded if not any(one is known for known in before))
+
+    @property
+    def _recorded(self) -> list[Recorded]:
+        return [] if self.graphs is None else self.graphs.recorded
 
     def close(self) -> None:
         """Let go of the graphs and their memory."""
@@ -97,12 +105,18 @@ class Runner:
 
     def _kind(self, plan: Plan) -> Kind | None:
         """The graph that runs this step; None where none can."""
-        size = self.graphs.size(len(plan.chunks)) if self.graphs is not None and plan.decodes else None
-        if size is None:
+        if self.graphs is None:
+            return None
+        if plan.decodes:
+            size = self.graphs.size(len(plan.chunks))
+            sizes = None if size is None else (size, size)
+        else:
+            sizes = self.graphs.mixed_size(len(plan.chunks), sum(len(chunk.tokens) for chunk in plan.chunks))
+        if sizes is None:
             return None
         same = self._steady is not None and self._steady[1] is plan
         width = self._cache.advanced_width() if same else None
-        return size, width or self._cache.width_of(plan.chunks), plan.random
+        return Kind(*sizes, width or self._cache.width_of(plan.chunks), plan.random)
 
     def _repeats(self, plan: Plan, kind: Kind) -> bool:
         """Whether the device has brought the buffers from the last step to this one by itself."""
@@ -110,30 +124,35 @@ class Runner:
             return False
         last, before, batch = self._steady
         same = last == kind and before.sampled == plan.sampled and batch is self._cache.current
-        return same and self._cache.advanced_width() == kind[1]
+        return same and self._cache.advanced_width() == kind.width
 
     def _prepared(self, kind: Kind, again: bool) -> bool:
-        assert self.graphs is not None
+        if self.graphs is None:  # another could not be recorded
+            return False
         try:
             self.graphs.prepare(kind, again)
         except (RuntimeError, ValueError) as error:
             if self._strict:
                 raise
             why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            warnings.warn(f"decode steps run without CUDA graphs: one could not be recorded: {why}", stacklevel=4)
-            self.graphs = None
+            which = "steps" if kind.decodes else "steps with prompts"
+            warnings.warn(f"{which} run without CUDA graphs: one could not be recorded: {why}", stacklevel=4)
+            if kind.decodes:
+                self.graphs = None
+            else:
+                self.graphs.most_tokens = 0
             return False
         return True
 
     def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
         again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
-        batch = self._cache.advance() if again else self._cache.batch(plan.chunks, pad_to=kind[0])
-        if kind[2] and not again:
+        batch = self._cache.advance() if again else self._cache.batch(plan.chunks, recorded=(kind.rows, kind.new_tokens, kind.rows))
+        if kind.random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
         self.graphs.replay(kind)
         self._cache.replayed()
-        self._steady = (kind, plan, batch)
+        self._steady = (kind, plan, batch) if kind.decodes else None
 
     def _run_once(self, plan: Plan) -> None:
         logits = self.logits(plan.chunks)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 Logits = Literal["last", "all", "none"]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-# Sizes 0 and 1 are specialised by torch.compile, so a step never has them: B, T and R are padded to 2.
-MIN_SIZE = 2
+Sizes = tuple[int, int, int]  # B, T and R
+# Sizes 0 and 1 are specialised by torch.compile, so a step never has them.
+LEAST: Sizes = (2, 2, 2)
 _LOGITS = get_args(Logits)
 _NO_TOKENS = np.zeros(0, dtype=np.int64)
 _NO_PAGES: array[int] = array("i")
@@ -56,7 +57,7 @@ class Batch:
     num_tokens: int  # without padding; likewise below
     num_rows: int
     num_seqs: int
-    shape: tuple[int, int, int]  # B, T and R as the model sees them
+    shape: Sizes  # as the model sees them
     width: int  # pages a row that the block table has room for
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ class StepBuffers:
     """The buffers on the device, at addresses that never change."""
 
     def __init__(self, max_seqs: int, max_pages: int, max_tokens: int, device: torch.device) -> None:
-        rows = max(max_seqs, MIN_SIZE)
+        rows = max(max_seqs, LEAST[0])
         tokens = max(max_tokens, rows)  # a decode step has pad rows up to max_seqs, however few tokens there is room for
         self._device, self._max_rows, self._max_pages = device, rows, max_pages
         self._tables: dict[int, _Table] = {}  # by width: how long sequences may be is what kernels share work by
@@ -108,16 +109,16 @@ class StepBuffers:
         logits: list[Logits],
         width: int,
         carried: Sequence[int | None] = (),
-        pad_to: int = MIN_SIZE,
+        least: Sizes = LEAST,
     ) -> Batch:
         """Write one batch: per sequence its pages, the tokens it had before, its new tokens, the rows wanted.
 
-        width: pages a row of the block table; see `width()`.
+        width: pages a row of the block table; see `width()`. least: with pads.
         """
         lengths = np.array([len(new) for new in tokens], dtype=np.int64)
         ends, before, real = np.cumsum(lengths), np.array(starts, dtype=np.int64), int(lengths.sum())
         rows = _wanted_rows(ends, lengths, logits)
-        seqs, total, wanted = (max(size, pad_to) for size in (len(tokens), real, len(rows)))
+        seqs, total, wanted = map(max, (len(tokens), real, len(rows)), least)
         self.write_table(tables, width)
         self._send(self.seq_lens, before + lengths, seqs)
         self._send(self.query_lens, lengths, seqs)

@@ -117,6 +117,24 @@ def test_a_model_generates_through_several(kernel: str, inner: Inner, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kernel", ["general", "block_sparse", "flash_attn", "flashinfer"])
+def test_prompts_from_graphs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, their chunks, and both beside decodes, of other lengths at every replay: no step runs without a graph."""
+    needs(kernel)
+    model, settings = model_on("cuda"), {"kv_tokens": 8192, "max_seqs": 6, "max_batch_tokens": 256}
+    prompts = [prompts_of([3, 40, 200, 17, 130, 1]), prompts_of([250, 9, 600, 77]), prompts_of([128]), prompts_of([1200, 2])]
+    with PagedLM(model, kernel=kernel, inner="eager", cuda_graphs=True, **settings) as lm:  # type: ignore[arg-type]
+        monkeypatch.setattr(lm._runner, "_run_once", None)
+        for _ in range(2):
+            for some in prompts:
+                check_greedy(model, some, lm.generate(some, Sampling(max_new_tokens=24)))
+            recorded = {(one.rows, one.new_tokens) for one in lm.cuda_graphs if one.new_tokens > one.rows}
+            prompts = [some[::-1] for some in prompts]
+        assert len(recorded) > 3 and all(rows in (2, 6) for rows, _ in recorded)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 def test_what_auto_takes() -> None:
     """By the committed measurements, on this machine; every part can."""
     for dim in (64, 128, 256):

@@ -1,4 +1,4 @@
-"""Do replayed decode steps say what eager ones say, whoever joins and leaves?"""
+"""Do replayed steps say what eager ones say, whoever joins and leaves?"""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_a_step_that_is_repeated_sends_nothing() -> None:
         write = lm.cache.buffers.write
         lm.cache.buffers.write = lambda *args, **options: writes.append(1) or write(*args, **options)  # type: ignore[assignment, func-returns-value]
         assert lm.generate(PROMPTS, max_new_tokens=20) == greedy(20)
-        # The prompts, the first decode, and that which records the graph: all others only get new pages.
-        assert len(writes) == 3 and lm.cache.steps_run >= 20
+        # The prompts and the first decode, and before either what records its graph: all others only get new pages.
+        assert len(writes) == 4 and lm.cache.steps_run >= 20
 
 
 def test_sizes_grow_with_the_batch() -> None:
@@ -43,6 +43,58 @@ def test_sizes_grow_with_the_batch() -> None:
         assert [graphs.size(rows) for rows in (9, 17, 128, 129, 300)] == [16, 32, 128, 160, 300]
         lm.cache.max_tokens = 100
         assert graphs.size(100) is None and graphs.size(96) == 96
+
+
+def test_sizes_of_steps_with_prompts() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", max_batch_tokens=300, **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        lm.cache.max_tokens = None
+        for rows, tokens, size in [
+            (1, 2, (2, 16)), (2, 16, (2, 16)), (2, 17, (2, 32)), (3, 3, (8, 16)), (8, 200, (8, 256)), (8, 257, None),
+        ]:  # fmt: skip
+            assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
+        lm.cache.max_seqs = 300
+        for rows, tokens, size in [
+            (3, 3, (16, 32)), (16, 130, (16, 192)), (17, 20, (128, 192)), (128, 192, (128, 192)), (129, 200, None),
+        ]:  # fmt: skip
+            assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
+        lm.cache.max_tokens = 100  # of which a model may take no more in a step
+        assert [graphs.mixed_size(rows, tokens) for rows, tokens in [(2, 65), (2, 101), (16, 99), (17, 99)]] == [
+            (2, 100), None, (16, 100), None,
+        ]  # fmt: skip
+
+
+def test_prompts_are_replayed_beside_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of them too, and whatever the pads of the last step of that size held."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", max_batch_tokens=20, **SETTINGS)) as lm:  # type: ignore[arg-type]
+        monkeypatch.setattr(lm._runner, "_run_once", None)  # not one step runs without a graph
+        assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        how = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
+        assert lm.generate(PROMPTS[::-1], how) == [alone(tiny(), prompt, how) for prompt in PROMPTS[::-1]]
+        kinds = {(one.rows, one.new_tokens) for one in lm.cuda_graphs if one.new_tokens > one.rows}
+        assert kinds == {(8, 20)}
+
+
+def test_decodes_keep_their_graphs_where_prompts_can_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        lm._runner._strict = False
+        body = graphs._body
+
+        def fail(batch: Any, random: bool) -> Callable[[], None]:
+            if batch.shape[1] > batch.shape[0]:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return body(batch, random)
+
+        monkeypatch.setattr(graphs, "_body", fail)
+        with pytest.warns(UserWarning, match="steps with prompts run without CUDA graphs"):
+            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        assert lm.cuda_graphs and all(one.rows == one.new_tokens for one in lm.cuda_graphs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
 
 
 def test_block_tables_grow_with_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +140,10 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch: pytest
         with pytest.raises(RuntimeError, match="not permitted"):
             lm.generate(PROMPTS, max_new_tokens=3)
         lm._runner._strict = False
-        with pytest.warns(UserWarning, match="decode steps run without CUDA graphs: one could not be recorded: operation not"):
+        with pytest.warns(UserWarning) as warned:
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+        why = "run without CUDA graphs: one could not be recorded: operation not permitted when stream is capturing"
+        assert [str(each.message) for each in warned] == [f"steps with prompts {why}", f"steps {why}"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == ()
@@ -113,7 +167,8 @@ def test_what_a_failed_recording_ran_changes_no_token(monkeypatch: pytest.Monkey
         lm._runner._strict = False
         with pytest.warns(UserWarning, match="one could not be recorded"):
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
-        assert not torch.equal(*sampled), "what was run has sampled something else"
+        assert len(sampled) == 4, "once for a prompt, once for a decode"
+        assert not all(map(torch.equal, sampled[::2], sampled[1::2])), "what was run has sampled something else"
 
 
 def test_a_model_that_was_changed_is_recorded_anew() -> None:
@@ -157,7 +212,11 @@ def test_random_schedules_on_a_gpu(inner: str) -> None:
     with PagedLM(tiny().cuda(), inner=inner, cuda_graphs=True, **settings) as lm:  # type: ignore[arg-type]
         for seed in range(40):
             play(lm, random.Random(seed))
-        assert lm.preemptions > 10 and {one.rows for one in lm.cuda_graphs} == {2, 4, 6}
+        assert lm.preemptions > 10
+        assert {one.rows for one in lm.cuda_graphs if one.rows == one.new_tokens} == {2, 4, 6}
+        assert {(one.rows, one.new_tokens) for one in lm.cuda_graphs if one.rows < one.new_tokens} == {
+            (2, 16), (6, 16), (2, 17), (6, 17),
+        }  # fmt: skip
         assert {one.random for one in lm.cuda_graphs} == {False, True}
 
 

@@ -337,7 +337,7 @@ def test_other_shapes_and_tables_that_are_gone_have_no_plan(run: fi.FlashInferBa
 @interpreted
 @pytest.mark.parametrize("graphs", [False, True])
 def test_random_schedules(monkeypatch: pytest.MonkeyPatch, run: fi.FlashInferBackend, graphs: bool) -> None:
-    """No call plans on the spot. With `graphs`, decode steps are those of DecodeGraphs, run anew where a GPU replays them."""
+    """No call plans on the spot. With `graphs`, steps are those of StepGraphs, run anew where a GPU replays them."""
     for name, anything in (("devices", None), ("dtypes", None), ("head_dims", None)):
         monkeypatch.setattr(fi.FlashInferBackend, name, anything)
     monkeypatch.setattr(fi, "_library", lambda: ())

@@ -152,7 +152,7 @@ def test_when_a_batch_can_be_advanced() -> None:
     cache.free(c)
     assert cache.advanced_width() is None, "it could have been one of the batch"
     run(Chunk(a, [1]), Chunk(b, [4]))
-    cache.dead_batch(2, 6)
+    cache.dead_batch((2, 2, 2), 6)
     cache.replayed()
     assert cache.advanced_width() is None
     cache.max_positions = a.length + 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compile_attn.kernels import flash_attn, measured
+from compile_attn.kernels import flash_attn, measured, select
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import Backend, Request
 from compile_attn.kernels.select import UnsupportedError, _reasons, backend, choose, known_kernels
@@ -60,6 +60,8 @@ def test_preferences_on_a_cpu() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
 def test_preferences_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was measured."""
+    monkeypatch.setattr(select, "speeds", lambda request: None)
     monkeypatch.setattr(flash_attn, "_against_providers", lambda request: ("needs a provider",))
     assert choose(PLAIN, CUDA, torch.bfloat16, None).kernel == "sdpa"
     assert choose(SPECS["window"], CUDA, torch.bfloat16, None).kernel == "general"  # SDPA would read a mask from memory

@@ -19,8 +19,11 @@ PROMPTS = prompts_of([5, 1, 9, 14, 2, 7], seed=3)
 SETTINGS: dict[str, Any] = {"kv_tokens": 256, "page_size": 4, "max_seqs": 8, "inner": "eager", "poison": True}
 
 
-def kinds(lm: PagedLM) -> list[tuple[int, int, bool]]:
-    return [(one.rows, one.tokens, one.random) for one in lm.cuda_graphs]
+def kinds(lm: PagedLM) -> list[tuple[int, int, int, bool]]:
+    return [(one.rows, one.new_tokens, one.tokens, one.random) for one in lm.cuda_graphs]
+
+
+PROMPT_SIZES = [(8, 63), (2, 63), (8, 32), (2, 32), (8, 16), (2, 16)]  # a step of this model has at most 63 tokens
 
 
 @pytest.fixture
@@ -34,21 +37,23 @@ def test_after_a_warm_up_nothing_is_recorded() -> None:
     greedy, drawn = Sampling(max_new_tokens=40), Sampling(max_new_tokens=40, temperature=0.9, seed=4)
     with as_on_a_gpu(PagedLM(tiny(), **SETTINGS)) as lm:
         lm.warm_up()
-        assert kinds(lm) == [(rows, tokens, False) for rows in (8, 4, 2) for tokens in (72, 48, 24)]
+        sizes = [*PROMPT_SIZES, *((rows, rows) for rows in (8, 4, 2))]
+        assert kinds(lm) == [(*size, tokens, False) for size in sizes for tokens in (72, 48, 24)]
         lm.warm_up(random=True)
-        assert kinds(lm)[9:] == [(rows, tokens, True) for rows in (8, 4, 2) for tokens in (72, 48, 24)]
+        assert kinds(lm)[27:] == [(*size, tokens, True) for size in sizes for tokens in (72, 48, 24)]
         assert all(one.seconds > 0 for one in lm.cuda_graphs)
         for how in (greedy, drawn):
             assert lm.generate(PROMPTS, how) == [alone(tiny(), prompt, how) for prompt in PROMPTS]
         lm.warm_up(random=True)
-        assert len(lm.cuda_graphs) == 18 and lm.cache.pages_in_use == 0
+        assert len(lm.cuda_graphs) == 54 and lm.cache.pages_in_use == 0
 
 
 @pytest.mark.usefixtures("narrow")
 def test_only_what_is_asked_for() -> None:
     with as_on_a_gpu(PagedLM(tiny(), **SETTINGS)) as lm:
         lm.warm_up(rows=3, tokens=25, random=True)
-        assert kinds(lm) == [(rows, tokens, drawn) for rows in (4, 2) for tokens in (48, 24) for drawn in (True, False)]
+        sizes = [*PROMPT_SIZES, (4, 4), (2, 2)]
+        assert kinds(lm) == [(*size, tokens, drawn) for size in sizes for tokens in (48, 24) for drawn in (True, False)]
         for wrong in ({"rows": 9}, {"tokens": 65}, {"rows": 0}, {"tokens": True}):
             with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*; (at most (8|64) can be served|it must be)"):
                 lm.warm_up(**wrong)  # type: ignore[arg-type]
@@ -111,7 +116,7 @@ def test_prompts_of_every_width(budget: int, monkeypatch: pytest.MonkeyPatch) ->
         assert ran == [(2, 2, 24), (3, 5, 24), (2, 2, 24), (3, 5, 48), (2, 2, 24), (3, 5, 72)]
     else:
         mixed = [each for each in ran if each[1] > each[0]]
-        assert mixed == [(8, 7 + 24, 24), (8, 7 + 48, 48), (8, 63, 72)], "a step of this model has at most 63 tokens"
+        assert mixed == [(8, 7 + 24, 24), (8, 7 + 48, 48), (8, 63, 72)]
 
 
 @pytest.mark.gpu
