@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from compile_attn.kernels import mask as m
 from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged, Request
-from compile_attn.kernels.block_sparse import CUTS, BlockSparseBackend
+from compile_attn.kernels.block_sparse import CUTS, FOR_MANY, MANY, BlockSparseBackend
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
 from compile_attn.kernels.select import UnsupportedError, backend, choose
@@ -217,6 +217,9 @@ def test_tiles_follow_the_mask() -> None:
     assert sizes(m.BlockSparse(64, 1, 16, 1), 4096) == (1, rows, keys)
     assert [sizes(m.BlockSparse(size, 1, 16), 1)[2] for size in (16, 32, 48, 96, 128, 5)] == [16, 32, 16, 32, 64, 64]
     assert sizes(m.BlockSparse(16, 1, 16), 4096)[2] == 16
+    rows, keys = FOR_MANY[128][:2]
+    assert sizes(m.BlockSparse(64, 1, 16), 16 * MANY) == (4, rows // 4, keys)
+    assert sizes(m.BlockSparse(64, 1, 2, 1), 2 * MANY) == (1, rows, keys)
     by_row = m.All(m.Causal(), m.General(sympy.Eq(sympy.Mod(sympy.floor(I / 64) - sympy.floor(J / 64) + H, 4), 0)))
     assert sizes(by_row, 4096) == (1, 64, 64)  # twice the tokens would see twice the cells, each row half of them
 
@@ -265,7 +268,7 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("block sparse", "sparse decode"),
         ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages", "sparse, float32"),
-        ("long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
+        ("sparse, many blocks", "long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
     ],
     ids=str,
 )
