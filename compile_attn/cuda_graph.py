@@ -36,7 +36,7 @@ class Recorded:
 
 
 class DecodeGraphs:
-    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows, with block tables of 1024, 4096, ... tokens (`StepBuffers.width`).
+    """Decode steps of 2, 4, 8, 16, 32, 48, ... rows, with block tables of 256, 1024, ... tokens (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 
