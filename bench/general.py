@@ -1,6 +1,6 @@
 """How fast is the Triton kernel for any score, beside the libraries and what the machine could do?
 
-Every line is a causal batch over pages of 16 tokens, in a table as wide as a cache makes it (1024 tokens, 4096, ...):
+Every line is a causal batch over pages of 16 tokens, in a table as wide as a cache makes it (256 tokens, 1024, ...):
 microseconds in a CUDA graph, whose calls read different pages, and called one by one; the share of the floor (bytes over
 copy bandwidth, or operations over matrix rate, both measured first); and the others, where installed.
 
@@ -29,7 +29,7 @@ from bench.measuring import MISSING, RESULTS, Table, percent, publish, stamp
 from compile_attn.kernels import tiles as tiling
 from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
-from compile_attn.kernels.batch import AttentionMetadata
+from compile_attn.kernels.batch import AttentionMetadata, table_width
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -52,10 +52,7 @@ class Case:
 
     def bound(self) -> int:
         """Keys that the table has room for."""
-        bound = 1024
-        while bound < max(keys for keys, _ in self.shape):
-            bound *= 4
-        return bound
+        return PAGE * table_width(-(-max(keys for keys, _ in self.shape) // PAGE), PAGE)
 
     def bytes(self) -> int:
         width = getattr(torch, self.kv_dtype).itemsize

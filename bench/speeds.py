@@ -71,7 +71,7 @@ def measure(
                     torch.cuda.synchronize()  # raises again where the device is lost; the next process leaves this call out
         layers = LAYERS if inputs is None else len(inputs.layers)
         progress.trying(f"{name}, all")
-        times = compare(calls, device, seconds) if calls else {}
+        times = compare(calls, device, seconds, queued=inputs is not None) if calls else {}
         progress.add(name, {"times": {kernel: round(time / layers, 2) for kernel, time in times.items()}, "against": against})
         print(f"{clock.spent:5.1f} s  {name}: {progress.found[name]['times']}", flush=True)
 

@@ -55,8 +55,8 @@ class Recorded:
 
 
 class StepGraphs:
-    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens, each in block tables of several
-    widths (`StepBuffers.width`).
+    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens, each in block tables of 256, 1024,
+    ... tokens (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 

@@ -91,7 +91,7 @@ class StepBuffers:
         self.recent = torch.zeros(tokens, dtype=torch.int64, device=device)  # what the last step sampled, by row
 
     def width(self, pages: int, page_size: int) -> int:
-        """The narrowest table for rows of so many pages: 1024 tokens, 4096, 16384, ... or all that a sequence may have."""
+        """The narrowest table for rows of so many pages: 256 tokens, 1024, 4096, ... or all that a sequence may have."""
         return min(table_width(pages, page_size), self._max_pages)
 
     def widths(self, pages: int, page_size: int) -> list[int]:

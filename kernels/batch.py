@@ -156,11 +156,12 @@ def advance_step(
 
 
 def table_width(pages: int, page_size: int) -> int:
-    """Columns of a block table whose rows have so many pages at most: room for 1024 tokens, 4096, 16384, ...
+    """Columns of a block table whose rows have so many pages at most: room for 256 tokens, 1024, 4096, 16384, ...
 
-    Few widths are few CUDA graphs, and each bounds all lengths of a step by its shape, which is known on the host.
+    Few widths are few CUDA graphs, and each bounds all lengths of a step by its shape, which is known on the host. The narrowest
+    tells short sequences apart: no kernel divides them, and some libraries have another one for them. No table has one column.
     """
-    width = max(2, 1024 // page_size)
-    while width < pages:
-        width *= 4
-    return width
+    room = 256
+    while max(2, room // page_size) < pages:
+        room *= 4
+    return max(2, room // page_size)

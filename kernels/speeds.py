@@ -141,7 +141,7 @@ class Speeds:
 
     @functools.cached_property
     def _by_shape(self) -> dict[Shape, dict[str, float]]:
-        """Means over the points that shapes do not tell apart: in a table of 1024 tokens lengths may be 128 or 1024."""
+        """Means over the points that shapes do not tell apart: in a table of 1024 tokens lengths may be 300 or 1024."""
         alike: dict[Shape, list[Mapping[str, float]]] = {}
         for point, times in self.times.items():
             alike.setdefault(point.shape, []).append(times)

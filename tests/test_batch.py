@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compile_attn.kernels.ops  # noqa: F401
-from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, build_metadata
+from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, build_metadata, table_width
 from tests.test_general import interpreted
 
 SEQUENCES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=7)
@@ -122,6 +122,23 @@ def test_views_count_from_zero() -> None:
         equal(view, AttentionMetadata.build(view.block_table, view.seq_lens, view.query_lens, len(view.positions), 16))
     assert metadata.prefill_metadata(0, 0) is None
     assert metadata.decode_metadata(4, 32) is None
+
+
+@pytest.mark.parametrize(
+    ("page_size", "widths"),
+    [
+        (1, [256, 1024, 4096]),
+        (16, [16, 64, 256]),
+        (48, [5, 21, 85]),
+        (128, [2, 8, 32]),
+        (256, [2, 4, 16]),
+        (512, [2, 8, 32]),
+    ],
+)
+def test_tables_have_room_for_256_tokens_or_some_fours_of_it(page_size: int, widths: list[int]) -> None:
+    """Never for one page alone: torch.compile would take the width for a constant."""
+    for begin, width in zip([1, *(width + 1 for width in widths)], widths, strict=False):
+        assert {table_width(pages, page_size) for pages in range(begin, width + 1)} == {width}
 
 
 def test_bad_input_is_named() -> None:

@@ -42,7 +42,7 @@ NAMES = ("reference", "flash_attn", "general", "flashinfer")
 
 @dataclass(frozen=True)
 class Small(Point):
-    """A point whose table has room for its length alone: the models of tests have no table of 1024 tokens."""
+    """A point whose table has room for its length alone: the models of tests have no table of 256 tokens."""
 
     @property
     def shape(self) -> Shape:

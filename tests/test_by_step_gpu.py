@@ -67,7 +67,7 @@ def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
 def serving(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """As if kernels had been measured so that tables of each width, and other steps than decodes, are served by others."""
     parts = parts_of(kernel)
-    by_room = {1024: 1, 4096: 0, 16384: 2}  # `general` or FlashInfer for short sequences
+    by_room = {256: 2, 1024: 1, 4096: 0, 16384: 2}  # `general` or FlashInfer for short sequences
     best = {point: parts[(by_room[point.shape.room] + (point.phase != "decode")) % len(parts)] for point in PAGED}
     monkeypatch.setattr(measured, "MICROSECONDS", {key_of(point): times_of(parts, name) for point, name in best.items()})
     by_step.forget()
@@ -94,7 +94,7 @@ def needs(kernel: str) -> None:
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("kernel", ["general", "flash_attn|general", "flash_attn|flashinfer|general"])
 def test_a_model_generates_through_several(kernel: str, inner: Inner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts, chunks among decodes, and decodes from graphs, in tables that grow from 1024 to 4096 to 16384 tokens."""
+    """Prompts, chunks among decodes, and decodes from graphs, in tables that grow from 256 to 16384 tokens."""
     needs(kernel)
     serving(monkeypatch, kernel)
     seen, model = watched(monkeypatch, *parts_of(kernel)), model_on("cuda")
@@ -107,10 +107,10 @@ def test_a_model_generates_through_several(kernel: str, inner: Inner, monkeypatc
             found = lm.generate(prompts[how], Sampling(max_new_tokens=48))
             check_greedy(model, prompts[how], found)
         assert {site.kernel for site in lm.report.sites} == {kernel}
-        assert {one.tokens for one in lm.cuda_graphs} == {1024, 4096, 16384}
+        assert {one.tokens for one in lm.cuda_graphs} == {256, 1024, 4096, 16384}
     decodes = {(name, shape.room) for name, method, shape in seen if method == "attend" and shape.tokens == shape.sequences}
-    names = [parts_of(kernel)[place % len(parts_of(kernel))] for place in (1, 0, 2)]
-    assert decodes == set(zip(names, (1024, 4096, 16384), strict=True))
+    names = [parts_of(kernel)[place % len(parts_of(kernel))] for place in (2, 1, 0, 2)]
+    assert decodes == set(zip(names, (256, 1024, 4096, 16384), strict=True))
     assert {name for name, method, shape in seen if shape.tokens > shape.sequences} == set(parts_of(kernel))
     assert {name for name, method, _ in seen if method == "plan on host"} <= {"flash_attn", "flashinfer"}
 

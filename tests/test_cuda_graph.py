@@ -99,7 +99,7 @@ def test_decodes_keep_their_graphs_where_prompts_can_have_none(monkeypatch: pyte
 
 def test_block_tables_grow_with_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = StepBuffers(4, 5000, 64, torch.device("cpu"))
-    assert [buffers.width(pages, 16) for pages in (1, 64, 65, 256, 257, 4097, 5000)] == [64, 64, 256, 256, 1024, 5000, 5000]
+    assert [buffers.width(pages, 16) for pages in (1, 16, 17, 64, 65, 257, 4097, 5000)] == [16, 16, 64, 64, 256, 1024, 5000, 5000]
     assert [StepBuffers(4, 3, 64, torch.device("cpu")).width(pages, 2048) for pages in (1, 3)] == [2, 3]
 
     monkeypatch.setattr(StepBuffers, "width", lambda self, pages, page_size: -(-pages // 3) * 3)  # widths change often

@@ -15,22 +15,36 @@ PLAIN, WINDOW = AttentionSpec(32, 8, 128, 128), AttentionSpec(32, 8, 128, 128, m
 @pytest.mark.parametrize(
     ("tokens", "sequences", "keys", "spec", "wanted"),
     [
-        (8, 8, 131_072, PLAIN, 15),  # a KV head has a share of the device
+        (32, 32, 131_072, PLAIN, 15),  # a KV head has a share of the device
         (8, 8, 131_072, AttentionSpec(16, 1, 128, 128), 120),
-        (8, 8, 131_072, WINDOW, 2),
-        (8, 8, 4_096, PLAIN, 8),
+        (8, 8, 131_072, WINDOW, 8),  # as many parts as a query sees blocks of keys
+        (8, 8, 131_072, AttentionSpec(32, 8, 128, 128, m.Window(127)), 1),
+        (9, 8, 131_072, PLAIN, 15),  # no decode
+        (9, 8, 1_024, PLAIN, 2),
+        (8, 8, 1_023, PLAIN, 1),
+        (512, 2, 131_072, AttentionSpec(32, 1, 128, 128), 16),
         (32, 32, 4_096, PLAIN, 4),
         (8, 8, 1_000, PLAIN, 1),
         (512, 512, 131_072, AttentionSpec(32, 4, 128, 128), 16),  # by the memory that parts take
         (8192, 4, 131_072, PLAIN, 1),
         (1000, 1000, 131_072, PLAIN, 1),
-        (32, 32, 1_024, PLAIN, 1),
-        (8, 8, 1_024, PLAIN, 2),
     ],
 )
 def test_splits(tokens: int, sequences: int, keys: int, spec: AttentionSpec, wanted: int) -> None:
     assert flash_splits.splits(spec, tokens, sequences, keys, 132, even=False) == wanted
     assert flash_splits.splits(spec, tokens, sequences, keys, 132, even=True) == 1
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [(256, (1, 1, 1, 1)), (1_024, (32, 32, 1, 1)), (16_384, (32, 32, 15, 15)), (65_536, (32, 32, 15, 15))],
+    ids=["128 keys", "1024 keys", "8192 keys", "32768 keys"],
+)
+def test_decodes_as_the_library_is_fastest(keys: int, wanted: tuple[int, ...], dim: int) -> None:
+    """In the tables that a cache makes for them: what each row of bench/results/attend.json says of the library's own ways."""
+    spec = AttentionSpec(32, 8, dim, dim)
+    assert tuple(flash_splits.splits(spec, rows, rows, keys, 132, even=False) for rows in (1, 8, 32, 128)) == wanted
 
 
 def is_even(spec: AttentionSpec, rows: list[tuple[int, int]]) -> bool:

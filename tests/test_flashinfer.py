@@ -22,6 +22,7 @@ from compile_attn.kernels import flashinfer_plans as plans
 from compile_attn.kernels import mask as m
 from compile_attn.kernels import measured, speeds
 from compile_attn.kernels.backend import HostStep, Paged, PlannedSite, Request
+from compile_attn.kernels.batch import table_width
 from compile_attn.kernels.expr import H, I, J, Load, S
 from compile_attn.kernels.select import UnsupportedError, backend, choose
 from compile_attn.kernels.spec import AttentionSpec
@@ -197,6 +198,16 @@ def test_the_kernel_for_decodes(
     spec = AttentionSpec(*heads, dim, dim, **more)  # type: ignore[arg-type]
     assert plans.Problem.of(spec, torch.bfloat16, torch.bfloat16, 16).for_single(rows, longest) == kernel
     assert plans.Problem.of(spec, torch.bfloat16, torch.float8_e5m2, 16).for_single(rows, longest) != "cuda cores"
+
+
+@interpreted
+@pytest.mark.parametrize(("pages", "cores"), [(16, False), (17, True)], ids=["256 tokens", "257 tokens"])
+def test_short_tables_say_that_there_is_little_to_read(run: fi.FlashInferBackend, pages: int, cores: bool) -> None:
+    """As a cache makes them for a graph, which holds the kernel for all lengths that fit."""
+    table = torch.zeros((17, table_width(pages, 16)), dtype=torch.int32)
+    lengths = torch.full((17,), 9, dtype=torch.int32), torch.ones(17, dtype=torch.int32)
+    run.plan_on_host(HostStep(table, *lengths, 17, 16, True), [site(AttentionSpec(32, 8, 64, 64), torch.bfloat16)])
+    assert [made.options["use_tensor_cores"] for made in Wrapper.made] == [cores]
 
 
 class MissingJITCacheError(RuntimeError):

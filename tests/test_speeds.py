@@ -46,8 +46,7 @@ def test_the_faster_kernel_is_taken() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
 def test_several_are_named_where_steps_differ() -> None:
-    for length in (128, 1024):
-        measured.MICROSECONDS["decode", 128, 4, 128, length]["general"] = 8.0
+    measured.MICROSECONDS["decode", 128, 4, 128, 1024]["general"] = 8.0
     choice = choose(SPEC, CUDA, HALF, 16)
     assert choice.kernel == "reference|general" and set(choice.passed_over) == set(known_kernels()) - {"reference", "general"}
     words = "general where it measured faster: steps nearest to decodes of 128 sequences in tables of 1024 tokens"
@@ -146,15 +145,15 @@ def test_what_was_not_measured() -> None:
 # Which of several serves a step.
 
 SHAPES = {
-    Point("decode", 32, 128, 1): Shape(32, 32, 1024),
+    Point("decode", 32, 128, 1): Shape(32, 32, 256),
     Point("decode", 8, 4096, 1): Shape(8, 8, 4096),
     Point("decode", 8, 4097, 1): Shape(8, 8, 16384),
-    Point("prefill", 16, 128, 1): Shape(2048, 16, 1024),
+    Point("prefill", 16, 128, 1): Shape(2048, 16, 256),
     Point("mixed", 32, 4096, 1): Shape(31 + 2048, 32, 4096),
 }
 STEPS = {  # a: nowhere the fastest by much; b: many short decodes; c: prompts; d: by 4 % at one point
     Point("decode", 1, 1024, 3): {"a": 10.0, "b": 13.0, "c": 15.0, "d": 10.0},
-    Point("decode", 128, 128, 1): {"a": 40.0, "b": 30.0, "c": 44.0, "d": 40.0},
+    Point("decode", 128, 512, 1): {"a": 40.0, "b": 30.0, "c": 44.0, "d": 40.0},
     Point("decode", 128, 1024, 1): {"a": 140.0, "b": 142.0, "c": 150.0, "d": 150.0},
     Point("decode", 32, 8192, 2): {"a": 240.0, "b": 260.0, "c": 250.0, "d": 230.0},
     Point("prefill", 1, 2048, 1): {"a": 100.0, "b": 130.0, "c": 80.0, "d": 100.0},
@@ -174,6 +173,7 @@ def test_the_shape_of_a_point(point: Point) -> None:
     [
         (Shape(128, 128, 1024), "b"),  # by the mean of both lengths that such a table may hold
         (Shape(112, 112, 1024), "b"),
+        (Shape(112, 112, 256), "b"),
         (Shape(512, 512, 1024), "b"),
         (Shape(2, 2, 1024), "a"),
         (Shape(128, 128, 16384), "a"),
@@ -192,8 +192,8 @@ def test_the_nearest_point_decides(shape: Shape, serving: str) -> None:
 @pytest.mark.parametrize("sequences", [1, 2, 8, 48, 128, 256, 512])
 def test_of_decodes_the_table_says_more_than_the_number(sequences: int) -> None:
     """In the mix: however many sequences there are, long ones are compared with long ones."""
-    times = {each: {"long": 2.0, "short": 1.0} if each.shape.room == 1024 else {"long": 1.0, "short": 2.0} for each in PAGED}
-    for room, serving in ((1024, "short"), (4096, "long"), (16384, "long"), (131_072, "long")):
+    times = {each: {"long": 2.0, "short": 1.0} if each.shape.room <= 1024 else {"long": 1.0, "short": 2.0} for each in PAGED}
+    for room, serving in ((256, "short"), (1024, "short"), (4096, "long"), (16384, "long"), (131_072, "long")):
         assert Speeds(128, 4, times).fastest(("long", "short"), Shape(sequences, sequences, room)) == serving
 
 
