@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PLACES = (
     shutil.which("compute-sanitizer"),
     *(f"/usr/local/cuda/{folder}/compute-sanitizer" for folder in ("bin", "compute-sanitizer")),
 )
+MOST_OF_A_LOG = 4 << 20  # characters that are kept
 PLANTED = """
 import torch, triton, triton.language as tl
 @triton.jit
@@ -82,21 +84,28 @@ def main(args: Sequence[str] | None = None) -> int:
             _, seen = watched(chosen.tool, [sys.executable, str(planted)], 120)
         rows.append(["a planted write behind a tensor", str(len(seen)), str(errors(seen)), "yes" if errors(seen) else "NO"])
     if all(row[-1] == "yes" for row in rows):  # a tool that does not see the planted one shows nothing
-        rows.append(tests_under(chosen.tool, chosen.tests, chosen.jobs, chosen.limit))
+        rows.append(tests_under(chosen.tool, chosen.tests, chosen.jobs, chosen.limit, chosen.out))
     table = Table(f"compute-sanitizer --tool {chosen.tool}", ["what ran", "processes", "errors", "as it should be"], rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     publish(chosen.tool, "Memory that kernels touch", [table], {"rows": rows, "left out": LEFT_OUT}, stamp(device), chosen.out)
     return 0 if all(row[-1] == "yes" for row in rows) else 1
 
 
-def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float) -> list[str]:
-    """A row of the table: the gpu tests of these files."""
+def headlines(text: str) -> Counter[str]:
+    """What the tool complains of, and how often: the first line of each complaint, without addresses."""
+    lines = re.findall(r"^========= (?=\S)(?!COMPUTE-SANITIZER|ERROR SUMMARY)(.*)$", text, re.M)
+    return Counter(re.sub(r"0x[0-9a-f]+|\d{4,}", "_", line) for line in lines)
+
+
+def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float, out: Path) -> list[str]:
+    """A row of the table: the gpu tests of these files. What was complained of is printed, and kept in `out`."""
     begin = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), *PLUGINS]
     code, seen = watched(tool, [*command, *tests], limit)
     for text in seen:
         if errors([text]):
-            print(text[:6000])
+            (out / f"{tool}.log").write_text(text[:MOST_OF_A_LOG])
+            print(*(f"{count} x {what}" for what, count in headlines(text).most_common(20)), sep="\n")
     ended = {0: "all passed", None: "cut off"}.get(code, f"pytest ended with {code}")
     clean = "yes" if code == 0 and seen and not errors(seen) else "NO"
     what = f"gpu tests of {', '.join(Path(test).stem for test in tests)}: {ended}, {time.perf_counter() - begin:.0f} s"

@@ -355,7 +355,20 @@ def test_memory_errors_are_counted(planted: int, found: int, status: int, tmp_pa
     said = (out / "memcheck.md").read_text()
     assert f"| a planted write behind a tensor | 1 | {planted} | {'yes' if planted else 'NO'} |" in said
     assert (f"| {found} | {'yes' if found == 0 else 'NO'} |" in said and "gpu tests of" in said) == bool(planted)
-    assert {file.name for file in out.iterdir()} == {"memcheck.md", "memcheck.json"}
+    kept = {"memcheck.log"} if found else set()
+    assert {file.name for file in out.iterdir()} == {"memcheck.md", "memcheck.json", *kept}
+
+
+def test_what_a_sanitizer_complains_of() -> None:
+    found = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at write+0xf0 in planted.py:5
+========= Invalid __global__ write of size 4 bytes
+========= Program hit cudaErrorMemoryAllocation (error 2)
+========= ERROR SUMMARY: 3 errors
+"""
+    expected = {"Invalid __global__ write of size 4 bytes": 2, "Program hit cudaErrorMemoryAllocation (error 2)": 1}
+    assert memcheck.headlines(found) == expected
 
 
 def test_no_sanitizer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

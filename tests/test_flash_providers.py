@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from compile_attn.kernels import flash_attn, flash_providers
+from compile_attn.kernels import flash_attn, flash_providers, select
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.backend import Request
 from compile_attn.kernels.expr import B, H, I, J, Load
@@ -368,8 +368,10 @@ def test_the_device_must_fit(monkeypatch: pytest.MonkeyPatch, installed: Any) ->
                for each in backend("flash_attn").reasons(asked(PLAIN, 256)))  # fmt: skip
 
 
-def test_it_is_preferred_on_cuda_where_it_can(installed: Any) -> None:
+def test_it_is_preferred_on_cuda_where_it_can(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was measured."""
     installed(HopperExtension)
+    monkeypatch.setattr(select, "speeds", lambda request: None)
     assert choose(PLAIN, CUDA, torch.bfloat16, 16).kernel == "flash_attn"
     assert choose(AttentionSpec(8, 2, 64, 64, m.Window(9)), CUDA, torch.bfloat16, None).kernel == "flash_attn"
     assert choose(AttentionSpec(8, 2, 64, 64, softcap=9.0), CUDA, torch.float16, None).kernel == "flash_attn"
