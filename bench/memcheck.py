@@ -1,7 +1,7 @@
 """Does any Triton kernel read or write memory that is not its own?
 
 compute-sanitizer watches every access while the tests of the Triton kernels run on the device, after it has shown that it sees a
-planted one. Every tensor has an allocation of its own then, so that what lies behind it belongs to nobody.
+planted one. Every tensor has an allocation of its own then, of the driver's pool, so that what lies behind it belongs to nobody.
 
     python -m bench.memcheck [--jobs 8] [--limit 400] [--tool memcheck] [--out DIR] [tests, default: those of the Triton kernels]
 """
@@ -37,7 +37,7 @@ PLANTED = """
 import torch, triton, triton.language as tl
 @triton.jit
 def write(at):
-    tl.store(at + (1 << 22), 1.0)
+    tl.store(at + 4, 1.0)
 if __name__ == "__main__":
     write[(1,)](torch.zeros(4, device="cuda"))
     torch.cuda.synchronize()
@@ -54,7 +54,8 @@ def sanitizer() -> str:
 
 def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # Not PYTORCH_NO_CUDA_MEMORY_CACHING: under the tool, what is freed then is not there again, and tests run out of memory.
+    env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
     with tempfile.TemporaryDirectory() as logs:
         how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", f"{logs}/%p.log"]
         code = run_apart([sanitizer(), *how, *command], limit, env)
