@@ -103,10 +103,11 @@ def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float, out: P
     begin = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), *PLUGINS]
     code, seen = watched(tool, [*command, *tests], limit)
-    for text in seen:
-        if errors([text]):
-            (out / f"{tool}.log").write_text(text[:MOST_OF_A_LOG])
-            print(*(f"{count} x {what}" for what, count in headlines(text).most_common(20)), sep="\n")
+    faulty, log = "\n".join(text for text in seen if errors([text])), out / f"{tool}.log"
+    log.unlink(missing_ok=True)
+    if faulty:
+        log.write_text(faulty[:MOST_OF_A_LOG])
+        print(*(f"{count} x {what}" for what, count in headlines(faulty).most_common(20)), sep="\n")
     ended = {0: "all passed", None: "cut off"}.get(code, f"pytest ended with {code}")
     clean = "yes" if code == 0 and seen and not errors(seen) else "NO"
     what = f"gpu tests of {', '.join(Path(test).stem for test in tests)}: {ended}, {time.perf_counter() - begin:.0f} s"

@@ -20,11 +20,12 @@ from torch import nn
 from compile_attn.cache import Batch, PagedKVCache
 from compile_attn.kernels.batch import advance_step
 from compile_attn.sampling import SamplingRows, sample
+from compile_attn.step import Sizes
 
 Forward = Callable[[Batch], torch.Tensor]
 # New tokens of a step with prompts, and its sequences. Up to so many tokens, reading the weights takes longer than multiplying with
 # them, so that pad tokens cost little; attention skips pad rows.
-_TOKENS = (16, 32, 64, 128, 192, 256)
+_TOKENS = (16, 32, 64, 128, 256)
 _ROWS = (2, 16, 128)
 
 
@@ -39,6 +40,10 @@ class Kind(NamedTuple):
     @property
     def decodes(self) -> bool:
         return self.rows == self.new_tokens
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.rows, self.new_tokens, self.rows
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Recorded:
 
 
 class StepGraphs:
-    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens, each in block tables of 256, 1024,
-    ... tokens (`StepBuffers.width`).
+    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens of up to 128 sequences, each in
+    block tables of up to 256, 1024, ... tokens (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 
@@ -132,7 +137,9 @@ class StepGraphs:
         buffers = self._cache.buffers
         recent = buffers.recent[: kind.rows].clone()  # tokens that the host has not read yet
         try:
-            step = self._body(self._cache.dead_batch((kind.rows, kind.new_tokens, kind.rows), kind.width), kind.random)
+            batch = self._cache.dead_batch(kind.sizes, kind.width)
+            _check_is(kind, batch)
+            step = self._body(batch, kind.random)
             self._steps[kind] = self._record(step) if self._on_gpu else step
         finally:  # also where the step ran but could not be recorded: the next one goes on from these tokens
             buffers.recent[: kind.rows].copy_(recent)
@@ -140,8 +147,15 @@ class StepGraphs:
         tokens = kind.width * self._cache.page_size
         self.recorded.append(Recorded(kind.rows, kind.new_tokens, tokens, kind.random, seconds, bytes_))
 
-    def replay(self, kind: Kind) -> None:
+    def forget_prompts(self) -> None:
+        """Steps with prompts have no graphs from now on."""
+        self.most_tokens = 0
+        self._steps = {kind: step for kind, step in self._steps.items() if kind.decodes}
+        self.recorded = [one for one in self.recorded if one.rows == one.new_tokens]
+
+    def replay(self, kind: Kind, batch: Batch) -> None:
         """Run the step on the current batch; its tokens are in `buffers.recent`. A decode leaves the buffers one token further."""
+        _check_is(kind, batch)
         self._steps[kind]()
 
     def set_sampling(self, how: SamplingRows) -> None:
@@ -200,6 +214,12 @@ class StepGraphs:
 
     def _reserved(self) -> int:
         return torch.cuda.memory_reserved(self._cache.device) if self._on_gpu else 0
+
+
+def _check_is(kind: Kind, batch: Batch) -> None:
+    """A graph would read less of a batch of other sizes, or more, and say nothing."""
+    if batch.shape != kind.sizes or batch.width != kind.width:
+        raise RuntimeError(f"a batch of {batch.shape} in tables of {batch.width} pages is not what this graph is for: {kind}")
 
 
 @contextmanager

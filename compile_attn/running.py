@@ -89,8 +89,7 @@ class Runner:
             return 0
         before, kinds = list(self.graphs.recorded), self.graphs.kinds(rows, tokens, random)
         if largest:
-            firsts = (next((kind for kind in kinds if kind.decodes is decodes), None) for decodes in (True, False))
-            kinds = [kind for kind in firsts if kind is not None]
+            kinds = [kind for at, kind in enumerate(kinds) if kind.decodes not in {each.decodes for each in kinds[:at]}]
         for at, kind in enumerate(kinds):
             self._prepared(kind, again=at > 0)
         return sum(one.bytes for one in self._recorded if not any(one is known for known in before))
@@ -127,7 +126,7 @@ class Runner:
         return same and self._cache.advanced_width() == kind.width
 
     def _prepared(self, kind: Kind, again: bool) -> bool:
-        if self.graphs is None:  # another could not be recorded
+        if self.graphs is None or not (kind.decodes or self.graphs.most_tokens):  # another could not be recorded
             return False
         try:
             self.graphs.prepare(kind, again)
@@ -140,17 +139,17 @@ class Runner:
             if kind.decodes:
                 self.graphs = None
             else:
-                self.graphs.most_tokens = 0
+                self.graphs.forget_prompts()
             return False
         return True
 
     def _replay(self, plan: Plan, kind: Kind) -> None:
         assert self.graphs is not None
         again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
-        batch = self._cache.advance() if again else self._cache.batch(plan.chunks, recorded=(kind.rows, kind.new_tokens, kind.rows))
+        batch = self._cache.advance() if again else self._cache.batch(plan.chunks, recorded=kind.sizes)
         if kind.random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
-        self.graphs.replay(kind)
+        self.graphs.replay(kind, batch)
         self._cache.replayed()
         self._steady = (kind, plan, batch) if kind.decodes else None
 

@@ -346,17 +346,19 @@ def test_memory_errors_are_counted(planted: int, found: int, status: int, tmp_pa
     tool.write_text(
         "#!/bin/sh\nwhile [ $1 != --log-file ]; do shift; done\n"
         f"case $4 in *planted*) n={planted};; *) n={found}; esac\n"
-        'echo "========= ERROR SUMMARY: $n errors" > $(dirname $2)/1.log\n'
+        'for p in 1 2; do echo "========= ERROR SUMMARY: $n errors, of $p" > $(dirname $2)/$p.log; done\n'
     )
     tool.chmod(0o755)
     monkeypatch.setattr(memcheck, "PLACES", (None, str(tool)))
     out = tmp_path / "out"
     assert memcheck.main(["--out", str(out)]) == status
     said = (out / "memcheck.md").read_text()
-    assert f"| a planted write behind a tensor | 1 | {planted} | {'yes' if planted else 'NO'} |" in said
-    assert (f"| {found} | {'yes' if found == 0 else 'NO'} |" in said and "gpu tests of" in said) == bool(planted)
+    assert f"| a planted write behind a tensor | 2 | {2 * planted} | {'yes' if planted else 'NO'} |" in said
+    assert (f"| {2 * found} | {'yes' if found == 0 else 'NO'} |" in said and "gpu tests of" in said) == bool(planted)
     kept = {"memcheck.log"} if found else set()
     assert {file.name for file in out.iterdir()} == {"memcheck.md", "memcheck.json", *kept}
+    if found:
+        assert [line[-4:] for line in (out / "memcheck.log").read_text().split("\n") if line] == ["of 1", "of 2"]
 
 
 def test_what_a_sanitizer_complains_of() -> None:

@@ -56,7 +56,7 @@ def test_sizes_of_steps_with_prompts() -> None:
             assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
         lm.cache.max_seqs = 300
         for rows, tokens, size in [
-            (3, 3, (16, 32)), (16, 130, (16, 192)), (17, 20, (128, 192)), (128, 192, (128, 192)), (129, 200, None),
+            (3, 3, (16, 32)), (16, 130, (16, 256)), (17, 20, (128, 256)), (128, 256, (128, 256)), (129, 200, None),
         ]:  # fmt: skip
             assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
         lm.cache.max_tokens = 100  # of which a model may take no more in a step
@@ -88,13 +88,38 @@ def test_decodes_keep_their_graphs_where_prompts_can_have_none(monkeypatch: pyte
                 raise RuntimeError("operation not permitted when stream is capturing")
             return body(batch, random)
 
+        lm.warm_up(rows=2)
         monkeypatch.setattr(graphs, "_body", fail)
-        with pytest.warns(UserWarning, match="steps with prompts run without CUDA graphs"):
-            assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
-        assert lm.cuda_graphs and all(one.rows == one.new_tokens for one in lm.cuda_graphs)
+        with pytest.warns(UserWarning, match="steps with prompts run without CUDA graphs") as warned:
+            lm.warm_up()
+        assert len(warned) == 1 and {(one.rows, one.new_tokens) for one in lm.cuda_graphs} == {(8, 8), (4, 4), (2, 2)}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
+
+
+def test_a_graph_is_for_its_own_sizes() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        lm.warm_up(rows=4, tokens=8)
+        kinds = list(graphs._steps)
+        assert len({kind.sizes for kind in kinds}) == len(kinds) > 3
+        for kind in kinds:
+            batch = lm.cache.dead_batch(kind.sizes, kind.width)
+            graphs.replay(kind, batch)
+            for other in (lm.cache.dead_batch(kind.sizes, kind.width + 1), lm.cache.dead_batch((7, 15, 7), kind.width)):
+                with pytest.raises(RuntimeError, match="is not what this graph is for"):
+                    graphs.replay(kind, other)
+
+
+def test_the_largest_are_recorded_first() -> None:
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+        lm._runner.record(8, 64, True, largest=True)
+        assert [(one.rows, one.new_tokens, one.tokens, one.random) for one in lm.cuda_graphs] == [
+            (8, 63, 256, True),
+            (8, 8, 256, True),
+        ]
 
 
 def test_block_tables_grow_with_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +146,7 @@ def test_steps_too_many_write_to_no_page_of_another(count: int) -> None:
         own = {page: length - at * 4 for length, pages in owned for at, page in enumerate(pages)}  # tokens that are in it
         before = [pool.clone() for pool in (*lm.cache.k_pages, *lm.cache.v_pages)]
         for _ in range(count):
-            runner.graphs.replay(runner._steady[0])
+            runner.graphs.replay(runner._steady[0], runner._steady[2])
         assert 0 not in own, "what a table does not show is page 0, which is nobody's"
         for old, new in zip(before, (*lm.cache.k_pages, *lm.cache.v_pages), strict=True):
             for page in range(1, len(new)):
