@@ -54,8 +54,8 @@ def sanitizer() -> str:
 
 def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
-    # Not PYTORCH_NO_CUDA_MEMORY_CACHING: under the tool, what is freed then is not there again, and tests run out of memory.
-    env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
+    # The tool holds memory for every launch that is under way: one at a time, or 100 tests need more than there is.
+    env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync", "CUDA_LAUNCH_BLOCKING": "1"}
     with tempfile.TemporaryDirectory() as logs:
         how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", f"{logs}/%p.log"]
         code = run_apart([sanitizer(), *how, *command], limit, env)

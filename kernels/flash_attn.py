@@ -104,9 +104,9 @@ class FlashAttnBackend(Backend):
         return ready
 
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
-        """Remember whether the coming step is even. A graph will see other lengths than these, and asks nothing."""
+        """Remember whether the coming step is even. A graph of decodes will see other lengths than these, and asks nothing."""
         table, even = step.block_table, dict[AttentionSpec, bool]()
-        for site in () if step.captured else sites:
+        for site in () if step.captured and step.num_tokens == table.shape[0] else sites:
             lengths = step.query_lens.numpy(), step.seq_lens.numpy()
             even[site.spec] = flash_splits.even(site.spec, *lengths, _multiprocessors(table.device))
         self._said[table.data_ptr()] = (table.shape[0], step.num_tokens), even
