@@ -54,7 +54,7 @@ def sanitizer() -> str:
 
 def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
-    # The tool holds memory for every launch that is under way: one at a time, or 100 tests need more than there is.
+    # One launch at a time: under the tool the memory in use grows with launches, until tests find none left.
     env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync", "CUDA_LAUNCH_BLOCKING": "1"}
     with tempfile.TemporaryDirectory() as logs:
         how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", f"{logs}/%p.log"]

@@ -53,7 +53,7 @@ class Tuned(BlockSparseBackend):
         found, it = super().tiles(spec, dot, tokens, shared, read), self.variant
         tile_rules._KEYS_ALONE = it.alone or ALONE  # read after this, when programs are counted
         if not it.rows:
-            return replace(found, together=it.together)
+            return replace(found, together=found.together and it.together)
         sizes = {"block_m": it.rows, "block_q": max(1, it.rows // found.group) if tokens > 1 else 1, "block_n": it.keys}
         works = {"warps": it.warps, "stages": it.stages, "registers": it.registers}
         return replace(found, **sizes, **works, together=it.together)  # type: ignore[arg-type]

@@ -244,7 +244,7 @@ class PagedLM:
     @property
     def cuda_graphs(self) -> tuple[Recorded, ...]:
         """The steps that were recorded so far, with seconds and bytes."""
-        return () if self._runner.graphs is None else tuple(self._runner.graphs.recorded)
+        return tuple(self._runner.recorded)
 
     @property
     def vocab_size(self) -> int:

@@ -92,10 +92,11 @@ class Runner:
             kinds = [kind for at, kind in enumerate(kinds) if kind.decodes not in {each.decodes for each in kinds[:at]}]
         for at, kind in enumerate(kinds):
             self._prepared(kind, again=at > 0)
-        return sum(one.bytes for one in self._recorded if not any(one is known for known in before))
+        return sum(one.bytes for one in self.recorded if not any(one is known for known in before))
 
     @property
-    def _recorded(self) -> list[Recorded]:
+    def recorded(self) -> list[Recorded]:
+        """The graphs there are."""
         return [] if self.graphs is None else self.graphs.recorded
 
     def close(self) -> None:
