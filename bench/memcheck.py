@@ -3,7 +3,9 @@
 compute-sanitizer watches every access while the tests of the Triton kernels run on the device, after it has shown that it sees a
 planted one. Every tensor has an allocation of its own then, of the driver's pool, so that what lies behind it belongs to nobody.
 
-    python -m bench.memcheck [--jobs 8] [--limit 400] [--tool memcheck] [--out DIR] [tests, default: those of the Triton kernels]
+    python -m bench.memcheck [--jobs 8] [--wave 80] [--limit 500] [--tool memcheck] [--out DIR] [tests, default: Triton's kernels']
+
+Under the tool the memory of a process that launches kernels only grows, so that processes serve a wave of tests and end.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import argparse
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bench.measuring import RESULTS, Table, publish, stamp
-from bench.processes import run_apart
+from bench.processes import Clock, run_apart
 
 TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows")
 # Recording a graph, as a model that generates does, forbids allocations of its own; what reads 4 GiB of pages takes minutes.
@@ -54,8 +56,7 @@ def sanitizer() -> str:
 
 def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
-    # One launch at a time: under the tool the memory in use grows with launches, until tests find none left.
-    env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync", "CUDA_LAUNCH_BLOCKING": "1"}
+    env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
     with tempfile.TemporaryDirectory() as logs:
         how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", "--log-file", f"{logs}/%p.log"]
         code = run_apart([sanitizer(), *how, *command], limit, env)
@@ -72,7 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", default=[f"tests/test_{name}.py" for name in TESTS])
     parser.add_argument("--jobs", type=int, default=8, help="processes at once")
-    parser.add_argument("--limit", type=float, default=400.0, help="seconds for the tests")
+    parser.add_argument("--wave", type=int, default=80, help="tests, until processes begin anew")
+    parser.add_argument("--limit", type=float, default=500.0, help="seconds for the tests")
     parser.add_argument("--tool", default="memcheck", help="or racecheck, initcheck, synccheck")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(args)
@@ -85,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _, seen = watched(chosen.tool, [sys.executable, str(planted)], 120)
         rows.append(["a planted write behind a tensor", str(len(seen)), str(errors(seen)), "yes" if errors(seen) else "NO"])
     if all(row[-1] == "yes" for row in rows):  # a tool that does not see the planted one shows nothing
-        rows.append(tests_under(chosen.tool, chosen.tests, chosen.jobs, chosen.limit, chosen.out))
+        rows.append(tests_under(chosen.tool, chosen))
     table = Table(f"compute-sanitizer --tool {chosen.tool}", ["what ran", "processes", "errors", "as it should be"], rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     publish(chosen.tool, "Memory that kernels touch", [table], {"rows": rows, "left out": LEFT_OUT}, stamp(device), chosen.out)
@@ -98,20 +100,35 @@ def headlines(text: str) -> Counter[str]:
     return Counter(re.sub(r"0x[0-9a-f]+|\d{4,}", "_", line) for line in lines)
 
 
-def tests_under(tool: str, tests: Sequence[str], jobs: int, limit: float, out: Path) -> list[str]:
-    """A row of the table: the gpu tests of these files. What was complained of is printed, and kept in `out`."""
-    begin = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", LEFT_OUT, "-n", str(jobs), *PLUGINS]
-    code, seen = watched(tool, [*command, *tests], limit)
-    faulty, log = "\n".join(text for text in seen if errors([text])), out / f"{tool}.log"
+def collected(files: Sequence[str]) -> list[str]:
+    """Their gpu tests, each by its name for pytest; subprocess.CalledProcessError where pytest refuses them."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-k", LEFT_OUT, *PLUGINS, *files]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line for line in said.splitlines() if "::" in line]
+
+
+def tests_under(tool: str, chosen: argparse.Namespace) -> list[str]:
+    """A row of the table: the gpu tests of these files, in waves. What was complained of is printed, and kept."""
+    clock, tests = Clock(chosen.limit), collected(chosen.tests)
+    codes: list[int | None] = []
+    seen: list[str] = []
+    for begin in range(0, len(tests), chosen.wave):
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(chosen.jobs), *PLUGINS, *tests[begin : begin + chosen.wave]]
+        code, logs = watched(tool, command, chosen.limit - clock.spent)
+        codes.append(code)
+        seen += logs
+        if clock.over:
+            break
+    faulty, log = "\n".join(text for text in seen if errors([text])), chosen.out / f"{tool}.log"
     log.unlink(missing_ok=True)
     if faulty:
         log.write_text(faulty[:MOST_OF_A_LOG])
         print(*(f"{count} x {what}" for what, count in headlines(faulty).most_common(20)), sep="\n")
-    ended = {0: "all passed", None: "cut off"}.get(code, f"pytest ended with {code}")
-    clean = "yes" if code == 0 and seen and not errors(seen) else "NO"
-    what = f"gpu tests of {', '.join(Path(test).stem for test in tests)}: {ended}, {time.perf_counter() - begin:.0f} s"
-    return [what, str(len(seen)), str(errors(seen)), clean]
+    well = len(codes) * chosen.wave >= len(tests) > 0 and not any(code != 0 for code in codes)
+    ended = "all passed" if well else f"pytest ended with {', '.join('a cut' if code is None else str(code) for code in codes)}"
+    files = ", ".join(Path(file).stem for file in chosen.tests)
+    what = f"{len(tests)} gpu tests of {files}: {ended}, {clock.spent:.0f} s"
+    return [what, str(len(seen)), str(errors(seen)), "yes" if well and seen and not errors(seen) else "NO"]
 
 
 if __name__ == "__main__":
