@@ -145,10 +145,24 @@ def _times(times: Mapping[str, float]) -> str:
     return "{" + ", ".join(f'"{kernel}": {time}' for kernel, time in times.items()) + "}"
 
 
+def whole(found: Found) -> Found:
+    """Without the sizes that time cut off before their last point: their means would be of another mix."""
+
+    def done(phase: str, dim: int, group: int) -> bool:
+        return all((each.phase, dim, group, each.sequences, each.length) in found for each in PHASES[phase])
+
+    return {key: times for key, times in found.items() if done(*_size(key))}
+
+
 def kept(found: Mapping[Key, object]) -> Found:
     """What was measured before, of sizes and phases that are not measured now."""
-    now = {(key[0] == "stateless", *key[1:3]) for key in found}
-    return {key: dict(times) for key, times in measured.MICROSECONDS.items() if (key[0] == "stateless", *key[1:3]) not in now}
+    now = set(map(_size, found))
+    return {key: dict(times) for key, times in measured.MICROSECONDS.items() if _size(key) not in now}
+
+
+def _size(key: Key) -> tuple[str, int, int]:
+    """What is compared by itself: paged or stateless, head size, group."""
+    return "stateless" if key[0] == "stateless" else "paged", key[1], key[2]
 
 
 def table(found: Mapping[Key, Mapping[str, float]], kernels: Sequence[str]) -> Table:
@@ -196,7 +210,7 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.speeds", *sys.argv[1:], "--file", str(file)]
         progress = keep_measuring(command, file, chosen.seconds)
     stamped = progress.found.pop("stamp", {})
-    found = {key_of(name): each["times"] for name, each in progress.found.items()}
+    found = whole({key_of(name): each["times"] for name, each in progress.found.items()})
     against = {f"{kernel}: {why}" for each in progress.found.values() for kernel, why in each["against"].items()}
     print(*sorted(against), sep="\n")
     if chosen.write:

@@ -221,6 +221,14 @@ def test_a_table_of_some_sizes_keeps_the_others(monkeypatch: pytest.MonkeyPatch)
     assert {key[:2] for key in speeds.kept(found)} == {("decode", 128), ("prefill", 128), ("stateless", 128), ("stateless", 64)}
 
 
+def test_a_size_that_time_cut_off_is_not_written() -> None:
+    stateless = {(p.phase, 64, 4, p.sequences, p.length): {"sdpa": 1.0} for p in STATELESS}
+    paged = {(p.phase, 64, 4, p.sequences, p.length): {} for p in PAGED[:-1]}
+    assert speeds.whole(stateless | paged) == stateless
+    last = {(p.phase, 64, 4, p.sequences, p.length): {"general": 1.0} for p in PAGED[-1:]}
+    assert speeds.whole(stateless | paged | last) == stateless | paged | last
+
+
 def test_what_a_run_would_cost() -> None:
     last = speeds.cost(PAGED, 9).splitlines()
     assert last[0] == "decode 1 x 1024, 1024 tokens a row" and len(last) == len(PAGED) + 1
