@@ -58,7 +58,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
     try:
         places = _token_places(gm, examples, cache)
-        geometry = PagedGeometry(cache.page_size, cache.fp8)
+        geometry = PagedGeometry(cache.page_size, cache.pools.fp8)
         ids, positions = places
         rewriting = rewrite_paged(
             gm, examples, kernel=options.kernel, geometry=geometry, token_ids=ids, positions=positions, merge=options.merges
@@ -95,7 +95,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
             )
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
         with torch.no_grad():
-            return compiled(*args, *cache.step_inputs(), *cache.kept, *weights(args))
+            return compiled(*args, *cache.step_inputs(), *cache.pools.kept, *weights(args))
 
     return step
 

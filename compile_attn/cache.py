@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from compile_attn.host_plans import HostPlans
-from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
+from compile_attn.kv_dtype import Scales
 from compile_attn.modes import in_own_modes
 from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
+from compile_attn.pools import Pools, indexed
 from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
 
 if TYPE_CHECKING:
@@ -75,15 +76,9 @@ class PagedKVCache:
     ) -> None:
         self.page_size = at_least_one("page_size", page_size)
         self.max_seqs = at_least_one("max_seqs", max_seqs)
-        self.device = _indexed(torch.get_default_device() if device is None else torch.device(device))
-        self.kv_dtype = read_kv_dtype(kv_dtype)
-        self.fp8 = fp8_of(self.kv_dtype, self.device)
+        self.device = indexed(torch.get_default_device() if device is None else torch.device(device))
         self.poison = poison
-        self.k_pages: list[torch.Tensor] = []
-        self.v_pages: list[torch.Tensor] = []
-        self.kept: list[torch.Tensor] = []  # what the paged graph takes after the step's inputs
-        self.k_scales: list[torch.Tensor] = []  # by site, where pages are fp8
-        self.v_scales: list[torch.Tensor] = []
+        self.pools = Pools(self.page_size, self.device, kv_dtype, kv_scales, poison)
         self.max_positions: int | None = None  # length of the model's shortest position table
         self.max_tokens: int | None = None  # most new tokens that one step of the model may hold
         self.report: Report | None = None  # of the last compilation against this cache
@@ -95,8 +90,6 @@ class PagedKVCache:
         self._longest = 0  # tokens of a sequence in the batch
         self._advances = False  # it was run, decodes, and holds all its pages
         self._host_plans = HostPlans(self.page_size)
-        self._bound: tuple[tuple[LayerKV, ...], object] | None = None
-        self._kv_scales = read_scales(kv_scales, self.fp8)
         self._closed = False
         self._asked_seq_len = None if max_seq_len is None else at_least_one("max_seq_len", max_seq_len)
         self.resize(kv_tokens)
@@ -114,10 +107,19 @@ class PagedKVCache:
         # At least 2: torch.compile specialises sizes 0 and 1, and one compilation serves caches of every size.
         self.buffers = StepBuffers(self.max_seqs, max(2, self.max_pages_per_seq), self.kv_tokens, self.device)
         self.current, self._advances = None, False
-        if self._bound is not None:
-            self._make_pools(self._bound[0])
+        self.pools.remake(self.num_pages)
 
     # Pages and sequences
+
+    @property
+    def k_pages(self) -> list[torch.Tensor]:
+        """By attention site, [1 + pages, page_size, heads, dim]; empty until a model is bound."""
+        return self.pools.k
+
+    @property
+    def v_pages(self) -> list[torch.Tensor]:
+        """As `k_pages`, with the values' own head size."""
+        return self.pools.v
 
     @property
     def free_pages(self) -> int:
@@ -149,7 +151,7 @@ class PagedKVCache:
         self._check_mine(seq)
         pages = list(seq.pages)
         if self.poison:
-            self._poison(pages)
+            self.pools.poison(pages)
         self._allocator.give_back(pages)
         self._alive.discard(seq)
         self._advances = False
@@ -159,7 +161,7 @@ class PagedKVCache:
     def close(self) -> None:
         """Drop the pages' memory. Every later use is an error."""
         self._closed = True
-        self.kept, self.k_pages, self.v_pages, self.k_scales, self.v_scales = [], [], [], [], []
+        self.pools.drop()
         self._alive.clear()
         self.current = None
 
@@ -286,61 +288,11 @@ class PagedKVCache:
         kernels: by site, the kernel and what it computes.
         """
         self._check_open()
-        asked = tuple(layers)
-        if self._bound is not None:
-            self._check_same(asked, owner)
-        else:
-            self._check_layers(asked)
-            if self.fp8 is not None:
-                self.k_scales, self.v_scales = scale_tensors(self._kv_scales, len(asked), self.device)
-            self._make_pools(asked)
-            self._bound = (asked, owner)
+        self.pools.bind(layers, owner, self.num_pages)
         self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
-        self._host_plans.bind(kernels, [(layer.dtype, self.fp8 or layer.dtype) for layer in asked])
-
-    def _make_pools(self, layers: tuple[LayerKV, ...]) -> None:
-        self.kept, self.k_pages, self.v_pages = [], [], []  # the old ones go first: both may not fit
-        self.k_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim, layer.dtype) for layer in layers]
-        self.v_pages = [self._new_pages(layer.num_kv_heads, layer.head_dim_v, layer.dtype) for layer in layers]
-        sites = zip(self.k_pages, self.v_pages, *([self.k_scales, self.v_scales] if self.fp8 else []), strict=True)
-        self.kept = [tensor for site in sites for tensor in site]
-
-    def _check_same(self, layers: tuple[LayerKV, ...], owner: object) -> None:
-        assert self._bound is not None
-        held, first = self._bound
-        if first != owner:
-            raise ValueError(
-                f"this cache already serves a model with {len(held)} attention sites, and a cache serves one model; "
-                "make another PagedKVCache for the second one"
-            )
-        if held != layers:
-            raise ValueError(
-                f"this model was compiled with {len(held)} attention sites and now has {len(layers)}, or other heads "
-                "or dtypes; the keys in the cache no longer fit it: make a new PagedKVCache after changing the model"
-            )
-
-    def _check_layers(self, layers: tuple[LayerKV, ...]) -> None:
-        for at, layer in enumerate(layers):
-            device = _indexed(torch.device(layer.device))
-            if device != self.device:
-                raise ValueError(
-                    f"attention site {at} of the model is on {device}, the cache on {self.device}; "
-                    f"make it with PagedKVCache(device={str(device)!r}) or move the model"
-                )
-            check_site_dtype(at, layer.dtype, self.kv_dtype)
-
-    def _new_pages(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        pool = torch.zeros((1 + self.num_pages, self.page_size, heads, dim), dtype=self.fp8 or dtype, device=self.device)
-        if self.poison:
-            fill_nan(pool, torch.arange(len(pool), device=self.device))
-        return pool
-
-    def _poison(self, pages: list[int]) -> None:
-        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for pool in (*self.k_pages, *self.v_pages):
-            fill_nan(pool, index)
+        self._host_plans.bind(kernels, [(layer.dtype, self.pools.stored(layer)) for layer in layers])
 
     # Checks
 
@@ -378,13 +330,6 @@ class PagedKVCache:
         if self.max_tokens is not None and total > self.max_tokens:
             raise ValueError(f"a batch of {total} new tokens; this model takes at most {self.max_tokens} a step: split")
         return tokens
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """`cuda` as `cuda:0`, so that devices compare equal."""
-    if device.type not in ("cpu", "meta") and device.index is None:
-        return torch.device(device.type, torch.accelerator.current_device_index())
-    return device
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:

@@ -7,17 +7,18 @@ logits, sampling makes tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import nn
 
-from compile_attn.cache import Chunk, PagedKVCache
-from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
+from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step, work_of
+from compile_attn.cache import Chunk
+from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
@@ -26,17 +27,15 @@ from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.pages import at_least_one
 from compile_attn.passes.report import RefusedError, Report
+from compile_attn.progress import bar_if
+from compile_attn.requests import Reason, Request
 from compile_attn.running import Runner, Sent
 from compile_attn.sampling import NOT_FINITE, Sampling
-from compile_attn.scheduler import Reason, Request, Scheduler
-from compile_attn.step import token_array
+from compile_attn.scheduler import Scheduler
 from compile_attn.warming import full_step, mixed_step
 
-Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
 _FIRST_TOKENS = 3
-# A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
-_BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
 
 
 # Not frozen: there is one for every token, and freezing takes three times as long as making it.
@@ -87,34 +86,23 @@ class PagedLM:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
-        if cuda_graphs not in ("auto", True, False):
-            raise ValueError(f"cuda_graphs={cuda_graphs!r}; choose 'auto', True or False")
-        if max_batch_tokens is not None and (type(max_batch_tokens) is not int or max_batch_tokens < 1):
-            raise ValueError(f"max_batch_tokens={max_batch_tokens!r}; it must be a whole number of at least 1, or None")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
         device = device_of(self._model)
-        on_gpu = device.type == "cuda"
-        budget = max_batch_tokens or _BATCH_TOKENS["gpu" if on_gpu else "cpu"]
-        measured = kv_tokens is None
-        if kv_tokens is None:
-            _check_can_measure(device, memory_fraction)
-            size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
-            kv_tokens = (-(-budget // size) + most) * size  # for one full step
-        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
+        budget, graphs = tokens_a_step(max_batch_tokens, device), graphs_wanted(cuda_graphs, device)
+        cache = cache_for(
+            self._model, kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison, budget=budget, fraction=memory_fraction
+        )
         options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
-        _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None
-        if cuda_graphs is True and not on_gpu:
-            raise ValueError(f"cuda_graphs=True, but the model is on {cache.device}; move it to a GPU, or choose 'auto'")
-        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, on_gpu and cuda_graphs, budget)
+        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget)
         self._scheduler = Scheduler(cache, budget)
         self._sent: deque[Sent] = deque()
-        self._ahead = 1 if on_gpu else 0  # steps that are sent before the tokens of the oldest are read
+        self._ahead = 1 if device.type == "cuda" else 0  # steps that are sent before the tokens of the oldest are read
         self._closed = False
         self._vocabulary = self._first_call()
-        if measured:
+        if kv_tokens is None:
             self._take_the_rest(memory_fraction)
 
     # Requests
@@ -134,7 +122,7 @@ class PagedLM:
         """
         work = self._checked(prompts, sampling, max_new_tokens)
         most = sum(how.max_new_tokens for _, how in work)
-        with self._submitted(work) as requests, _progress_bar(progress, most) as advance:
+        with self._submitted(work) as requests, bar_if(progress, most) as advance:
             shown, left = 0, requests
             while left := [one for one in left if one.reason is None]:
                 self.step()
@@ -337,50 +325,7 @@ class PagedLM:
     ) -> list[tuple[list[int], Sampling]]:
         self._check_open()
         check_no_dropout(self._model)
-        if isinstance(prompts, Sequence) and any(isinstance(one, int) for one in prompts):
-            raise ValueError("prompts is one flat list; give a list of prompts, as in generate([[1, 2, 3]])")
-        how = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-        if len(how) != len(prompts):
-            raise ValueError(f"{len(how)} samplings for {len(prompts)} prompts; give one for all, or one for each")
-        if max_new_tokens is not None:
-            how = [replace(one, max_new_tokens=max_new_tokens) for one in how]
-        tokens = [self._checked_prompt(prompt) for prompt in prompts]
-        return list(zip(tokens, how, strict=True))
-
-    def _checked_prompt(self, prompt: Sequence[int] | torch.Tensor) -> list[int]:
-        ids = token_array(prompt)
-        if int(ids.max()) >= self._vocabulary:
-            raise ValueError(
-                f"token id {int(ids.max())} is outside the model's vocabulary of {self._vocabulary} (0 to "
-                f"{self._vocabulary - 1}); use the model's own tokenizer"
-            )
-        self._scheduler.check_length(len(ids))
-        plain: list[int] = ids.tolist()
-        return plain
-
-
-def _check_can_measure(device: torch.device, fraction: float) -> None:
-    if device.type != "cuda":
-        raise ValueError(f"kv_tokens=None sizes the cache from a GPU's memory, and the model is on {device}; give a number")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"memory_fraction={fraction!r}; it must be above 0 and at most 1")
-
-
-def _check_dtype(model: nn.Module, cache: PagedKVCache) -> None:
-    """A kv_dtype that cannot be the model's is refused before the compilation."""
-    own = dtype_of(model)
-    if cache.kv_dtype is not None and cache.fp8 is None and own is not None and own != cache.kv_dtype:
-        raise ValueError(
-            f"kv_dtype={cache.kv_dtype}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model"
-        )
-
-
-def _progress_bar(wanted: bool | None, total: int) -> AbstractContextManager[Callable[[int], None] | None]:
-    """A bar over new tokens on standard error, or nothing where that is no terminal."""
-    import sys
-
-    if wanted is False or (wanted is None and not sys.stderr.isatty()):
-        return nullcontext()
-    from compile_attn.progress import token_bar
-
-    return token_bar(total)
+        work = work_of(prompts, sampling, max_new_tokens, self._vocabulary)
+        for tokens, _ in work:
+            self._scheduler.check_length(len(tokens))
+        return work

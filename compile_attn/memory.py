@@ -23,7 +23,7 @@ def tokens_that_fit(cache: PagedKVCache, profile: Callable[[], int], fraction: f
     peak = torch.cuda.max_memory_allocated(cache.device)
     free, total = torch.cuda.mem_get_info(cache.device)
     others = total - free - torch.cuda.memory_reserved(cache.device)  # of other programs, and what torch did not allocate
-    pools = sum(tensor.nbytes for tensor in cache.kept)
+    pools = sum(tensor.nbytes for tensor in cache.pools.kept)
     return tokens_in(int(total * fraction) - others - recorded - (peak - pools), pools // (1 + cache.num_pages), cache)
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+
+def bar_if(wanted: bool | None, total: int) -> AbstractContextManager[Callable[[int], None] | None]:
+    """`token_bar` if it is wanted, or, where that is not said, if standard error is a terminal."""
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        return nullcontext()
+    return token_bar(total)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import nn
 from compile_attn.cache import Batch, Chunk, PagedKVCache
 from compile_attn.calling import logits_of
 from compile_attn.cuda_graph import Kind, Recorded, StepGraphs
+from compile_attn.requests import Plan
 from compile_attn.sampling import SamplingRows, sample
-from compile_attn.scheduler import Plan
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from functools import cache
 import pytest
 
 from compile_attn.lm import PagedLM
+from compile_attn.requests import Request
 from compile_attn.sampling import Sampling
-from compile_attn.scheduler import Request
 from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
 
 SCHEDULES = 500

@@ -270,9 +270,10 @@ def test_calibration_is_checked() -> None:
 def test_names(asked: Any, dtype: torch.dtype | None) -> None:
     cache = small_cache(kv_dtype=asked)
     cache.bind([layer_kv()] * 2, owner=0)
-    assert cache.fp8 == cache.kv_dtype == dtype and cache.k_pages[1].dtype == cache.v_pages[0].dtype == (dtype or torch.float32)
-    assert [each.shape for each in cache.kept] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
-    assert all(scale == 1 for scale in (*cache.k_scales, *cache.v_scales))
+    assert cache.pools.fp8 == cache.pools.kv_dtype == dtype
+    assert cache.k_pages[1].dtype == cache.v_pages[0].dtype == (dtype or torch.float32)
+    assert [each.shape for each in cache.pools.kept] == [*[cache.k_pages[0].shape] * 2, *([()] * 2 if dtype else [])] * 2
+    assert all(scale == 1 for scale in (*cache.pools.k_scales, *cache.pools.v_scales))
 
 
 def test_half_the_memory_of_bfloat16() -> None:

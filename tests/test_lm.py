@@ -228,7 +228,7 @@ def test_progress_shows_on_a_terminal_only(shared: PagedLM, capsys: pytest.Captu
 
 def test_progress_reaches_its_end(shared: PagedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(runtime, "_progress_bar", lambda wanted, total: _Counting(seen, total))
+    monkeypatch.setattr(runtime, "bar_if", lambda wanted, total: _Counting(seen, total))
     stop = greedy(PROMPTS[:1], 12)[0][4]
     shared.generate(PROMPTS, Sampling(stop_ids=(stop,), max_new_tokens=12))
     assert seen[0] == 6 * 12 == sum(seen[1:])

@@ -26,7 +26,7 @@ def test_a_cache_is_resized_under_its_model() -> None:
     step, prompt = by_hand(model, cache), prompts_of([30])[0]
     cache.resize(64)
     assert (cache.num_pages, cache.length_limit, cache.free_pages) == (16, 64, 16)
-    assert all(pool.shape[0] == 1 + 16 for pool in (*cache.k_pages, *cache.v_pages)) and len(cache.kept) == 4
+    assert all(pool.shape[0] == 1 + 16 for pool in (*cache.k_pages, *cache.v_pages)) and len(cache.pools.kept) == 4
     seq = cache.add()
     logits = step(cache.batch([Chunk(seq, prompt)]).input_ids)
     assert int(logits[0, 0].argmax()) == alone(model, prompt, Sampling(max_new_tokens=1))[0]
@@ -63,6 +63,6 @@ def test_the_rest_of_a_gpu_holds_keys_and_values() -> None:
         held.clear()
         return 1 << 31
 
-    page_bytes = sum(tensor.nbytes for tensor in cache.kept) // (1 + cache.num_pages)
+    page_bytes = sum(tensor.nbytes for tensor in cache.pools.kept) // (1 + cache.num_pages)
     found = tokens_that_fit(cache, profile, 0.5) // 4 * page_bytes
     assert total * 0.5 - (total - free) - 3.3 * 2**30 < found < total * 0.5 - 3 * 2**30

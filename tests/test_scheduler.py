@@ -7,8 +7,9 @@ import random
 import pytest
 
 from compile_attn.cache import OutOfPages, PagedKVCache
+from compile_attn.requests import Plan, Request
 from compile_attn.sampling import Sampling
-from compile_attn.scheduler import Plan, Request, Scheduler
+from compile_attn.scheduler import Scheduler
 
 
 def scheduler_of(max_batch_tokens: int = 8, **changes: int) -> Scheduler:

@@ -1,0 +1,83 @@
+"""What is a request on its way, and what is one step of several?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from compile_attn.cache import CachedSequence, Chunk
+from compile_attn.sampling import Sampling
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way: `new_tokens` grows until `reason` says why it ended."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    new_tokens: list[int] = field(default_factory=list)
+    reason: Reason | None = None
+    seq: CachedSequence | None = None
+    pending: int = 0  # tokens sampled by steps that were sent, and not read yet; at most 1 when a step is planned
+    row: int = 0  # among the sampled rows of the step that made the last one
+
+    @property
+    def finished(self) -> bool:
+        return self.reason is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far: the prompt and what was made, read or not."""
+        return len(self.prompt) + len(self.new_tokens) + self.pending
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose keys and values are not in the cache: 1 while decoding."""
+        return self.length - (0 if self.seq is None else self.seq.length)
+
+    def chunk(self, count: int) -> Chunk:
+        """The next `count` tokens for the cache; the pending one stands in as 0, and says where the device has it."""
+        assert self.seq is not None
+        start, prompt = self.seq.length, len(self.prompt)
+        last = count == self.length - start
+        made = self.new_tokens[max(0, start - prompt) : max(0, start + count - prompt)]
+        carried = self.row if last and self.pending else None
+        tokens = [*self.prompt[start : start + count], *made, *([] if carried is None else [0])]
+        return Chunk(self.seq, tokens, "last" if last else "none", carried)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order.
+
+    settled: every new token is the one that the step before has sampled in the same row, so that the step can be planned again
+    as it is.
+    """
+
+    chunks: list[Chunk]
+    sampled: list[Request]
+    settled: bool = False
+
+    @property
+    def how(self) -> list[Sampling]:
+        return [request.sampling for request in self.sampled]
+
+    @property
+    def draws(self) -> list[tuple[int, int]]:
+        """Seed and number of the draw of each sampled row; see `sampling.uniform`."""
+        return [(request.seed, len(request.new_tokens) + request.pending) for request in self.sampled]
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether any row draws at random."""
+        return any(request.sampling.temperature > 0 for request in self.sampled)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether every row has one new token, and every row's next token comes out."""
+        return len(self.sampled) == len(self.chunks) == sum(len(chunk.tokens) for chunk in self.chunks)
