@@ -32,8 +32,9 @@ _ROWS = (2, 16, 128)
 class Kind(NamedTuple):
     """What a graph is recorded for. A decode has as many new tokens as rows, and no other step has."""
 
-    rows: int  # sequences, and rows of logits
+    rows: int  # sequences
     new_tokens: int
+    wanted: int  # rows of logits: one a sequence, or one a token where several of a sequence are asked for
     width: int  # pages a row of the block table
     random: bool  # any row draws at random
 
@@ -43,16 +44,17 @@ class Kind(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        return self.rows, self.new_tokens, self.rows
+        return self.rows, self.new_tokens, self.wanted
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One graph: how many rows it serves, of how many tokens at most, how many of all are new (as many as rows: a decode), whether
-    it draws at random, and what recording it took."""
+    """One graph: how many rows it serves, of how many tokens at most, how many of all are new (as many as rows: a decode), how many
+    tokens it samples, whether it draws at random, and what recording it took."""
 
     rows: int
     new_tokens: int
+    wanted: int
     tokens: int
     random: bool
     seconds: float
@@ -60,8 +62,8 @@ class Recorded:
 
 
 class StepGraphs:
-    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts of up to 256 new tokens of up to 128 sequences, each in
-    block tables of up to 256, 1024, ... tokens (`StepBuffers.width`).
+    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts, or with drafts to verify, of up to 256 new tokens of up
+    to 128 sequences, each in block tables of up to 256, 1024, ... tokens (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 
@@ -80,18 +82,26 @@ class StepGraphs:
         self._on_gpu = cache.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._how = SamplingRows.idle(max(2, cache.max_seqs)).to(cache.device)
+        self._how = SamplingRows.idle(max(2, cache.max_seqs, self.most_tokens)).to(cache.device)
 
-    def size(self, rows: int) -> int | None:
-        """Rows of the graph that serves so many; None where the model takes fewer tokens a step."""
+    def sizes(self, rows: int, new_tokens: int, wanted: int) -> Sizes | None:
+        """Of the graph that serves such a step: a decode if all three are alike; None where it is too large for any."""
+        if rows == new_tokens == wanted:
+            size = self._decode_size(rows)
+            return None if size is None else (size, size, size)
+        found = self._mixed_size(rows, new_tokens)
+        return None if found is None else (*found, found[0] if wanted <= rows else found[1])
+
+    def _decode_size(self, rows: int) -> int | None:
+        """None where the model takes fewer tokens a step."""
         steps = (2, 4, 8, 16)
         size = next((step for step in steps if rows <= step), -(-rows // 16) * 16 if rows <= 128 else -(-rows // 32) * 32)
         size = min(size, self._most_rows)
         limit = self._cache.max_tokens
         return size if limit is None or size <= limit else None
 
-    def mixed_size(self, rows: int, new_tokens: int) -> tuple[int, int] | None:
-        """Rows and new tokens of the graph that serves a step with prompts; None where it is too large for any."""
+    def _mixed_size(self, rows: int, new_tokens: int) -> tuple[int, int] | None:
+        """Rows and new tokens."""
         cache = self._cache
         most = min(self.most_tokens, cache.buffers.input_ids.shape[0], cache.max_tokens or _TOKENS[-1])
         if new_tokens > most or rows > _ROWS[-1]:
@@ -107,10 +117,10 @@ class StepGraphs:
         """
         cache = self._cache
         counts = range(1, min(rows, cache.num_pages) + 1)  # every row has a page
-        decodes = [(size, size) for count in counts if (size := self.size(count)) is not None]
+        decodes = [self.sizes(count, count, count) for count in counts]
         least = [1, *(size + 1 for size in _TOKENS)]  # of each size
-        mixed = [self.mixed_size(count, max(count, new)) for count in counts for new in least if new <= count * tokens]
-        sizes = sorted({*decodes, *filter(None, mixed)}, key=lambda size: (size[1], size[0]), reverse=True)
+        mixed = [self.sizes(count, max(count, new), 0) for count in counts for new in least if new <= count * tokens]
+        sizes = sorted(filter(None, {*decodes, *mixed}), key=lambda size: (size[1], size[0]), reverse=True)
         widths = cache.buffers.widths(cache.pages_for(tokens), cache.page_size)
         ways = (True, False) if random else (False,)
         return [Kind(*size, width, way) for size in sizes for width in reversed(widths) for way in ways]
@@ -135,17 +145,17 @@ class StepGraphs:
             return
         begin, held = time.perf_counter(), self._reserved()
         buffers = self._cache.buffers
-        recent = buffers.recent[: kind.rows].clone()  # tokens that the host has not read yet
+        recent = buffers.recent[: kind.wanted].clone()  # tokens that the host has not read yet
         try:
             batch = self._cache.dead_batch(kind.sizes, kind.width)
             _check_is(kind, batch)
             step = self._body(batch, kind.random)
             self._steps[kind] = self._record(step) if self._on_gpu else step
         finally:  # also where the step ran but could not be recorded: the next one goes on from these tokens
-            buffers.recent[: kind.rows].copy_(recent)
+            buffers.recent[: kind.wanted].copy_(recent)
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
         tokens = kind.width * self._cache.page_size
-        self.recorded.append(Recorded(kind.rows, kind.new_tokens, tokens, kind.random, seconds, bytes_))
+        self.recorded.append(Recorded(*kind.sizes, tokens, kind.random, seconds, bytes_))
 
     def forget_prompts(self) -> None:
         """Steps with prompts have no graphs from now on."""
@@ -176,9 +186,9 @@ class StepGraphs:
 
     def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
         """The step, reading and writing nothing but buffers whose addresses stay."""
-        (rows, new_tokens, _), buffers = batch.shape, self._cache.buffers
-        how = self._how.first(rows) if random else None
-        recent, seq_lens = buffers.recent[:rows], buffers.seq_lens[:rows]
+        (rows, new_tokens, wanted), buffers = batch.shape, self._cache.buffers
+        how = self._how.first(wanted) if random else None
+        recent, seq_lens = buffers.recent[:wanted], buffers.seq_lens[:rows]
         limit = min(batch.width * self._cache.page_size, self._cache.length_limit)
 
         def step() -> None:

@@ -78,6 +78,6 @@ class Plan:
         return any(request.sampling.temperature > 0 for request in self.sampled)
 
     @cached_property
-    def decodes(self) -> bool:
-        """Whether every row has one new token, and every row's next token comes out."""
-        return len(self.sampled) == len(self.chunks) == sum(len(chunk.tokens) for chunk in self.chunks)
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, new tokens, and tokens that come out. All three are alike in a step of decodes, and in no other."""
+        return len(self.chunks), sum(len(chunk.tokens) for chunk in self.chunks), len(self.sampled)

@@ -107,16 +107,12 @@ class Runner:
         """The graph that runs this step; None where none can."""
         if self.graphs is None:
             return None
-        if plan.decodes:
-            size = self.graphs.size(len(plan.chunks))
-            sizes = None if size is None else (size, size)
-        else:
-            sizes = self.graphs.mixed_size(len(plan.chunks), sum(len(chunk.tokens) for chunk in plan.chunks))
-        if sizes is None:
-            return None
-        same = self._steady is not None and self._steady[1] is plan
-        width = self._cache.advanced_width() if same else None
-        return Kind(*sizes, width or self._cache.width_of(plan.chunks), plan.random)
+        if self._steady is not None and self._steady[1] is plan:
+            width = self._cache.advanced_width()
+            if width is not None:
+                return self._steady[0]._replace(width=width)
+        sizes = self.graphs.sizes(*plan.shape)
+        return None if sizes is None else Kind(*sizes, self._cache.width_of(plan.chunks), plan.random)
 
     def _repeats(self, plan: Plan, kind: Kind) -> bool:
         """Whether the device has brought the buffers from the last step to this one by itself."""

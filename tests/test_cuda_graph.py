@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from compile_attn.cache import Chunk
+from compile_attn.cuda_graph import Kind
 from compile_attn.lm import PagedLM
-from compile_attn.sampling import Sampling
-from compile_attn.step import StepBuffers
+from compile_attn.sampling import Sampling, SamplingRows, sample
+from compile_attn.step import Logits, StepBuffers
 from tests.test_fuzz import cases, play
 from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
 
@@ -38,11 +40,13 @@ def test_sizes_grow_with_the_batch() -> None:
     with as_on_a_gpu(PagedLM(tiny(), inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
         graphs = lm._runner.graphs
         assert graphs is not None
-        assert [graphs.size(rows) for rows in (1, 2, 3, 5, 8)] == [2, 2, 4, 8, 8]
+        assert [graphs.sizes(rows, rows, rows) for rows in (1, 2, 3, 5, 8)] == [(size,) * 3 for size in (2, 2, 4, 8, 8)]
         lm.cache.max_seqs, lm.cache.max_tokens = 300, None
-        assert [graphs.size(rows) for rows in (9, 17, 128, 129, 300)] == [16, 32, 128, 160, 300]
+        assert [graphs.sizes(rows, rows, rows) for rows in (9, 17, 128, 129, 300)] == [
+            (size,) * 3 for size in (16, 32, 128, 160, 300)
+        ]
         lm.cache.max_tokens = 100
-        assert graphs.size(100) is None and graphs.size(96) == 96
+        assert graphs.sizes(100, 100, 100) is None and graphs.sizes(96, 96, 96) == (96, 96, 96)
 
 
 def test_sizes_of_steps_with_prompts() -> None:
@@ -53,16 +57,48 @@ def test_sizes_of_steps_with_prompts() -> None:
         for rows, tokens, size in [
             (1, 2, (2, 16)), (2, 16, (2, 16)), (2, 17, (2, 32)), (3, 3, (8, 16)), (8, 200, (8, 256)), (8, 257, None),
         ]:  # fmt: skip
-            assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
+            assert graphs.sizes(rows, tokens, 0) == (size and (*size, size[0])), (rows, tokens)
         lm.cache.max_seqs = 300
         for rows, tokens, size in [
             (3, 3, (16, 32)), (16, 130, (16, 256)), (17, 20, (128, 256)), (128, 256, (128, 256)), (129, 200, None),
         ]:  # fmt: skip
-            assert graphs.mixed_size(rows, tokens) == size, (rows, tokens)
+            assert graphs.sizes(rows, tokens, rows - 1) == (size and (*size, size[0])), (rows, tokens)
+            assert graphs.sizes(rows, tokens, rows + 1) == (size and (*size, size[1])), "several rows of logits of a sequence"
         lm.cache.max_tokens = 100  # of which a model may take no more in a step
-        assert [graphs.mixed_size(rows, tokens) for rows, tokens in [(2, 65), (2, 101), (16, 99), (17, 99)]] == [
-            (2, 100), None, (16, 100), None,
+        assert [graphs.sizes(rows, tokens, 2) for rows, tokens in [(2, 65), (2, 101), (16, 99), (17, 99)]] == [
+            (2, 100, 2), None, (16, 100, 16), None,
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("random_", [False, True])
+def test_every_token_of_some_rows_is_sampled(random_: bool) -> None:
+    """As when drafts are verified: several rows of logits of a sequence, beside decodes and others' chunks."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", max_batch_tokens=40, **SETTINGS)) as lm:  # type: ignore[arg-type]
+        graphs, cache = lm._runner.graphs, lm.cache
+        assert graphs is not None
+        how = Sampling(temperature=0.8 if random_ else 0.0, seed=5)
+        seqs = [cache.add() for _ in PROMPTS[:4]]
+        known = [prompt + greedy(6)[at] for at, prompt in enumerate(PROMPTS[:4])]
+        asked: list[tuple[int, Logits]] = [(1, "last"), (4, "all"), (3, "none"), (5, "all")]
+        chunks = []
+        for seq, tokens, (count, logits) in zip(seqs, known, asked, strict=True):
+            lm._runner.logits([Chunk(seq, tokens[:-count])])
+            chunks.append(Chunk(seq, tokens[-count:], logits))
+        sizes = graphs.sizes(4, 13, 10)
+        assert sizes == (8, 16, 16)
+        kind = Kind(*sizes, cache.width_of(chunks), random_)
+        graphs.prepare(kind, again=False)
+        batch = cache.batch(chunks, recorded=sizes)
+        if random_:
+            graphs.set_sampling(SamplingRows.of([how] * 10, [(7, at) for at in range(10)]))
+        graphs.replay(kind, batch)
+        expected = []
+        for tokens, (count, logits) in zip(known, asked, strict=True):
+            rows = tiny()(torch.tensor([tokens]))[0][-count:]
+            expected.append(rows[:0] if logits == "none" else rows)
+        rows = torch.cat(expected)
+        drawn = sample(rows, SamplingRows.of([how] * 10, [(7, at) for at in range(10)]) if random_ else None)
+        assert cache.buffers.recent[:10].tolist() == drawn.tolist()
 
 
 def test_prompts_are_replayed_beside_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
