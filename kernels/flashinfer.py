@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request, maximum_before_scale
+from compile_attn.kernels.backend import FP8, FP8_NAMES, Backend, HostStep, Paged, PlannedSite, Request, maximum_before_scale
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
@@ -115,6 +115,13 @@ def _common_limits(request: Request) -> Iterator[str]:
         yield f"needs a GPU of compute capability 8.0, not {'.'.join(map(str, capability(request.device)))}; {cure}"
     if not request.spec.mask.is_bounds():
         yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
+
+
+def get_fp8_dtype_for_flashinfer(kv_cache_dtype: str) -> torch.dtype:
+    """The dtype of pages that a name of fp8 means. ValueError for any other name."""
+    if kv_cache_dtype not in FP8_NAMES:
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is no name of fp8; choose one of {', '.join(FP8_NAMES)}")
+    return FP8_NAMES[kv_cache_dtype]
 
 
 _Shape = tuple[int, int, int, int]  # rows, tokens, page size, pages of a row at most
