@@ -204,6 +204,9 @@ class Backend:
         Most need nothing.
         """
 
+    def drop_plans(self, block_table: torch.Tensor) -> None:
+        """Forget what `plan_on_host` has made for steps over this block table [B, max_pages]; graphs of them run no more."""
+
     def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
         """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
         return None

@@ -64,6 +64,9 @@ class FlashInferBackend(Backend):
         problems = {self._problem(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
         self._paged.begin(step, problems)
 
+    def drop_plans(self, block_table: torch.Tensor) -> None:
+        self._paged.drop(block_table)
+
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         out = q.new_empty(q.shape)
         if out.numel() == 0:
@@ -160,6 +163,13 @@ class _PagedPlans:
         self._under_way[table.data_ptr()] = now
         for problem in problems:
             self._prepared(problem, table, now)
+
+    def drop(self, table: torch.Tensor) -> None:
+        """Forget this table's step under way and its graphs."""
+        address = table.data_ptr()
+        self._under_way.pop(address, None)
+        self._rooms.pop(address, None)
+        self._graphs = {key: kept for key, kept in self._graphs.items() if key[0] != address}
 
     def plans(self, problem: Problem, kv: Paged, tokens: int) -> list[tuple[Plan, slice]]:
         """Of the step under way, with the tokens of each; for a step that nobody began, made here after waiting for the device."""

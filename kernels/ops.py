@@ -161,10 +161,8 @@ def attend(
 ) -> torch.Tensor:
     """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0."""
     if not (k_pages.shape[0] and block_table.shape[1]):
-        where = f"{k_pages.shape[0]} pages and block tables of {block_table.shape[1]}"
-        raise ValueError(
-            f"attend: {where} hold no keys; in a profile run, call paged_attn::attention on keys and values themselves"
-        )
+        room = f"{k_pages.shape[0]} pages and a block table of {block_table.shape[1]}"
+        raise ValueError(f"attend: {room} hold no keys; a profile run goes through attention(), on keys and values themselves")
     kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale, plan)
     return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
 
