@@ -122,6 +122,7 @@ def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = 
 SERVED = [
     "causal",
     "gqa",
+    "one head",
     "mqa, D != Dv",
     "window",
     "bidirectional",

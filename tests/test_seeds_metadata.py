@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 
 import pytest
 import torch
@@ -21,18 +22,23 @@ from compile_attn.kernels.flashinfer_plans import Requests, parts
 from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.visible import FIRST, HEAD, LAST, LENGTH, spans
+from compile_attn.lm import PagedLM
+from compile_attn.sampling import Sampling
 from compile_attn.step import StepBuffers
 from tests.test_batch import equal
 from tests.test_general import interpreted
+from tests.tiny import TinyDecoder, alone, as_on_a_gpu, prompts_of, tiny
 
 Row = tuple[list[int], int, int]  # pages, tokens, and how many of them are new
 Advance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=interpreted)])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=interpreted), pytest.param("gpu", marks=pytest.mark.gpu)])
 def advance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Advance:
     """The advance by one token, by torch or by the kernels of GPUs, which then make all metadata too."""
-    if request.param == "torch":
+    if request.param == "gpu":
+        monkeypatch.setattr(AttentionMetadataBuilder, "build", partialmethod(AttentionMetadataBuilder.build, "cuda"))
+    if request.param != "triton":
         return in_torch.advance_step
     from compile_attn.kernels import batch_triton
 
@@ -243,7 +249,7 @@ def test_three_decodes_padded_to_four(way: str) -> None:
     else:
         buffers = AttentionMetadata.pads(4, 4, 3, 16)
         buffers.copy_(batch_of([([7, 7, 7], 48, 1)] * 4, 16))  # nothing of it may stay
-        made = buffers.copy_(batch_of(rows, 16))
+        made = buffers.copy_(batch_of(rows, 16))  # from wherever it is
         assert made.slot_mapping is buffers.slot_mapping and made.block_table is buffers.block_table
     assert made.slot_mapping.tolist() == [144, 192, 36, -1] and made.positions.tolist() == [16, 32, 4, 0]
     assert made.seq_lens.tolist() == [17, 33, 5, 0] and made.cu_seqlens_q.tolist() == [0, 1, 2, 3, 3]
@@ -289,9 +295,9 @@ def test_rows_of_a_table_are_cleared() -> None:
 def test_lengths_positions_and_slots_of_the_next_step(advance: Advance) -> None:
     """Theirs: the pad row has length 1, before and after."""
     made = batch_of([([8, 9], 16, 1), ([10, 11, 12], 32, 1), ([2], 5, 1), ([], 0, 0)], 16, tokens=4)
-    tokens, positions, lengths = torch.full((4,), 7), torch.full((4,), 5), made.seq_lens.clone()
-    positions[3] = tokens[3] = 0
-    advance(tokens, positions, lengths, torch.tensor([50, 51, 52, 53]))
+    tokens, positions, sampled = torch.tensor([[7, 7, 7, 0], [5, 5, 5, 0], [50, 51, 52, 53]], device=made.seq_lens.device)
+    lengths = made.seq_lens.clone()
+    advance(tokens, positions, lengths, sampled)
     after = made.advance_step()
     assert lengths.tolist() == after.seq_lens.tolist() == [17, 33, 6, 0]
     assert positions.tolist() == after.positions.tolist() == [16, 32, 5, 0]
@@ -399,3 +405,76 @@ def test_pages_that_a_decode_in_a_window_touches(window: int, page_size: int, le
     low, stop = int(span.low.subs(at)), int(span.stop.subs(at))
     assert (low, stop) == (max(0, length - window), length)
     assert length - low // page_size * page_size == seen and (stop - 1) // page_size - low // page_size + 1 == pages
+
+
+def keys_seen(kernel: str, window: int, pages: list[int], length: int, new: int) -> list[list[int]]:
+    """By each of the last `new` tokens, in pages of 4: all keys weigh the same, and value j is the j-th unit vector."""
+    k_pages, v_pages = torch.zeros(8, 4, 1, 16), torch.full((8, 4, 1, 16), torch.nan)
+    for j in range(length):
+        v_pages[pages[j // 4], j % 4, 0] = torch.eye(16)[j]
+    at, spec = batch_of([(pages, length, new)], 4), AttentionSpec(1, 1, 16, 16, m.Window(window - 1))
+    where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
+    out = torch.ops.paged_attn.attend(torch.ones(new, 1, 16), k_pages, v_pages, *where, [], spec.encode(), kernel)[:, 0]
+    torch.testing.assert_close(out.amax(1), 1 / (out > 0).sum(1))
+    return [row.nonzero().flatten().tolist() for row in out]
+
+
+@pytest.mark.parametrize("kernel", ["reference", *(pytest.param(name, marks=interpreted) for name in ("general", "block_sparse"))])
+def test_a_decode_sees_its_window(kernel: str) -> None:
+    """Theirs once passed none, and saw 11 keys; or cut a table from its end, also where it had pages ahead: blocks 1 to 3."""
+    assert keys_seen(kernel, 8, [5, 2, 7], 11, 1) == [[*range(3, 11)]]
+    assert keys_seen(kernel, 8, [5, 2, 7, 3], 9, 1) == [[*range(1, 9)]]
+    assert keys_seen(kernel, 8, [5, 2, 7, 3], 9, 3) == [[*range(7)], [*range(8)], [*range(1, 9)]]
+
+
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_chunks_longer_than_a_window(window: int) -> None:
+    """Theirs gave no slot to what the last token of a chunk does not see, though others of the chunk do."""
+
+    def model() -> TinyDecoder:
+        made = tiny()
+        for attention in made.attention:
+            attention.seen &= attention.seen.triu(1 - window)
+        return made
+
+    prompts, how = prompts_of([25, 3, 14, 31], seed=1), Sampling(max_new_tokens=6)
+    with PagedLM(model(), inner="eager", kv_tokens=256, page_size=4, max_seqs=4, max_batch_tokens=11, poison=True) as lm:
+        assert [type(site.spec.mask) for site in lm.report.sites] == [m.Window] * 2
+        assert lm.generate(prompts, how) == [alone(model(), prompt, how) for prompt in prompts]
+
+
+# Sizes that show what is counted in too few bits, or by too few programs
+
+
+@pytest.mark.usefixtures("advance")
+@pytest.mark.parametrize("page", [(1 << 27) - 1, 1 << 27, (1 << 31) - 1])
+def test_slots_beyond_int32(page: int) -> None:
+    """Theirs once wrote 64-bit slots through a 32-bit pointer, and moved pads too."""
+    made = batch_of([([4, page], 18, 3), ([page], 2, 1), ([], 0, 0)], 16, tokens=5)
+    assert made.slot_mapping.tolist() == [79, page * 16, page * 16 + 1, page * 16 + 1, -1]
+    assert made.advance_step().slot_mapping.tolist() == [page * 16 + 2, page * 16 + 2, -1]
+
+
+@interpreted
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pads_of_many_rows_hold_no_stale_page(fixed: bool) -> None:
+    """700 rows of 2,100 pages each at most: more than any launch has threads. Theirs left the pads' indptr as it was."""
+    lengths = [1 + (at * 37) % 900 for at in range(600)]
+    lengths[5] = 2100
+    rows: list[Row] = [([at, *range(1, length)], length, 1) for at, length in enumerate(lengths)]
+    made = batch_of([*rows, *[([], 0, 0)] * 100], 1, tokens=700)
+    found, total = made.paged_kv(), sum(lengths)
+    assert found.indptr[600:].tolist() == [total] * 101
+    assert found.indices[:total].tolist() == [page for pages, *_ in rows for page in pages] and not found.indices[total:].any()
+    ends, indices, last = gathered(made, fixed)
+    assert ends[600:] == list(range(total, total + 101)) and last[600:] == [0] * 100
+    assert indices == [*found.indices[:total].tolist(), *[0] * 100]
+
+
+def test_buckets() -> None:
+    """Theirs: 1, 2, 4, then eights: 257 -> 264. Here none of one row, which a compiler takes for a constant, and coarser ones."""
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", kv_tokens=64, page_size=4, max_seqs=4)) as lm:
+        graphs = lm._runner.graphs
+        assert graphs is not None
+        lm.cache.max_seqs, lm.cache.max_tokens = 1024, None
+        assert [graphs.size(rows) for rows in (1, 2, 3, 4, 5, 9, 257)] == [2, 2, 4, 4, 8, 16, 288]
