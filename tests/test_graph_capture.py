@@ -75,6 +75,8 @@ def test_plans_are_dropped_after_an_error() -> None:
         load(decodes(STEPS[0]))
         raise RuntimeError("the step failed")
     assert len(heard.steps) == len(heard.dropped) == 1
+    ByStep([heard]).drop_plans(buffers.block_table)
+    assert len(heard.dropped) == 2
 
 
 def test_a_batch_that_cannot_be_planned_changes_nothing() -> None:
