@@ -77,18 +77,19 @@ class AttentionMetadata:
     def copy_(self, other: AttentionMetadata) -> AttentionMetadata:
         """Write a batch, on any device, into these tensors; what remains of them becomes pads. Returns it, in these tensors.
 
-        ValueError if it does not fit. Only what is returned knows what the host knows of the batch.
+        The batch may be what these tensors hold, advanced or in part. ValueError if it does not fit. Only what is returned knows
+        what the host knows of the batch.
         """
         rows, width = other.block_table.shape
         fits = rows <= self.block_table.shape[0] and width <= self.block_table.shape[1]
         if other.is_profile_run or not fits or other.num_tokens > self.num_tokens or other.page_size != self.page_size:
             raise ValueError(f"{other._sizes()} does not fit into the buffers of {self._sizes()}; make larger ones with pads()")
-        on_gpu = self.block_table.is_cuda  # to a CPU, a copy that is not waited for may not be there yet
-        for buffer, new in ((self.seq_lens, other.seq_lens), (self.query_lens, other.query_lens)):
-            buffer[:rows].copy_(new, non_blocking=on_gpu)
-            buffer[rows:].zero_()
-        self.block_table.zero_()
-        self.block_table[:rows, :width].copy_(other.block_table, non_blocking=on_gpu)
+        for name in ("block_table", "seq_lens", "query_lens"):
+            buffer, new = getattr(self, name), getattr(other, name)
+            padded = torch.zeros_like(buffer)  # the other batch may lie in these very tensors
+            there = padded[tuple(map(slice, new.shape))]
+            there.copy_(new, non_blocking=buffer.is_cuda)  # to a CPU, what is not waited for may not be there yet
+            buffer.copy_(padded)
         held = (self.cu_seqlens_q, self.positions, self.slot_mapping, self.token_seq)
         derived = build_metadata(self.block_table, self.seq_lens, self.query_lens, self.num_tokens, self.page_size)
         for buffer, new in zip(held, derived, strict=True):

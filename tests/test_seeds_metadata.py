@@ -272,6 +272,20 @@ def test_buffers_hold_what_was_copied_last(data: st.DataObject) -> None:
         equal(made, batch_of([*rows, *pads], 4, tokens=24, prefills=1))
 
 
+@pytest.mark.usefixtures("advance")
+def test_buffers_take_what_they_hold() -> None:
+    """Advanced, or its decodes alone: they share tensors with the buffers."""
+    pad: Row = ([], 0, 0)
+    buffers = AttentionMetadata.pads(5, 34, 3, 16)
+    before = buffers.copy_(batch_of(MIXED, 16, prefills=2))
+    advanced: list[Row] = [([3, 5], 21, 1), ([1, 2, 4], 43, 1), ([8, 9], 18, 1), ([10, 11, 12], 34, 1)]
+    equal(buffers.copy_(before.advance_step()), batch_of([*advanced, pad], 16, tokens=34))
+    buffers = AttentionMetadata.pads(4, 32, 3, 16)
+    decode = buffers.copy_(batch_of(MIXED, 16, prefills=2)).decode_metadata
+    assert decode is not None
+    equal(buffers.copy_(decode), batch_of([([8, 9, 0], 17, 1), MIXED[3], pad, pad], 16, tokens=32))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     buffers = AttentionMetadata.pads(2, 4, 2, 4)
     before = buffers.copy_(batch_of([([1], 3, 2)], 4))
