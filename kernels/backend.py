@@ -141,10 +141,12 @@ class Backend:
 
     @staticmethod
     def get_metadata_cls() -> type[AttentionMetadata]:
+        """The class of a batch."""
         return AttentionMetadata
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        """The class that makes a batch of host lists."""
         return AttentionMetadataBuilder
 
     @staticmethod

@@ -44,6 +44,7 @@ class ByStep(Backend):
             part.plan_on_host(step, its)
 
     def drop_plans(self, block_table: torch.Tensor) -> None:
+        """Of whichever part made them."""
         for part in self.parts.values():
             part.drop_plans(block_table)
 
