@@ -29,7 +29,8 @@ from bench.measuring import MISSING, RESULTS, Table, percent, publish, stamp
 from compile_attn.kernels import tiles as tiling
 from compile_attn.kernels import triton_launch
 from compile_attn.kernels.backend import Paged
-from compile_attn.kernels.batch import AttentionMetadata, table_width
+from compile_attn.kernels.batch import table_width
+from compile_attn.kernels.metadata import AttentionMetadata
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 

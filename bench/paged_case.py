@@ -11,7 +11,8 @@ import torch
 import compile_attn.kernels.ops  # noqa: F401  registers torch.ops.paged_attn
 from compile_attn.apart import compiled_apart
 from compile_attn.kernels.backend import HostStep, PlannedSite
-from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder, table_width
+from compile_attn.kernels.batch import table_width
+from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 

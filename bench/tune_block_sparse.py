@@ -16,7 +16,7 @@ import torch
 
 from bench.block_sparse import MOST, Case, batch_of, call, kernel_of, masks, microseconds, prepare
 from compile_attn.kernels import tiles as tile_rules
-from compile_attn.kernels.block_sparse import BlockSparseBackend
+from compile_attn.kernels.block_sparse import BlocksparseFlashAttentionBackend
 from compile_attn.kernels.mask import BlockSparse, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.tiles import Tiles
@@ -43,7 +43,7 @@ class Variant:
         return sizes + ("" if self.together else " apart") + (f" alone {self.alone}" if self.alone else "")
 
 
-class Tuned(BlockSparseBackend):
+class Tuned(BlocksparseFlashAttentionBackend):
     """Cuts every call into tiles of one size."""
 
     def __init__(self, variant: Variant) -> None:

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from compile_attn.kernels.backend import FP8
+from compile_attn.kernels.backend import FP8, FP8_NAMES
 
 Scales = Sequence[tuple[float, float]]
 
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)  # as the model makes them
-_NAMES = {
-    **{str(dtype).removeprefix("torch."): dtype for dtype in WHOLE},
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-_ALSO = {"fp8": "fp8_e4m3", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
+_NAMES = {**{str(dtype).removeprefix("torch."): dtype for dtype in WHOLE}, **FP8_NAMES}
+_ALSO = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
 _NAN = 0x7F  # a byte that is NaN in both formats of fp8
 
 
@@ -26,7 +22,7 @@ def read_kv_dtype(asked: torch.dtype | str) -> torch.dtype | None:
     if asked == "auto":
         return None
     name = str(asked).removeprefix("torch.")
-    found = _NAMES.get(_ALSO.get(name, name))
+    found = _NAMES.get(name, _ALSO.get(name))
     if found is None:
         raise ValueError(f"kv_dtype={asked!r} is not supported; choose 'auto' or one of {', '.join(_NAMES)}")
     return found

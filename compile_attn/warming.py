@@ -14,11 +14,15 @@ from compile_attn.sampling import Sampling, SamplingRows, sample
 
 
 def full_step(runner: Runner, cache: PagedKVCache, budget: int) -> None:
-    """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random."""
+    """The step that takes the most memory: all its tokens, over as many sequences as there can be, sampled at random.
+
+    What is left of an even share goes to the first sequences, a token each.
+    """
     count = min(cache.max_seqs, budget)
-    length = min(budget // count, cache.length_limit)
+    each, left = divmod(budget, count)
     with _sequences(cache, count) as seqs:
-        _step(runner, [Chunk(seq, [0] * length) for seq in seqs], random=True)
+        lengths = [min(each + (at < left), cache.length_limit) for at in range(count)]
+        _step(runner, [Chunk(seq, [0] * length) for seq, length in zip(seqs, lengths, strict=True)], random=True)
 
 
 def mixed_step(runner: Runner, cache: PagedKVCache, budget: int, width: int, random: bool) -> None:

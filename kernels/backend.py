@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from compile_attn.kernels import blocks
+from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
-FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+FP8_NAMES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8 = frozenset(FP8_NAMES.values())
+KVCache = torch.Tensor | Sequence[torch.Tensor]  # of `Backend.get_kv_cache_shape`, or the pages of keys and those of values
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,58 @@ class Backend:
 
     plan_numbers: int = 0  # that a plan holds for each sequence
 
+    # By the names that serving frameworks have for them. All kernels share one page layout, one metadata class and its builder.
+
+    @classmethod
+    def get_name(cls) -> str:
+        """`name` in capitals, such as "FLASH_ATTN"."""
+        return cls.name.upper()
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Head sizes that it takes, ascending; empty where it takes any."""
+        return sorted(cls.head_dims or ())
+
+    @classmethod
+    def get_impl_cls(cls) -> type[Backend]:
+        """The class that computes: this one."""
+        return cls
+
+    @staticmethod
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        """The class of a batch."""
+        return AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        """The class that makes a batch of host lists."""
+        return AttentionMetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int, int, int]:
+        """Of one tensor for a layer's keys [0] and values [1], each [P, PS, Hkv, D] and dense. ValueError for a size below 1.
+
+        Which page sizes a kernel takes depends on the library that is installed, and is a reason of `reasons`.
+        """
+        sizes = (num_blocks, block_size, num_kv_heads, head_size)
+        if min(sizes) < 1:
+            raise ValueError(f"no cache of (num_blocks, block_size, num_kv_heads, head_size) = {sizes}; each is at least 1")
+        return (2, *sizes)
+
+    @staticmethod
+    def swap_blocks(src_kv_cache: KVCache, dst_kv_cache: KVCache, src_to_dst: torch.Tensor) -> None:
+        """Page src_to_dst[n, 1] of one cache becomes page src_to_dst[n, 0] of another; see `blocks.swap_blocks`."""
+        for src, dst in zip(_pools(src_kv_cache), _pools(dst_kv_cache), strict=True):
+            blocks.swap_blocks(src, dst, src_to_dst)
+
+    @staticmethod
+    def copy_blocks(kv_caches: Sequence[KVCache], src_to_dsts: torch.Tensor) -> None:
+        """In the cache of every layer, page src_to_dsts[n, 1] becomes page src_to_dsts[n, 0]; see `blocks.copy_blocks`."""
+        pools = [_pools(cache) for cache in kv_caches]
+        blocks.copy_blocks([k for k, _ in pools], [v for _, v in pools], src_to_dsts)
+
+    # What it can, and does
+
     def limits(self, request: Request) -> tuple[str, ...]:
         """Reasons that the tables above cannot give: a shape, a library that is not installed. Empty: none."""
         return ()
@@ -150,6 +206,9 @@ class Backend:
         Most need nothing.
         """
 
+    def drop_plans(self, block_table: torch.Tensor) -> None:
+        """Forget what `plan_on_host` has made for steps over this block table [B, max_pages]; graphs of them run no more."""
+
     def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
         """The spec without what `plan` does not depend on: sites where it is equal share one plan a step. None: none is made."""
         return None
@@ -167,6 +226,15 @@ class Backend:
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         """q [T, Hq, D] -> [T, Hq, Dv]; pad tokens give 0."""
         raise NotImplementedError(f"{self.name} does not serve paged calls")
+
+
+def _pools(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of keys and of values. ValueError where pages might be taken for the two: halves of them would move."""
+    pools = list(cache)
+    if [pool.dim() for pool in pools] != [4, 4]:
+        shapes = list(cache.shape) if isinstance(cache, torch.Tensor) else [list(pool.shape) for pool in pools]
+        raise ValueError(f"a cache of {shapes}; give [2, P, PS, Hkv, D], or the pages [P, PS, Hkv, D] of keys and those of values")
+    return pools[0], pools[1]
 
 
 def maximum_before_scale(spec: AttentionSpec) -> tuple[str, ...]:

@@ -1,114 +1,20 @@
-"""What does a step know about its batch? The one metadata class, its builder, and its advance by one token."""
+"""Where do the tokens and keys of a batch stand, and how does it advance by one token? Arrays in, arrays out; see `metadata.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 NO_LIMIT = 2**31 - 1  # lengths are int32
-
-
-@dataclass(frozen=True)
-class AttentionMetadata:
-    """A batch of B sequences with T packed new tokens. All tensors on one device; int32 unless said otherwise.
-
-    block_table [B, max_pages]; seq_lens [B], new tokens included; query_lens [B], 0 for a pad row;
-    cu_seqlens_q [B + 1]; positions [T] int64, in the own sequence, 0 for pad tokens; slot_mapping [T] int64,
-    page * page_size + offset, -1 for pad tokens; token_seq [T], the row of each token.
-    """
-
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_lens: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    token_seq: torch.Tensor
-    page_size: int
-
-    @classmethod
-    def build(
-        cls,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_lens: torch.Tensor,
-        num_tokens: int,
-        page_size: int,
-    ) -> AttentionMetadata:
-        """Everything else from tables and lengths, on their device, without a host read."""
-        derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
-        return cls(block_table, seq_lens, query_lens, *derived, page_size)
-
-    def advance_step(self) -> AttentionMetadata:
-        """The batch one decoded token later: every row with new tokens has one new token at its end."""
-        live = (self.query_lens > 0).to(torch.int32)
-        rows = self.block_table.shape[0]
-        return AttentionMetadata.build(self.block_table, self.seq_lens + live, live, rows, self.page_size)
-
-    def prefill_metadata(self, num_prefills: int, num_prefill_tokens: int) -> AttentionMetadata | None:
-        """The first rows, where a batch puts its prefill chunks ahead of its decodes; None if there are none."""
-        return self._rows(slice(0, num_prefills), slice(0, num_prefill_tokens)) if num_prefills else None
-
-    def decode_metadata(self, num_prefills: int, num_prefill_tokens: int) -> AttentionMetadata | None:
-        """The rows after the prefills, pad rows and pad tokens included; None if there are none."""
-        if num_prefills == self.block_table.shape[0]:
-            return None
-        return self._rows(slice(num_prefills, None), slice(num_prefill_tokens, None))
-
-    def _rows(self, rows: slice, tokens: slice) -> AttentionMetadata:
-        """A view in which rows and tokens count from 0 again."""
-        starts = self.cu_seqlens_q[rows.start : None if rows.stop is None else rows.stop + 1]
-        return replace(
-            self,
-            block_table=self.block_table[rows],
-            seq_lens=self.seq_lens[rows],
-            query_lens=self.query_lens[rows],
-            cu_seqlens_q=starts - tokens.start,
-            positions=self.positions[tokens],
-            slot_mapping=self.slot_mapping[tokens],
-            token_seq=self.token_seq[tokens] - rows.start,
-        )
-
-
-class AttentionMetadataBuilder:
-    """Host lists to metadata: one `add` a sequence, in batch order."""
-
-    def __init__(self, page_size: int, max_pages: int) -> None:
-        self.page_size, self.max_pages = page_size, max_pages
-        self._tables: list[list[int]] = []
-        self._seq_lens: list[int] = []
-        self._query_lens: list[int] = []
-
-    def add(self, pages: Sequence[int], seq_len: int, query_len: int) -> None:
-        """A sequence of seq_len tokens, the last query_len of them new, in these pages. All 0: a pad row."""
-        needed = -(-seq_len // self.page_size)
-        if not 0 <= query_len <= seq_len or not needed <= len(pages) <= self.max_pages:
-            raise ValueError(
-                f"a sequence of {seq_len} tokens, {query_len} of them new, in {len(pages)} pages of {self.page_size}: "
-                f"give 0 to {seq_len} new tokens and {needed} to {self.max_pages} pages"
-            )
-        self._tables.append([*pages, *[0] * (self.max_pages - len(pages))])
-        self._seq_lens.append(seq_len)
-        self._query_lens.append(query_len)
-
-    def build(self, device: torch.device | str = "cpu", num_tokens: int | None = None) -> AttentionMetadata:
-        """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
-        total = sum(self._query_lens)
-        if not self._tables or (num_tokens is not None and num_tokens < total):
-            raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
-        table, seq_lens, query_lens = (
-            torch.tensor(part, dtype=torch.int32, device=device) for part in (self._tables, self._seq_lens, self._query_lens)
-        )
-        tokens = total if num_tokens is None else num_tokens
-        return AttentionMetadata.build(table, seq_lens, query_lens, tokens, self.page_size)
+Whole = TypeVar("Whole", torch.Tensor, np.ndarray[Any, Any])  # whole numbers, on a device or on the host
 
 
 def build_metadata(
     block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """cu_seqlens_q, positions, slot_mapping, token_seq: see `AttentionMetadata`. Shapes depend on num_tokens only."""
+    """cu_seqlens_q, positions, slot_mapping, token_seq: see `metadata.AttentionMetadata`. Shapes depend on num_tokens only."""
     if block_table.is_cuda:
         from compile_attn.kernels import batch_triton
 
@@ -153,6 +59,12 @@ def advance_step(
     tokens.copy_(torch.where(live, sampled.clamp(min=0), tokens))
     positions.copy_(torch.where(live, seq_lens, positions))
     seq_lens.add_(live)
+
+
+def page_bounds(lengths: Whole, page_size: int) -> tuple[Whole, Whole]:
+    """For sequences of these lengths, of their shape and dtype: how many pages each has, and tokens in its last one; 0 if none."""
+    pages = -(-lengths // page_size)
+    return pages, (lengths - (pages - 1) * page_size) * (lengths > 0)
 
 
 def table_width(pages: int, page_size: int) -> int:

@@ -56,7 +56,7 @@ _FEW_ROWS = 64  # of all heads together: reading keys is what takes time, and th
 _LONG, _WASTE = 1 << 13, 1.5  # of a tile with more rows, which may be in different rows of cells: keys, over those of a small one
 
 
-class BlockSparseBackend(TritonBackend):
+class BlocksparseFlashAttentionBackend(TritonBackend):
     """Serves every spec whose mask bounds the keys of a query, or skips some of them by blocks."""
 
     name = "block_sparse"

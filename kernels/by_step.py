@@ -43,6 +43,11 @@ class ByStep(Backend):
         for part, its in planners([(self, site) for site in sites], step.shape).items():
             part.plan_on_host(step, its)
 
+    def drop_plans(self, block_table: torch.Tensor) -> None:
+        """Of whichever part made them."""
+        for part in self.parts.values():
+            part.drop_plans(block_table)
+
     def planned(self, spec: AttentionSpec) -> AttentionSpec | None:
         """What the parts that plan have in common, as long as it chooses the same part as the spec itself."""
         shared = {made for part in self.parts.values() if (made := part.planned(spec)) is not None}

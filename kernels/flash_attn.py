@@ -18,7 +18,7 @@ from compile_attn.kernels import flash_rows, flash_splits
 from compile_attn.kernels.backend import Backend, DeviceStep, HostStep, Paged, PlannedSite, Request, maximum_before_scale, plan_size
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, I, J, Load
-from compile_attn.kernels.flash_providers import PROVIDERS, Call, Grid, Provider
+from compile_attn.kernels.flash_providers import HEAD_DIMS, PROVIDERS, Call, Grid, Provider
 from compile_attn.kernels.flash_rows import Rows
 from compile_attn.kernels.mask import Bidirectional, Causal, Window
 from compile_attn.kernels.spec import AttentionSpec, Feature
@@ -29,7 +29,7 @@ _LARGE_PAGES = 64  # tokens; no tile has fewer keys, so smaller pages are never 
 _MULTIPROCESSORS = 132  # of a Hopper device; asked of the device where there is one
 
 
-class FlashAttnBackend(Backend):
+class FlashAttentionBackend(Backend):
     """Causal, windowed and bidirectional attention with softcap, sinks or ALiBi, as far as the installed provider goes."""
 
     name = "flash_attn"
@@ -37,6 +37,11 @@ class FlashAttnBackend(Backend):
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16})
     plan_numbers = 8  # four lists of rows, and a schedule of at most four numbers a row and one
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Where those of keys and values are equal; beside them some that differ (`Provider.reasons`)."""
+        return list(HEAD_DIMS)
 
     def __init__(self) -> None:
         # By address of the block table: B and T of the coming step, and what is even in it. Wrong, it costs speed and no more.

@@ -22,6 +22,7 @@ from compile_attn.kernels.backend import Request
 from compile_attn.kernels.spec import AttentionSpec, Feature
 
 Features = frozenset[Feature]
+HEAD_DIMS = range(8, 257, 8)
 _EVERY = frozenset({Feature.GQA, Feature.BIDIRECTIONAL, Feature.WINDOW})
 
 
@@ -91,7 +92,7 @@ class Provider:
         spec, out = request.spec, []
         missing = sorted(spec.features() - self.features, key=lambda feature: feature.value)
         out += [f"does not compute {spec.asks(feature)}" for feature in missing]
-        if spec.head_dim == spec.head_dim_v and (spec.head_dim % 8 or spec.head_dim > 256):
+        if spec.head_dim == spec.head_dim_v and spec.head_dim not in HEAD_DIMS:
             out.append(f"has no kernel for head size {spec.head_dim}: it takes multiples of 8, up to 256")
         elif Feature.UNEQUAL_HEAD_DIMS in spec.features() & self.features and not self._takes(spec.head_dim, spec.head_dim_v):
             out.append(f"has no kernel for {spec.asks(Feature.UNEQUAL_HEAD_DIMS)}")

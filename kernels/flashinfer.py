@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from compile_attn.kernels.backend import FP8, Backend, HostStep, Paged, PlannedSite, Request, maximum_before_scale
+from compile_attn.kernels.backend import FP8, FP8_NAMES, Backend, HostStep, Paged, PlannedSite, Request, maximum_before_scale
 from compile_attn.kernels.evaluate import constant, evaluator
 from compile_attn.kernels.expr import H, Load
 from compile_attn.kernels.flashinfer_plans import Plan, Problem, Requests, Step, capability, parts
@@ -63,6 +63,9 @@ class FlashInferBackend(Backend):
     def plan_on_host(self, step: HostStep, sites: Sequence[PlannedSite]) -> None:
         problems = {self._problem(site.spec, site.dtype, site.kv_dtype, step.page_size) for site in sites}
         self._paged.begin(step, problems)
+
+    def drop_plans(self, block_table: torch.Tensor) -> None:
+        self._paged.drop(block_table)
 
     def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
         out = q.new_empty(q.shape)
@@ -117,6 +120,13 @@ def _common_limits(request: Request) -> Iterator[str]:
         yield f"knows masks that are a causal bound and a window, not '{request.spec.mask.words()}'; {cure}"
 
 
+def get_fp8_dtype_for_flashinfer(kv_cache_dtype: str) -> torch.dtype:
+    """The dtype of pages that a name of fp8 means. ValueError for any other name."""
+    if kv_cache_dtype not in FP8_NAMES:
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is no name of fp8; choose one of {', '.join(FP8_NAMES)}")
+    return FP8_NAMES[kv_cache_dtype]
+
+
 _Shape = tuple[int, int, int, int]  # rows, tokens, page size, pages of a row at most
 
 
@@ -153,6 +163,13 @@ class _PagedPlans:
         self._under_way[table.data_ptr()] = now
         for problem in problems:
             self._prepared(problem, table, now)
+
+    def drop(self, table: torch.Tensor) -> None:
+        """Forget this table's step under way and its graphs."""
+        address = table.data_ptr()
+        self._under_way.pop(address, None)
+        self._rooms.pop(address, None)
+        self._graphs = {key: kept for key, kept in self._graphs.items() if key[0] != address}
 
     def plans(self, problem: Problem, kv: Paged, tokens: int) -> list[tuple[Plan, slice]]:
         """Of the step under way, with the tokens of each; for a step that nobody began, made here after waiting for the device."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compile_attn.kernels.batch import page_bounds
 from compile_attn.kernels.flashinfer_score import variant
 from compile_attn.kernels.spec import AttentionSpec
 
@@ -147,13 +148,13 @@ class Requests:
             queries = np.where(rows >= 0, new[rows], 0)
             if pads or fixed:
                 rows, queries = np.append(rows, -1), np.append(queries, pads)
-        length = np.where(rows >= 0, lengths[rows], 0)
-        pages = np.maximum(1, -(-length // page_size))
+        pages, last = page_bounds(np.where(rows >= 0, lengths[rows], 0), page_size)
+        pages = np.maximum(1, pages)
         self.count, self.most_pages = len(rows), int(pages.max(initial=1))
         self.packed = torch.empty(4 * self.count + 2, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self._array = self.packed.numpy()
         at_rows, at_qo, at_kv, at_last = _places(self.count)
-        self._array[at_rows], self._array[at_last] = rows, length - (pages - 1) * page_size
+        self._array[at_rows], self._array[at_last] = rows, last
         for at, counts in ((at_qo, queries), (at_kv, pages)):
             self._array[at.start] = 0
             np.cumsum(counts, out=self._array[at.start + 1 : at.stop])

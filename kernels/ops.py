@@ -75,7 +75,7 @@ def _metadata_fake(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens:
     _metadata_fake,
 )
 def build_metadata(block_table: Any, seq_lens: Any, query_lens: Any, num_tokens: int, page_size: int) -> tuple[Any, ...]:
-    """See `batch.AttentionMetadata`."""
+    """See `metadata.AttentionMetadata`."""
     return batch.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
 
 
@@ -160,6 +160,9 @@ def attend(
     plan: Any = None,
 ) -> torch.Tensor:
     """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0."""
+    if not (k_pages.shape[0] and block_table.shape[1]):
+        room = f"{k_pages.shape[0]} pages and a block table of {block_table.shape[1]}"
+        raise ValueError(f"attend: {room} hold no keys; a profile run goes through attention(), on keys and values themselves")
     kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale, plan)
     return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
 

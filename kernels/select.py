@@ -19,9 +19,9 @@ from compile_attn.kernels.visible import block_of
 # name -> (module, class). Modules are imported when first asked for.
 _BACKENDS = {
     "sdpa": ("compile_attn.kernels.sdpa", "SdpaBackend"),
-    "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttnBackend"),
+    "flash_attn": ("compile_attn.kernels.flash_attn", "FlashAttentionBackend"),
     "general": ("compile_attn.kernels.general", "GeneralBackend"),
-    "block_sparse": ("compile_attn.kernels.block_sparse", "BlockSparseBackend"),
+    "block_sparse": ("compile_attn.kernels.block_sparse", "BlocksparseFlashAttentionBackend"),
     "flashinfer": ("compile_attn.kernels.flashinfer", "FlashInferBackend"),
     "flashinfer_jit": ("compile_attn.kernels.flashinfer", "FlashInferJitBackend"),
     "reference": ("compile_attn.kernels.reference", "ReferenceBackend"),
@@ -48,7 +48,9 @@ def known_kernels() -> tuple[str, ...]:
 
 @functools.cache
 def backend(name: str) -> Backend:
-    """The backend of that name. ValueError for an unknown one, with the known ones; ImportError without its library."""
+    """The backend of that name, in letters of either case. ValueError for an unknown one; ImportError without its library."""
+    if name != name.lower():
+        return backend(name.lower())
     parts = parts_of(name)
     for part in parts:
         if part not in _BACKENDS:
@@ -74,7 +76,7 @@ def choose(
 
     UnsupportedError says why a forced kernel cannot. Where gradients are needed, SDPA comes first: it alone has a backward.
     """
-    request = Request(spec, device, dtype, page_size, kv_dtype)
+    request, kernel = Request(spec, device, dtype, page_size, kv_dtype), kernel.lower()
     if kernel != "auto":
         reasons = _reasons(kernel, request)
         if reasons:

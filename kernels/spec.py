@@ -51,7 +51,8 @@ class AttentionSpec:
 
     The order is fixed: score = bias(b,h,i,j) + softcap * tanh(scale * s / softcap); then the mask; then `sinks(h)`
     joins the normaliser as exp(sinks(h)). Where a model uses another order, `score` holds the whole expression and
-    scale, softcap and bias keep their defaults. Every row is proven to see at least one key.
+    scale, softcap and bias keep their defaults. Every row is proven to see at least one key. Sizes below 1 are a ValueError, and
+    so are query heads that do not share KV heads evenly.
     """
 
     num_q_heads: int
@@ -64,6 +65,14 @@ class AttentionSpec:
     bias: sympy.Expr | None = None
     score: sympy.Expr | None = None
     sinks: sympy.Expr | None = None
+
+    def __post_init__(self) -> None:
+        heads, shared = self.num_q_heads, self.num_kv_heads
+        if min(heads, shared, self.head_dim, self.head_dim_v) < 1 or heads % shared:
+            raise ValueError(
+                f"{heads} query heads on {shared} KV heads, of sizes {self.head_dim} and {self.head_dim_v}; "
+                "each is at least 1, and query heads are a multiple of KV heads"
+            )
 
     def expression(self) -> sympy.Expr:
         """The whole score before the mask, as one expression of s, b, h, i, j."""

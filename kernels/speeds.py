@@ -175,7 +175,7 @@ def speeds(request: Request) -> Speeds | None:
 
 def parts_of(kernel: str) -> tuple[str, ...]:
     """The names in a kernel's name: one, or of several those that share the steps (`by_step.ByStep`)."""
-    return tuple(kernel.split(BETWEEN))
+    return tuple(kernel.lower().split(BETWEEN))
 
 
 def nearest(spec: AttentionSpec, paged: bool = True) -> Speeds | None:

@@ -95,7 +95,7 @@ def compile_call(spec: AttentionSpec, dtype: torch.dtype, tokens: int, rows: int
     scales = (None, None) if stored is None else (torch.ones(()), torch.ones(spec.num_kv_heads))
     kv = Paged(k, v, whole(rows, 256), whole(rows), whole(rows + 1), torch.zeros(tokens, dtype=torch.int64), whole(tokens), *scales)
     sparse = isinstance(spec.mask, (m.BlockSparse, m.Window))
-    backend = block_sparse.BlockSparseBackend() if sparse else general.GeneralBackend()
+    backend = block_sparse.BlocksparseFlashAttentionBackend() if sparse else general.GeneralBackend()
     backend.attend(q, kv, CAPTURED, spec)
     if stored is None:
         row = torch.empty(2, spec.num_q_heads, tokens, spec.head_dim, dtype=dtype)

@@ -26,6 +26,7 @@ CAPTURED = (
 SPECS = {
     "causal": AttentionSpec(4, 4, 8, 8, scale=0.35),
     "gqa": AttentionSpec(4, 2, 8, 8, scale=0.35),
+    "one head": AttentionSpec(1, 1, 8, 8, scale=0.35),
     "mqa, D != Dv": AttentionSpec(4, 1, 8, 6, scale=0.35),
     "window": AttentionSpec(4, 2, 8, 8, m.Window(4), scale=0.35),
     "chunked": AttentionSpec(4, 2, 8, 8, m.Chunked(5), scale=0.35),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import compile_attn.kernels.ops  # noqa: F401  registers the ops
-from compile_attn.kernels.batch import AttentionMetadata, AttentionMetadataBuilder
+from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import attend_row
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from compile_attn.kernels import mask as m
 from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged, Request
-from compile_attn.kernels.block_sparse import CUTS, FOR_MANY, MANY, BlockSparseBackend
+from compile_attn.kernels.block_sparse import CUTS, FOR_MANY, MANY, BlocksparseFlashAttentionBackend
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
 from compile_attn.kernels.select import UnsupportedError, backend, choose
@@ -207,7 +207,7 @@ def check_generation(device: str) -> None:
 
 def test_tiles_follow_the_mask() -> None:
     def sizes(mask: m.Mask, tokens: int) -> tuple[int, int, int]:
-        found = BlockSparseBackend().tiles(AttentionSpec(32, 8, 128, 128, mask), torch.bfloat16, tokens, 227 << 10, 0)
+        found = BlocksparseFlashAttentionBackend().tiles(AttentionSpec(32, 8, 128, 128, mask), torch.bfloat16, tokens, 227 << 10, 0)
         return found.group, found.block_q, found.block_n
 
     assert sizes(m.BlockSparse(64, 1, 16), 1) == sizes(m.BlockSparse(64, 1, 16, 1), 1) == (4, 1, 64)
@@ -228,13 +228,13 @@ def test_tiles_follow_the_mask() -> None:
 def test_tiles_fit_what_shared_memory_there_is(shared: int) -> None:
     for dim, step, tokens in ((64, 0, 4096), (128, 0, 4096), (128, 1, 4096), (256, 1, 4096), (128, 1, 1)):
         spec = AttentionSpec(32, 8, dim, dim, m.BlockSparse(64, 1, 16, step))
-        found = BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, shared, 0)
+        found = BlocksparseFlashAttentionBackend().tiles(spec, torch.bfloat16, tokens, shared, 0)
         assert (found.block_m + 2 * found.stages * found.block_n) * dim * 2 <= shared
 
 
 def test_one_loop_unless_keys_have_captured_tensors() -> None:
     def together(spec: AttentionSpec, tokens: int) -> bool:
-        return BlockSparseBackend().tiles(spec, torch.bfloat16, tokens, 227 << 10, 0).together
+        return BlocksparseFlashAttentionBackend().tiles(spec, torch.bfloat16, tokens, 227 << 10, 0).together
 
     for tokens in (1, 4096):
         assert together(spec_of("in a window", sinks=Load(2, H % 4)), tokens)

@@ -74,7 +74,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     monkeypatch.setattr(flash_attn, "PROVIDERS", (provider,))
     monkeypatch.setattr(Emulated, "reasons", lambda self, request: ())
     for limit in ("devices", "dtypes"):
-        monkeypatch.setattr(flash_attn.FlashAttnBackend, limit, None)
+        monkeypatch.setattr(flash_attn.FlashAttentionBackend, limit, None)
     forget()
     yield provider
     forget()

@@ -41,7 +41,7 @@ class Emulated(Provider):
     """What the documentation says, row by row."""
 
     name, install = "emulated", "nothing"
-    features = flash_attn.FlashAttnBackend.features
+    features = flash_attn.FlashAttentionBackend.features
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -122,6 +122,7 @@ def asked(spec: AttentionSpec, page_size: int | None = 16, dtype: torch.dtype = 
 SERVED = [
     "causal",
     "gqa",
+    "one head",
     "mqa, D != Dv",
     "window",
     "bidirectional",
@@ -242,10 +243,10 @@ def test_a_model_generates_through_it(
 ) -> None:
     """With one plan a step for all its layers."""
     for limit in ("devices", "dtypes"):
-        monkeypatch.setattr(flash_attn.FlashAttnBackend, limit, None)
+        monkeypatch.setattr(flash_attn.FlashAttentionBackend, limit, None)
     plans: list[torch.Tensor] = []
-    plan = flash_attn.FlashAttnBackend.plan
-    monkeypatch.setattr(flash_attn.FlashAttnBackend, "plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    plan = flash_attn.FlashAttentionBackend.plan
+    monkeypatch.setattr(flash_attn.FlashAttentionBackend, "plan", lambda *given: plans.append(plan(*given)) or plans[-1])
     prompts = prompts_of([5, 23, 1])
     with PagedLM(tiny(), kv_tokens=256, page_size=4, max_seqs=2, kernel="flash_attn", inner=inner, poison=True) as lm:
         found = lm.generate(prompts, max_new_tokens=5)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compile_attn.kernels import flash_rows
-from compile_attn.kernels.batch import AttentionMetadata
 from compile_attn.kernels.flash_rows import Rows
+from compile_attn.kernels.metadata import AttentionMetadata
 from tests.test_general import interpreted
 
 

@@ -42,6 +42,7 @@ DECODE = [(5, 1), (0, 0), (3, 1), (0, 1), (11, 1)]  # a row without tokens among
 SPECS = {
     "causal": AttentionSpec(4, 4, 8, 8, scale=0.35),
     "gqa": AttentionSpec(8, 2, 8, 8, scale=0.35),
+    "one head": AttentionSpec(1, 1, 8, 8, scale=0.35),
     "window": AttentionSpec(4, 2, 8, 8, m.Window(4), scale=0.35),
     "no window": AttentionSpec(4, 2, 8, 8, m.Window(0), scale=0.35),
     "bidirectional": AttentionSpec(4, 2, 8, 8, m.Bidirectional(), scale=0.35),

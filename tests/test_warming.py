@@ -12,6 +12,7 @@ from compile_attn.cache import Chunk
 from compile_attn.lm import PagedLM
 from compile_attn.sampling import Sampling
 from compile_attn.step import StepBuffers
+from compile_attn.warming import full_step
 from tests.test_fuzz import GEOMETRIES
 from tests.tiny import alone, as_on_a_gpu, prompts_of, tiny
 
@@ -91,6 +92,26 @@ def test_it_has_its_time_before_the_first_request() -> None:
         lm.warm_up(rows=2)
     with pytest.raises(ValueError, match="closed"):
         lm.warm_up()
+
+
+@pytest.mark.parametrize(
+    ("budget", "max_seqs", "each"),
+    [(10, 4, [3, 3, 2, 2]), (8, 4, [2, 2, 2, 2]), (3, 4, [1, 1, 1]), (7, 1, [7]), (5, 3, [2, 2, 1]), (63, 2, [32, 31])],
+)
+def test_a_full_step_shares_all_its_tokens(budget: int, max_seqs: int, each: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not divide evenly goes to the first sequences: left out, the peak would be measured too small."""
+    ran: list[list[int]] = []
+    with PagedLM(tiny(), kv_tokens=256, page_size=4, max_seqs=max_seqs, inner="eager") as lm:
+        logits = lm._runner.logits
+
+        def watched(chunks: Sequence[Chunk], width: int = 0) -> torch.Tensor:
+            ran.append([len(chunk.tokens) for chunk in chunks])
+            return logits(chunks, width)
+
+        monkeypatch.setattr(lm._runner, "logits", watched)
+        full_step(lm._runner, lm.cache, budget)
+        assert lm.cache.pages_in_use == 0
+    assert ran == [each]
 
 
 @pytest.mark.usefixtures("narrow")

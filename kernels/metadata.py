@@ -1,0 +1,258 @@
+"""What does a step know about its batch? The one metadata class of all kernels, and its builder.
+
+Shapes and dtypes of tensors are in `AttentionMetadata`. What can be derived is derived at each call and never kept: nothing goes
+stale when a batch advances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from compile_attn.kernels.batch import build_metadata, page_bounds
+
+
+class PagedKV(NamedTuple):
+    """The pages of a batch one after the other, as FlashInfer takes them. int32, of shapes that follow from the batch's own.
+
+    indptr [B + 1], where each row's pages begin; indices [B * max_pages], 0 behind the last; last_page_len [B], tokens in a row's
+    last page; block_table_bound [B], pages of each row. A pad row has no page: its indptr repeats, its last_page_len is 0.
+    """
+
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+    block_table_bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """A batch of B sequences with T packed new tokens. All tensors on one device; int32 unless said otherwise.
+
+    block_table [B, max_pages]; seq_lens [B], new tokens included; query_lens [B], 0 for a pad row;
+    cu_seqlens_q [B + 1]; positions [T] int64, in the own sequence, 0 for pad tokens; slot_mapping [T] int64,
+    page * page_size + offset, -1 for pad tokens; token_seq [T], the row of each token.
+
+    The rest the host knows without waiting. The first `num_prefills` rows hold prompts or chunks of them, `num_prefill_tokens`
+    new tokens; to kernels all rows are alike. `lengths`: (seq_len, query_len) of each row; None where the device alone knows.
+    `is_profile_run`: there are no pages yet: the table is [B, 0], and all slots are -1.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    token_seq: torch.Tensor
+    page_size: int
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    lengths: tuple[tuple[int, int], ...] | None = None
+    is_profile_run: bool = False
+
+    @classmethod
+    def build(
+        cls,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_lens: torch.Tensor,
+        num_tokens: int,
+        page_size: int,
+    ) -> AttentionMetadata:
+        """Everything else from tables and lengths, on their device, without a host read."""
+        derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
+        return cls(block_table, seq_lens, query_lens, *derived, page_size)
+
+    @classmethod
+    def pads(cls, rows: int, tokens: int, max_pages: int, page_size: int, device: torch.device | str = "cpu") -> AttentionMetadata:
+        """A batch of nothing but pads, of new tensors: buffers for `copy_`, with which a CUDA graph can be recorded."""
+        table = torch.zeros(rows, max_pages, dtype=torch.int32, device=device)
+        seq_lens, query_lens = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+        return cls.build(table, seq_lens, query_lens, tokens, page_size)
+
+    def copy_(self, other: AttentionMetadata) -> AttentionMetadata:
+        """Write a batch, on any device, into these tensors; what remains of them becomes pads. Returns it, in these tensors.
+
+        The batch may be what these tensors hold, advanced or in part. ValueError if it does not fit. Only what is returned knows
+        what the host knows of the batch.
+        """
+        rows, width = other.block_table.shape
+        fits = rows <= self.block_table.shape[0] and width <= self.block_table.shape[1]
+        if other.is_profile_run or not fits or other.num_tokens > self.num_tokens or other.page_size != self.page_size:
+            raise ValueError(f"{other._sizes()} does not fit into the buffers of {self._sizes()}; make larger ones with pads()")
+        for name in ("block_table", "seq_lens", "query_lens"):
+            buffer, new = getattr(self, name), getattr(other, name)
+            padded = torch.zeros_like(buffer)  # the other batch may lie in these very tensors
+            there = padded[tuple(map(slice, new.shape))]
+            there.copy_(new, non_blocking=buffer.is_cuda)  # to a CPU, what is not waited for may not be there yet
+            buffer.copy_(padded)
+        held = (self.cu_seqlens_q, self.positions, self.slot_mapping, self.token_seq)
+        derived = build_metadata(self.block_table, self.seq_lens, self.query_lens, self.num_tokens, self.page_size)
+        for buffer, new in zip(held, derived, strict=True):
+            buffer.copy_(new)
+        pads = ((0, 0),) * (self.block_table.shape[0] - rows)
+        lengths = None if other.lengths is None else (*other.lengths, *pads)
+        return replace(self, num_prefills=other.num_prefills, num_prefill_tokens=other.num_prefill_tokens, lengths=lengths)
+
+    def advance_step(self) -> AttentionMetadata:
+        """The batch one decoded token later: every row with new tokens has one new token at its end. Prefills become decodes.
+
+        ValueError in a profile run: there is no page for a key.
+        """
+        self._check_pages("advance_step")
+        live = (self.query_lens > 0).to(torch.int32)
+        rows = self.block_table.shape[0]
+        made = AttentionMetadata.build(self.block_table, self.seq_lens + live, live, rows, self.page_size)
+        known = self.lengths
+        return made if known is None else replace(made, lengths=tuple((seq + (new > 0), int(new > 0)) for seq, new in known))
+
+    # Views
+
+    @property
+    def prefill_metadata(self) -> AttentionMetadata | None:
+        """The first rows alone, which hold prompts; None if there are none."""
+        return self._rows(slice(0, self.num_prefills), slice(0, self.num_prefill_tokens)) if self.num_prefills else None
+
+    @property
+    def decode_metadata(self) -> AttentionMetadata | None:
+        """The rows after the prefills alone, pad rows and pad tokens included; None if there are none."""
+        if self.num_prefills == self.block_table.shape[0]:
+            return None
+        return self._rows(slice(self.num_prefills, None), slice(self.num_prefill_tokens, None))
+
+    def _rows(self, rows: slice, tokens: slice) -> AttentionMetadata:
+        """A view in which rows and tokens count from 0 again."""
+        starts = self.cu_seqlens_q[rows.start : None if rows.stop is None else rows.stop + 1]
+        return replace(
+            self,
+            block_table=self.block_table[rows],
+            seq_lens=self.seq_lens[rows],
+            query_lens=self.query_lens[rows],
+            cu_seqlens_q=starts - tokens.start,
+            positions=self.positions[tokens],
+            slot_mapping=self.slot_mapping[tokens],
+            token_seq=self.token_seq[tokens] - rows.start,
+            num_prefills=0 if rows.start else self.num_prefills,
+            num_prefill_tokens=0 if rows.start else self.num_prefill_tokens,
+            lengths=None if self.lengths is None else self.lengths[rows],
+        )
+
+    # What follows from the tensors, on their device
+
+    @property
+    def context_lens(self) -> torch.Tensor:
+        """Tokens that each row had before its new ones, int32 [B]; 0 for a pad row."""
+        return self.seq_lens - self.query_lens
+
+    @property
+    def seq_start_loc(self) -> torch.Tensor:
+        """Where each row's keys would begin if all were packed, from 0, int32 [B + 1]. Of queries it is `cu_seqlens_q`."""
+        return torch.nn.functional.pad(self.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def paged_kv(self) -> PagedKV:
+        """The pages that hold the batch's keys. ValueError in a profile run, which has none."""
+        self._check_pages("paged_kv")
+        bound, last = page_bounds(self.seq_lens, self.page_size)
+        ends = bound.cumsum(0, dtype=torch.int32)
+        rows, width = self.block_table.shape
+        place = torch.arange(rows * width, device=ends.device, dtype=torch.int32)
+        row = torch.searchsorted(ends, place, right=True).clamp_(max=rows - 1)
+        column = (place - (ends - bound)[row]).clamp_(max=width - 1)
+        indices = torch.where(place < ends[-1], self.block_table[row, column], 0)
+        return PagedKV(torch.nn.functional.pad(ends, (1, 0)), indices, last, bound)
+
+    # What the host knows
+
+    @property
+    def num_tokens(self) -> int:
+        """T, pad tokens included."""
+        return self.positions.shape[0]
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """New tokens of the rows after the prefills, and pad tokens."""
+        return self.num_tokens - self.num_prefill_tokens
+
+    @property
+    def max_query_len(self) -> int | None:
+        """New tokens of a row at most; None where lengths are known to the device alone, as below."""
+        return self._most(1, slice(None))
+
+    @property
+    def max_decode_query_len(self) -> int | None:
+        """Of a row after the prefills, and 1 if there is none; above 1 where drafts are verified."""
+        most = self._most(1, slice(self.num_prefills, None))
+        return most if most is None else max(1, most)
+
+    @property
+    def max_prefill_seq_len(self) -> int | None:
+        """Tokens of a prefill at most, 0 if there is none."""
+        return self._most(0, slice(self.num_prefills))
+
+    @property
+    def max_decode_seq_len(self) -> int | None:
+        """Tokens of a row after the prefills at most, 0 if there is none."""
+        return self._most(0, slice(self.num_prefills, None))
+
+    def _most(self, part: int, rows: slice) -> int | None:
+        return None if self.lengths is None else max((each[part] for each in self.lengths[rows]), default=0)
+
+    def _check_pages(self, what: str) -> None:
+        if self.is_profile_run:
+            raise ValueError(f"{what}: a profile run has no pages, and ends after its step; build the batch with pages")
+
+    def _sizes(self) -> str:
+        rows, width = self.block_table.shape
+        kind = "a profile run" if self.is_profile_run else "a batch"
+        return f"{kind} of {rows} rows, {self.num_tokens} tokens and {width} pages of {self.page_size} a row"
+
+
+class AttentionMetadataBuilder:
+    """Host lists to metadata: one `add` a sequence, in batch order. Prefills, where they are named, come first."""
+
+    def __init__(self, page_size: int, max_pages: int) -> None:
+        self.page_size, self.max_pages = page_size, max_pages
+        self._tables: list[list[int] | None] = []
+        self._lengths: list[tuple[int, int]] = []
+        self._prefills = 0
+
+    def add(self, pages: Sequence[int] | None, seq_len: int, query_len: int, *, prefill: bool = False) -> None:
+        """A sequence of seq_len tokens, the last query_len of them new, in these pages. All 0: a pad row.
+
+        No pages at all, None, for all sequences or none: a profile run, without a cache, in which every token is new.
+        """
+        needed = -(-seq_len // self.page_size)
+        fits = query_len == seq_len if pages is None else needed <= len(pages) <= self.max_pages
+        if not 0 <= query_len <= seq_len or not fits:
+            count = "no" if pages is None else len(pages)
+            raise ValueError(
+                f"a sequence of {seq_len} tokens, {query_len} of them new, in {count} pages of {self.page_size}: "
+                f"give 0 to {seq_len} new tokens and {needed} to {self.max_pages} pages, or all tokens new and pages=None"
+            )
+        if self._tables and (pages is None) != (self._tables[0] is None):
+            raise ValueError("sequences with pages beside one with pages=None; a profile run has pages for none of them")
+        if prefill and self._prefills < len(self._lengths):
+            raise ValueError(f"a prefill after {len(self._lengths) - self._prefills} decodes; add prefills first")
+        self._tables.append(None if pages is None else [*pages, *[0] * (self.max_pages - len(pages))])
+        self._lengths.append((seq_len, query_len))
+        self._prefills += prefill
+
+    def build(self, device: torch.device | str = "cpu", num_tokens: int | None = None) -> AttentionMetadata:
+        """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
+        total = sum(new for _, new in self._lengths)
+        if not self._tables or (num_tokens is not None and num_tokens < total):
+            raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
+        seq_lens, query_lens = zip(*self._lengths, strict=True)
+        room = [0] * max(1, -(-max(seq_lens) // self.page_size))  # of a profile run, while positions are counted
+        tables = [room if table is None else table for table in self._tables]
+        parts = [torch.tensor(part, dtype=torch.int32, device=device) for part in (tables, seq_lens, query_lens)]
+        made = AttentionMetadata.build(parts[0], parts[1], parts[2], total if num_tokens is None else num_tokens, self.page_size)
+        if self._tables[0] is None:
+            slots = torch.full_like(made.slot_mapping, -1)
+            made = replace(made, block_table=made.block_table[:, :0], slot_mapping=slots, is_profile_run=True)
+        prefill_tokens = sum(query_lens[: self._prefills])
+        return replace(made, num_prefills=self._prefills, num_prefill_tokens=prefill_tokens, lengths=tuple(self._lengths))
