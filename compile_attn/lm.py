@@ -19,6 +19,7 @@ from torch import nn
 from compile_attn.cache import Chunk, PagedKVCache
 from compile_attn.calling import Call, check_no_dropout, device_of, dtype_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
 from compile_attn.modes import in_own_modes
@@ -55,7 +56,7 @@ class PagedLM:
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
     kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
-    kernel, inner, merge_linears    as in Options
+    kernel, inner, merge_linears, block_sparse    as in Options; with block_sparse no request is longer than its max_seqlen
     cuda_graphs       decodes, and steps of few new tokens, are replayed from CUDA graphs: "auto" where that can be, True or an
                       error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
@@ -84,6 +85,7 @@ class PagedLM:
         kv_scales: Scales | None = None,
         memory_fraction: float = 0.9,
         merge_linears: bool = True,
+        block_sparse: BlocksparseParams | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -101,8 +103,10 @@ class PagedLM:
             _check_can_measure(device, memory_fraction)
             size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
             kv_tokens = (-(-budget // size) + most) * size  # for one full step
-        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
-        options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
+        options = Options(kernel=kernel, inner=inner, merge_linears=merge_linears, block_sparse=block_sparse)
+        longest = None if block_sparse is None else block_sparse.max_seqlen
+        cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, longest, kv_scales=kv_scales, poison=poison)
+        options = replace(options, cache=cache)
         _check_dtype(self._model, cache)
         self.cache = cache
         self._own_call = call is not None

@@ -6,6 +6,7 @@ in vLLM. What they mean is one mask: prefill, chunks and decode are computed fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class BlocksparseParams:
     tp_size: int = 1
     tp_rank: int = 0
     total_num_kv_heads: int | None = None
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("homo_head", "homo_head_group"):
@@ -55,9 +56,10 @@ class BlocksparseParams:
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least {least}")
         self._check_heads()
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))  # a list is as good
-            if not self.layers or any(type(layer) is not int or layer < 0 for layer in self.layers):
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()  # a list is as good
+            if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
                 raise ValueError(f"layers={self.layers!r}; give numbers of attention sites, counted from 0, or None for all")
+            object.__setattr__(self, "layers", layers)
 
     def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -103,6 +103,7 @@ def test_sliding_steps_and_active_heads(given: BlocksparseParams, step: int, act
         ({"tp_size": 4, "total_num_kv_heads": 4}, "total_num_kv_heads=4, but 4 ranks hold 2 each; it is 8"),
         ({"num_kv_heads": 1, "tp_size": 4, "total_num_kv_heads": 3}, "a number that divides 4"),
         ({"layers": ()}, r"layers=\(\); give numbers of attention sites"),
+        ({"layers": 1}, "layers=1; give numbers of attention sites"),
         ({"layers": (0, -1)}, r"layers=\(0, -1\)"),
     ],
     ids=repr,
