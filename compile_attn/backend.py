@@ -49,7 +49,8 @@ def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) ->
     _emit(rewriting.report)
     rejected = rewriting.report.rejected
     if rejected and (options.on_rejected == "error" or sparse is not None):  # what was left as it was is not sparse
-        return _raise_when_called(RefusedError(_summary(rewriting.report), rewriting.report))
+        whole = "" if sparse is None else "block_sparse takes a model of which all attention can be read; "
+        return _raise_when_called(RefusedError(whole + _summary(rewriting.report), rewriting.report))
     _check_narrowed(options, rewriting.report)
     if options.on_rejected == "warn" and rejected:
         warnings.warn(_summary(rewriting.report), stacklevel=2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import compile_attn
 from compile_attn import BlocksparseParams, PagedKVCache, PagedLM, RefusedError, Sampling, calibrate, explain
 from compile_attn.kernels import mask as m
+from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.select import backend, choose
 from compile_attn.kernels.spec import AttentionSpec
@@ -231,7 +232,7 @@ ONE = BlocksparseParams(64, 1, 1, 4, 1, 4)
     [
         (OneHead(lambda i, j: i > j - 100), ValueError, "is not causal"),
         (OneHead(lambda i, j: (j <= i) & (j < 1)), ValueError, "might leave a query without keys"),
-        (OneHead(lambda i, j: j <= i, shows=True), RefusedError, "left 1 attention"),
+        (OneHead(lambda i, j: j <= i, shows=True), RefusedError, "of which all attention can be read; paged_attn left 1 attention"),
         (nn.Linear(8, 8), ValueError, "no attention was found"),
     ],
     ids=["not causal", "no key", "unreadable", "none"],
@@ -280,6 +281,22 @@ def test_a_tenth_of_all_configurations_on_the_kernel(part: int) -> None:
         kv = Paged(batch.k_pages, batch.v_pages, at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
         found, expected = (backend(name).attend(batch.q, kv, [], spec) for name in ("block_sparse", "reference"))
         torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=0, msg=lambda text, one=one: f"{one}: {text}")
+
+
+@interpreted
+@pytest.mark.parametrize("more", [{}, {"homo_head_group": True}], ids=repr)
+def test_tiles_of_several_programs(more: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that slide see more or fewer blocks than the first ones, by which the work of a sequence is told."""
+    for name, size in {"_KEYS_A_PROGRAM": 16, "_KEYS_ALONE": 0, "_KEYS_A_SPLIT": 32}.items():
+        monkeypatch.setattr(tiles, name, size)
+    triton_launch.forget()
+    for rank in range(2):
+        mask = BlocksparseParams(512, 4, 2, 16, 1, 5, tp_size=2, tp_rank=rank, **more).mask()
+        for sequences in ([(210, 1), (97, 1), (15, 1)], [(150, 3), (70, 20)]):
+            batch = paged_batch(AttentionSpec(4, 2, 16, 16, mask, 0.3), sequences, page_size=16, pad_tokens=1)
+            found, expected = (batch.attend([], name) for name in ("block_sparse", "reference"))
+            torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=0)
+    triton_launch.forget()
 
 
 @interpreted
