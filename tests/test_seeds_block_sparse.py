@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import compile_attn
 from compile_attn import BlocksparseParams, PagedKVCache, PagedLM, RefusedError, Sampling, calibrate, explain
+from compile_attn.backend import paged_attn
 from compile_attn.kernels import mask as m
 from compile_attn.kernels import tiles, triton_launch
 from compile_attn.kernels.backend import Paged
@@ -46,7 +47,7 @@ IDS = torch.tensor(prompts_of([70, 70]))
 
 
 def compiled(model: nn.Module, sparse: Any, **more: Any) -> Any:
-    return torch.compile(model, backend="paged_attn", options={**EAGER, "block_sparse": sparse, **more})
+    return torch.compile(model, backend=paged_attn, options={**EAGER, "block_sparse": sparse, **more})
 
 
 # A model without block-sparse masks, and the option
