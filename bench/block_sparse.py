@@ -49,7 +49,8 @@ class Case:
         """Counted in blocks, and in pairs on the diagonal."""
         assert isinstance(self.mask, BlockSparse)
         behind = torch.arange(self.context // BLOCK, 0, -1)[:, None]  # blocks of queries that a block of keys could have
-        vertical = (len(behind) - behind + torch.arange(HEADS) * self.mask.head_step + 1) % self.mask.vert_stride == 0
+        slide = (torch.arange(HEADS) + self.mask.head_offset) // self.mask.heads_per_step * self.mask.head_step
+        vertical = (len(behind) - behind + slide + 1) % self.mask.vert_stride == 0
         if not self.prefill:
             seen = (behind <= self.mask.local_blocks) | vertical
             return seen.view(len(behind), KV_HEADS, -1).any(2).double().mean().item()
@@ -58,11 +59,11 @@ class Case:
         return pairs.sum().item() / HEADS / (self.context * (self.context + 1) / 2)
 
 
-def masks(context: int, prefill: bool, step: int) -> Iterator[BlockSparse]:
-    """For densities of about 1/16, 1/8, 1/4 and 1/2: one local block, and verticals."""
+def masks(context: int, prefill: bool, step: int, together: int = 1) -> Iterator[BlockSparse]:
+    """For densities of about 1/16, 1/8, 1/4 and 1/2: one local block, and verticals, of so many heads the same."""
     strides = range(2, 64)
     for wanted in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
-        found = (BlockSparse(BLOCK, 1, stride, step) for stride in strides)
+        found = (BlockSparse(BLOCK, 1, stride, step, heads_per_step=together) for stride in strides)
         yield min(found, key=lambda mask: abs(Case(1, context, prefill, mask).density() / wanted - 1))
 
 
@@ -71,8 +72,8 @@ def cases() -> list[Case]:
     return [
         Case(batch, context, prefill, mask)
         for batch, context, prefill in sizes
-        for step in (0, 1)
-        for mask in ([Causal()] if step == 0 else []) + list(masks(context, prefill, step))
+        for step, together in ((0, 1), (1, 1), (1, HEADS // KV_HEADS))
+        for mask in ([Causal()] if step == 0 else []) + list(masks(context, prefill, step, together))
     ]
 
 
@@ -136,7 +137,8 @@ def row(case: Case, took: float, dense: float) -> list[str]:
     assert isinstance(case.mask, BlockSparse)
     density = case.density()
     over = took / dense / density
-    heads = "of each head" if case.mask.head_step else "of all heads"
+    each = "each head" if case.mask.heads_per_step == 1 else "each KV head"
+    heads = f"of {each}" if case.mask.head_step else "of all heads"
     mark = "" if over <= MOST else " (!)"
     figures = [f"{density:.4f}", f"{took:.1f}", f"{dense:.1f}", f"{took / dense:.4f}", f"{over:.2f}{mark}"]
     return [case.name(), f"{heads}, 1 of {case.mask.vert_stride}", *figures]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
     from compile_attn.calibrating import calibrate
     from compile_attn.explaining import explain
+    from compile_attn.kernels.blocksparse_params import BlocksparseParams
     from compile_attn.lm import Output, PagedLM
     from compile_attn.options import Options
     from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
@@ -21,6 +22,7 @@ _HOMES = {
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
     "calibrating": ("calibrate",),
     "explaining": ("explain",),
+    "kernels.blocksparse_params": ("BlocksparseParams",),
     "lm": ("Output", "PagedLM"),
     "options": ("Options",),
     "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
@@ -28,6 +30,7 @@ _HOMES = {
 }
 __all__ = [
     "Batch",
+    "BlocksparseParams",
     "Chunk",
     "Options",
     "OutOfPages",

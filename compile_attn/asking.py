@@ -39,14 +39,15 @@ def graphs_wanted(asked: str | bool, device: torch.device) -> str | bool:
 def cache_for(
     model: nn.Module,
     kv_tokens: int | None,
+    budget: int,
+    fraction: float,
+    *,
     page_size: int,
     max_seqs: int,
     kv_dtype: torch.dtype | str,
+    max_seq_len: int | None,
     kv_scales: Scales | None,
     poison: bool,
-    *,
-    budget: int,
-    fraction: float,
 ) -> PagedKVCache:
     """The cache of a model; for kv_tokens=None one that holds a full step of `budget` tokens, to be measured with."""
     device = device_of(model)
@@ -54,7 +55,7 @@ def cache_for(
         _check_can_measure(device, fraction)
         size, most = at_least_one("page_size", page_size), at_least_one("max_seqs", max_seqs)
         kv_tokens = (-(-budget // size) + most) * size
-    cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, kv_scales=kv_scales, poison=poison)
+    cache = PagedKVCache(kv_tokens, page_size, max_seqs, device, kv_dtype, max_seq_len, kv_scales=kv_scales, poison=poison)
     own, kept = dtype_of(model), cache.pools.kv_dtype
     if kept is not None and cache.pools.fp8 is None and own is not None and own != kept:  # not only after the compilation
         raise ValueError(f"kv_dtype={kept}, but the model's parameters are {own}; use kv_dtype='auto' or convert the model")

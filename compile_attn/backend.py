@@ -40,11 +40,18 @@ def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Ma
 
 def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) -> Compiled:
     needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
-    rewriting = rewrite_stateless(gm, examples, kernel=options.kernel, needs_grad=needs_grad, merge=options.merges)
+    sparse = options.block_sparse
+    if sparse is not None and (broken := _graph_break(gm)) is not None:
+        raise ValueError(f"block_sparse: the model does not compile as one graph ({broken}); remove the graph break")
+    rewriting = rewrite_stateless(
+        gm, examples, kernel=options.kernel, needs_grad=needs_grad, merge=options.merges, block_sparse=sparse
+    )
     _emit(rewriting.report)
     rejected = rewriting.report.rejected
-    if options.on_rejected == "error" and rejected:
-        return _raise_when_called(RefusedError(_summary(rewriting.report), rewriting.report))
+    if rejected and (options.on_rejected == "error" or sparse is not None):  # what was left as it was is not sparse
+        whole = "" if sparse is None else "block_sparse takes a model of which all attention can be read; "
+        return _raise_when_called(RefusedError(whole + _summary(rewriting.report), rewriting.report))
+    _check_narrowed(options, rewriting.report)
     if options.on_rejected == "warn" and rejected:
         warnings.warn(_summary(rewriting.report), stacklevel=2)
     weights = rewriting.weights
@@ -56,13 +63,22 @@ def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) ->
 
 def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Compiled:
     """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
+    _check_length(options, cache)
     try:
         places = _token_places(gm, examples, cache)
         geometry = PagedGeometry(cache.page_size, cache.pools.fp8)
         ids, positions = places
         rewriting = rewrite_paged(
-            gm, examples, kernel=options.kernel, geometry=geometry, token_ids=ids, positions=positions, merge=options.merges
+            gm,
+            examples,
+            kernel=options.kernel,
+            geometry=geometry,
+            token_ids=ids,
+            positions=positions,
+            merge=options.merges,
+            block_sparse=options.block_sparse,
         )
+        _check_narrowed(options, rewriting.report)
     except RefusedError as refused:
         _emit(refused.report)
         cache.report = refused.report
@@ -93,6 +109,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
                 "this cache already serves a model with other parameters, and a cache serves one model; "
                 "make another PagedKVCache for the second one, or after its parameters were replaced"
             )
+        _check_length(options, cache)
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
         with torch.no_grad():
             return compiled(*args, *cache.step_inputs(), *cache.pools.kept, *weights(args))
@@ -138,9 +155,9 @@ def _teach_inductor() -> None:
 
 def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCache) -> tuple[int, int | None]:
     """Which inputs are the current batch's own tensors: (place of input_ids, place of position_ids or None)."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if getattr(reason, "graph_break", False):
-        why = f"the model does not compile as one graph: {str(getattr(reason, 'reason', 'graph break')).splitlines()[0]}"
+    broken = _graph_break(gm)
+    if broken is not None:
+        why = f"the model does not compile as one graph: {broken}"
         raise _refused(why, "remove the graph break (torch.compile(..., fullgraph=True) shows where it is)")
     batch = cache.current
     if batch is None:
@@ -153,6 +170,27 @@ def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCac
     if "input_ids" not in places:
         raise _refused("no input is the batch's input_ids", "call the model with batch.input_ids")
     return places["input_ids"], places.get("position_ids")
+
+
+def _graph_break(gm: fx.GraphModule) -> str | None:
+    """Why the graph ends before the model does; None where it does not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    broken = getattr(reason, "graph_break", False)
+    return str(getattr(reason, "reason", "graph break")).splitlines()[0] if broken else None
+
+
+def _check_narrowed(options: Options, report: Report) -> None:
+    if options.block_sparse is not None and not report.sites:
+        raise ValueError("block_sparse is asked for, but no attention was found; leave it out, or write attention with a softmax")
+
+
+def _check_length(options: Options, cache: PagedKVCache) -> None:
+    sparse = options.block_sparse
+    if sparse is not None and cache.max_seq_len > sparse.max_seqlen:
+        raise ValueError(
+            f"block_sparse: sequences of {cache.max_seq_len} tokens fit in the cache, and max_seqlen={sparse.max_seqlen}; "
+            f"make it with PagedKVCache(max_seq_len={sparse.max_seqlen})"
+        )
 
 
 def _owner(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compile_attn.calling import Call
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.kv_dtype import read_kv_dtype
 
 # Keys and values up to this many times the largest of the calibration still fit. A factor of 2 takes one of the 15 (e5m2: 29)
@@ -24,12 +25,13 @@ def calibrate(
     *,
     kernel: str = "auto",
     call: Call | None = None,
+    block_sparse: BlocksparseParams | None = None,
 ) -> list[tuple[float, float]]:
     """Scales for `PagedLM(model, kv_dtype=..., kv_scales=...)`: a pair for K and V of each attention site, in order.
 
     The prompts are read once, with keys and values in the model's own dtype, and a scale is twice the largest of them over the
     largest number of fp8. Some dozen prompts like those to be served are enough. The result is plain numbers: keep them in a file.
-    `kernel` and `call` as in PagedLM. The model is compiled for this alone, without an inner compiler.
+    `kernel`, `call` and `block_sparse` as in PagedLM. The model is compiled for this alone, without an inner compiler.
     """
     from compile_attn.lm import PagedLM
 
@@ -39,7 +41,17 @@ def calibrate(
     if not len(prompts):
         raise ValueError("no prompts to calibrate on; give a list of prompts, as in calibrate(model, [[1, 2, 3]])")
     tokens = -(-max(map(len, prompts)) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
-    with PagedLM(model, tokens, PAGE_SIZE, max_seqs=1, kernel=kernel, cuda_graphs=False, inner="eager", call=call) as lm:
+    with PagedLM(
+        model,
+        tokens,
+        PAGE_SIZE,
+        max_seqs=1,
+        kernel=kernel,
+        cuda_graphs=False,
+        inner="eager",
+        call=call,
+        block_sparse=block_sparse,
+    ) as lm:
         pools = [*lm.cache.k_pages, *lm.cache.v_pages]
         for pool in pools:
             pool.zero_()  # the keys of PagedLM's own first call

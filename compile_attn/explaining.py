@@ -10,6 +10,7 @@ from torch import fx
 
 from compile_attn.apart import compiled_apart
 from compile_attn.calling import Call
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.passes.pipeline import rewrite_stateless
 from compile_attn.passes.report import RefusedError, Report
 
@@ -21,24 +22,25 @@ def explain(
     paged: bool = False,
     call: Call | None = None,
     kv_dtype: torch.dtype | str = "auto",
+    block_sparse: BlocksparseParams | None = None,
     **kwargs: Any,
 ) -> Report:
     """The report of a stateless compilation for the call model(*args, **kwargs), or with `paged` of the model's paged form.
 
     Stateless: the model runs once, unchanged, under no_grad; one with graph breaks gives the sites of all its graphs.
-    Paged: what `PagedLM(model, kernel=kernel, call=call, kv_dtype=kv_dtype)` would do, on a few tokens of its own; the inputs are
-    not needed. A model that cannot be paged is no error here: the report's `rejected` says why.
+    Paged: what `PagedLM(model)` with kernel, call, kv_dtype and block_sparse as here would do, on a few tokens of its own; the
+    inputs are not needed. A model that cannot be paged is no error here: the report's `rejected` says why.
     Compilations that exist already are left alone.
     """
     model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
     if paged:
-        return _explain_paged(model, kernel, call, kv_dtype)
+        return _explain_paged(model, kernel, call, kv_dtype, block_sparse)
     reports: list[Report] = []
     wrong: list[ValueError] = []
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
         try:
-            reports.append(rewrite_stateless(gm, examples, kernel=kernel).report)
+            reports.append(rewrite_stateless(gm, examples, kernel=kernel, block_sparse=block_sparse).report)
         except ValueError as error:  # a kernel that is not there, or cannot: raised from here, Dynamo would wrap it
             wrong.append(error)
         return gm.forward
@@ -55,12 +57,16 @@ def explain(
     return _joined(reports)
 
 
-def _explain_paged(model: Any, kernel: str, call: Call | None, kv_dtype: torch.dtype | str) -> Report:
+def _explain_paged(
+    model: Any, kernel: str, call: Call | None, kv_dtype: torch.dtype | str, block_sparse: BlocksparseParams | None
+) -> Report:
     """The report of a PagedLM that is made for it, with few pages and no inner compiler, and closed again."""
     from compile_attn.lm import PagedLM
 
     try:
-        with PagedLM(model, 256, max_seqs=2, kernel=kernel, kv_dtype=kv_dtype, inner="eager", call=call) as lm:
+        with PagedLM(
+            model, 256, max_seqs=2, kernel=kernel, kv_dtype=kv_dtype, inner="eager", call=call, block_sparse=block_sparse
+        ) as lm:
             assert lm.report is not None
             return lm.report
     except RefusedError as refused:

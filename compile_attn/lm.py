@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +20,7 @@ from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step
 from compile_attn.cache import Chunk
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
 from compile_attn.modes import in_own_modes
@@ -54,7 +55,7 @@ class PagedLM:
 
     model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
     kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
-    kernel, inner, merge_linears    as in Options
+    kernel, inner, merge_linears, block_sparse    as in Options; with block_sparse no request is longer than its max_seqlen
     cuda_graphs       decodes, and steps of few new tokens, are replayed from CUDA graphs: "auto" where that can be, True or an
                       error, False never
     call              call(model, input_ids, position_ids) for a model of another signature or output; compiled with it.
@@ -83,6 +84,7 @@ class PagedLM:
         kv_scales: Scales | None = None,
         memory_fraction: float = 0.9,
         merge_linears: bool = True,
+        block_sparse: BlocksparseParams | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -90,10 +92,20 @@ class PagedLM:
         check_no_dropout(self._model)
         device = device_of(self._model)
         budget, graphs = tokens_a_step(max_batch_tokens, device), graphs_wanted(cuda_graphs, device)
+        options = Options(kernel=kernel, inner=inner, merge_linears=merge_linears, block_sparse=block_sparse)
         cache = cache_for(
-            self._model, kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison, budget=budget, fraction=memory_fraction
+            self._model,
+            kv_tokens,
+            budget,
+            memory_fraction,
+            page_size=page_size,
+            max_seqs=max_seqs,
+            kv_dtype=kv_dtype,
+            max_seq_len=None if block_sparse is None else block_sparse.max_seqlen,
+            kv_scales=kv_scales,
+            poison=poison,
         )
-        options = Options(kernel=kernel, cache=cache, inner=inner, merge_linears=merge_linears)
+        options = replace(options, cache=cache)
         self.cache = cache
         self._own_call = call is not None
         self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from compile_attn.cache import PagedKVCache
+    from compile_attn.kernels.blocksparse_params import BlocksparseParams
 
 OnRejected = Literal["keep", "warn", "error"]
 Inner = Literal["inductor", "eager"]
@@ -25,6 +26,8 @@ class Options:
     inner        "inductor" (default), or "eager": no inner compiler, for tests and debugging.
     merge_linears  linears that read one tensor become one; their weights become parts of one tensor, the model's parameters and
                  state_dict stay what they are. Default (None): with a cache yes, without one no.
+    block_sparse  a `BlocksparseParams`: queries see no other keys than its mask shows them, which the model need not have been
+                 written with. A model for which that cannot be done is an error, whatever on_rejected says.
     """
 
     kernel: str = "auto"
@@ -32,12 +35,18 @@ class Options:
     cache: PagedKVCache | None = None
     inner: Inner = "inductor"
     merge_linears: bool | None = None
+    block_sparse: BlocksparseParams | None = None
 
     def __post_init__(self) -> None:
         _check_choice("on_rejected", self.on_rejected, get_args(OnRejected))
         _check_choice("inner", self.inner, get_args(Inner))
         if self.merge_linears not in (None, True, False):
             raise ValueError(f"paged_attn: merge_linears={self.merge_linears!r}; choose True, False, or None for the default")
+        if self.block_sparse is not None:
+            from compile_attn.kernels.blocksparse_params import BlocksparseParams
+
+            if not isinstance(self.block_sparse, BlocksparseParams):
+                raise ValueError(f"paged_attn: block_sparse={self.block_sparse!r}; give a compile_attn.BlocksparseParams")
         if self.kernel != "auto":
             from compile_attn.kernels.select import known_kernels
             from compile_attn.kernels.speeds import parts_of

@@ -69,7 +69,7 @@ class BlocksparseFlashAttentionBackend(TritonBackend):
     def tiles(self, spec: AttentionSpec, dot: torch.dtype, tokens: int, shared: int, read: int) -> Tiles:
         group = spec.num_q_heads // spec.num_kv_heads
         few = tokens * group <= _FEW_ROWS
-        heads = 1 if by_head(spec.mask) and not few else group
+        heads = 1 if by_head(spec.mask, group) and not few else group
         cut = OTHER if few or dot.itemsize != 2 else _cut(spec, heads, tokens, shared)
         most = cut.rows, min(cut.keys, block_of(spec.mask) or cut.keys)
         found = tiles_of(spec, dot, tokens, shared, read, heads, most)
@@ -84,7 +84,7 @@ def _cut(spec: AttentionSpec, heads: int, tokens: int, shared: int) -> Cut:
     """For tiles that hold so many heads of a KV head. What is read for every key takes registers of its own."""
     size = padded(max(spec.head_dim, spec.head_dim_v))
     odd = spec.head_dim % 16 or spec.head_dim_v % 16  # unmeasured, and their loads are not joined
-    cut = OTHER if odd else CUTS.get((size, by_head(spec.mask)), OTHER)
+    cut = OTHER if odd else CUTS.get((size, by_head(spec.mask, spec.num_q_heads // spec.num_kv_heads)), OTHER)
     if not odd and most_keys(spec.mask, heads, max(1, OTHER.rows // heads), tokens) >= MANY:
         cut = FOR_MANY.get(size, cut)
     fits = 2 * size * (cut.rows + 2 * cut.stages * cut.keys) <= shared

@@ -154,22 +154,29 @@ class SameDocument(Mask):
 class BlockSparse(Mask):
     """Causal; blocks of `block_size` positions; the last `local_blocks` key blocks, and every `vert_stride`-th one.
 
-    Query block a sees key block b iff b <= a and (a - b < local_blocks or (b + h * head_step + 1) mod vert_stride = 0).
+    Query block a sees key block b iff b <= a and (a - b < local_blocks or (b + slide + 1) mod vert_stride = 0), where heads
+    slide by `head_step`, each group of `heads_per_step` alike: slide = (head_offset + h) // heads_per_step * head_step.
+    Head 0 here may be head `head_offset` of a model whose heads are spread over several devices.
     """
 
     block_size: int
     local_blocks: int
     vert_stride: int
     head_step: int = 0
+    head_offset: int = 0
+    heads_per_step: int = 1
 
     def predicate(self) -> Boolean:
         query_block, key_block = sympy.floor(I / self.block_size), sympy.floor(J / self.block_size)
         local = sympy.Lt(query_block - key_block, self.local_blocks)
-        vertical = sympy.Eq(sympy.Mod(key_block + H * self.head_step + 1, self.vert_stride), 0)
+        slide = sympy.floor((H + self.head_offset) / self.heads_per_step) * self.head_step
+        vertical = sympy.Eq(sympy.Mod(key_block + slide + 1, self.vert_stride), 0)
         return sympy.And(sympy.Le(J, I), sympy.Or(local, vertical))
 
     def words(self) -> str:
-        slide = f", sliding by {self.head_step} per head" if self.head_step else ""
+        heads = "head" if self.heads_per_step == 1 else f"{self.heads_per_step} heads"
+        slide = f", sliding by {self.head_step} per {heads}" if self.head_step else ""
+        slide += f", counted from head {self.head_offset}" if self.head_step and self.head_offset else ""
         return f"causal, blocks of {self.block_size}: {self.local_blocks} local, every {self.vert_stride}th vertical{slide}"
 
     def features(self) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Which keys may a tile of queries see? Solved from the mask's predicate, as a few progressions of positions.
 
-A tile holds consecutive queries FIRST..LAST of one sequence and `heads` query heads from HEAD on. The predicate becomes a
+A tile holds consecutive queries FIRST..LAST of one sequence and `heads` query heads from HEAD on, a multiple of `heads`: of
+each KV head's query heads the tiles take equal parts. The predicate becomes a
 disjunction of conjunctions of comparisons; each comparison that can be solved for the key bounds it from one side, or keeps
 one cell of `unit` keys in every `period`. Bounds are taken over all rows of the tile: the outer ones hold every key that
 some row sees, between the inner ones every row sees every key. What cannot be solved bounds nothing, so a span may hold
@@ -24,7 +25,7 @@ from compile_attn.kernels.mask import Mask
 
 FIRST = sympy.Symbol("first", integer=True, nonnegative=True)  # position of the first query of a tile
 LAST = sympy.Symbol("last", integer=True, nonnegative=True)
-HEAD = sympy.Symbol("head", integer=True, nonnegative=True)  # its first query head
+HEAD = sympy.Symbol("head", integer=True, nonnegative=True)  # its first query head, a multiple of how many there are
 LENGTH = sympy.Symbol("length", integer=True, nonnegative=True)  # keys of the sequence
 _MOST_TERMS = 8  # of the disjunction; a predicate with more is bounded by its causality and window alone
 
@@ -78,9 +79,9 @@ def block_of(mask: Mask) -> int | None:
     return unit & -unit if unit & -unit >= 16 else None
 
 
-def by_head(mask: Mask) -> bool:
-    """Do query heads see different keys?"""
-    return bool(mask.predicate().has(H))
+def by_head(mask: Mask, heads: int) -> bool:
+    """May query heads of one tile, which holds so many, see different keys?"""
+    return bool(_of_tile(mask.predicate(), heads).has(H))
 
 
 def bounded(mask: Mask) -> bool:
@@ -222,11 +223,37 @@ def _cells(literal: Boolean, heads: int) -> Cells | None:
     top, unit = sympy.fraction(key.args[0] if isinstance(key, sympy.floor) else key)
     if top != J or abs(factor) != 1 or not (unit.is_Integer and unit > 0) or period < 2:
         return None
-    wanted = sympy.expand(factor * (sides[1] - (inner - keys[0])))  # of the cell's number, modulo period
+    wanted = _of_tile(sympy.expand(factor * (sides[1] - (inner - keys[0]))), heads)  # of the cell's number, modulo period
     step = wanted.coeff(H, 1)
     row = sympy.expand(wanted - step * H)
-    least, most = (row, row) if row.is_Integer else (_extreme(row, upper, heads) for upper in (False, True))
-    if not step.is_Integer or row.has(H) or least is None or most is None or (step != 0 and heads > 1 and least != most):
+    by_query = sympy.Add(*(part for part in sympy.Add.make_args(row) if part.has(I)))
+    fixed = row - by_query  # in all rows of a tile the same
+    least, most = (fixed, fixed) if by_query == 0 else (_plus(fixed, _extreme(by_query, upper, heads)) for upper in (False, True))
+    if not step.is_Integer or row.has(H) or not row.is_integer or least is None or most is None:
+        return None
+    if step != 0 and heads > 1 and least != most:
         return None
     deltas = tuple(sorted({int(step) * head % period for head in range(heads)}))
     return Cells(int(unit), period, least + step * HEAD, most - least, deltas)
+
+
+def _plus(fixed: sympy.Expr, more: sympy.Expr | None) -> sympy.Expr | None:
+    return None if more is None else fixed + more
+
+
+def _of_tile(expr: sympy.Expr, heads: int) -> sympy.Expr:
+    """With floors of the head by those of a tile's first head, where all its heads have the same.
+
+    That is so for floor((h + c) / G) with G = heads * n and c = heads * m: HEAD = heads * k, so a head of the tile is
+    h = heads * k + d with 0 <= d < heads, and (h + c) / G = (k + m + d / heads) / n. The floor of that is the floor of
+    (k + m) / n, because floor(x / n) = floor(floor(x) / n) for whole n > 0, and floor(k + m + d / heads) = k + m.
+    """
+
+    def same(part: sympy.Expr) -> bool:
+        if not isinstance(part, sympy.floor):
+            return False
+        top, bottom = sympy.fraction(sympy.together(part.args[0]))
+        shift = sympy.expand(top - H)
+        return bool(shift.is_Integer and bottom.is_Integer and bottom > 0 and shift % heads == 0 and bottom % heads == 0)
+
+    return expr.replace(same, lambda part: part.xreplace({H: HEAD}))

@@ -88,7 +88,7 @@ def _candidates(visible: Boolean, num_heads: int | None) -> Iterator[Mask]:
         yield Chunked(lost)
         yield from (All(Window(lost - 1), Chunked(size)) for size in moduli if size > lost)
     for block, stride in itertools.product(moduli, sorted({*moduli, *(a // b for a in moduli for b in moduli if a % b == 0)})):
-        if stride > 1 and (candidate := _block_sparse(visible, block, stride)) is not None:
+        if stride > 1 and (candidate := _block_sparse(visible, block, stride, num_heads)) is not None:
             yield candidate
 
 
@@ -100,8 +100,8 @@ def _moduli(visible: Boolean) -> list[int]:
     return sorted({1, *(slope.denominator for inner in floors for slope in inner.linear)})
 
 
-def _block_sparse(visible: Boolean, block: int, stride: int) -> BlockSparse | None:
-    """Local blocks and step as far rows show them: in `stride` rows running, one has no vertical block beside the local ones."""
+def _block_sparse(visible: Boolean, block: int, stride: int, num_heads: int | None) -> BlockSparse | None:
+    """Local blocks and slides as far rows show them: in `stride` rows running, one has no vertical block beside the local ones."""
     constants = {abs(int(number)) for number in visible.atoms(sympy.Integer)}
     reach = min(_LOCAL, max(constants, default=0) + 2)
     rows = np.repeat(np.arange(reach + stride, reach + 2 * stride), reach)
@@ -111,14 +111,26 @@ def _block_sparse(visible: Boolean, block: int, stride: int) -> BlockSparse | No
         return None
     runs = np.where(near.reshape(stride, reach).all(1), reach, np.argmin(near.reshape(stride, reach), axis=1))
     local = int(runs.min())
+    if local >= reach:
+        return None
     last = np.full(stride, (reach + 2 * stride) * block)
-    steps = []
-    for head in (0, 1):
-        far = truth(visible, last, np.arange(stride) * block, head)
-        if local >= reach or far is None or far.sum() != 1:
-            return None
-        steps.append(int(-int(np.argmax(far)) - 1) % stride)
-    return BlockSparse(block, local, stride, steps[1]) if steps[0] == 0 else None
+    far = truth(visible, last, np.arange(stride) * block, num_heads or 2)
+    if far is None or not (far.sum(axis=1) == 1).all():
+        return None
+    sliding = _sliding(((-1 - np.argmax(far, axis=1)) % stride).tolist(), stride)
+    return None if sliding is None else BlockSparse(block, local, stride, *sliding)
+
+
+def _sliding(slides: list[int], stride: int) -> tuple[int, int, int] | None:
+    """The step, offset and group of heads by which (offset + h) // group * step, modulo stride, is the slide of each head h."""
+    heads = len(slides)
+    turns = [head for head in range(1, heads) if slides[head] != slides[head - 1]]
+    if not turns:
+        return (0, 0, 1) if slides[0] == 0 else (slides[0], heads, heads)
+    first, step = turns[0], (slides[turns[0]] - slides[turns[0] - 1]) % stride
+    group = turns[1] - first if len(turns) > 1 else max(first, heads - first)
+    before = next((number for number in range(stride) if number * step % stride == slides[0]), None)
+    return None if before is None else (step, before * group + -first % group, group)
 
 
 def _tensor_atoms(visible: Boolean) -> list[Boolean]:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.passes import lower
 from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
+from compile_attn.passes.imposed import check_lengths, impose
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
 from compile_attn.passes.merge_linears import Merged, merge_linears
 from compile_attn.passes.normalize import Normalized, normalize
@@ -90,7 +92,13 @@ class _Clock:
 
 
 def rewrite_stateless(
-    gm: fx.GraphModule, examples: Sequence[Any], *, kernel: str, needs_grad: bool = False, merge: bool = False
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    *,
+    kernel: str,
+    needs_grad: bool = False,
+    merge: bool = False,
+    block_sparse: BlocksparseParams | None = None,
 ) -> Rewriting:
     """Replace every attention that can be read by a fused op; the rest of the graph stays, but for linears to `merge`."""
     clock = _Clock()
@@ -104,6 +112,8 @@ def rewrite_stateless(
         before = _text(normalized)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=False, positions=frozenset())
+        sites = impose(sites, block_sparse, rejected)
+        check_lengths(sites, block_sparse)
     with clock.phase("lower"):
         rewritten, refused = _fuse_all(normalized, sites, kernel, None, needs_grad)
         if rewritten:
@@ -134,6 +144,7 @@ def rewrite_paged(
     token_ids: int,
     positions: int | None,
     merge: bool = True,
+    block_sparse: BlocksparseParams | None = None,
 ) -> Rewriting:
     """Make the graph take packed new tokens of many sequences, keys and values in pages. Raises RefusedError.
 
@@ -157,6 +168,7 @@ def rewrite_paged(
     _check_token_axis(tokens, normalized, report)
     with clock.phase("recognise"):
         sites, rejected = recognise(normalized, paged=True, positions=position_inputs)
+        sites = impose(sites, block_sparse, rejected)
     with clock.phase("lower"):
         rewritten, refused = _fuse_all(normalized, sites, kernel, geometry, needs_grad=False)
         cleanup(graph)
@@ -233,7 +245,7 @@ def _fuse_all(
         lower.fuse(graph, site, choice.kernel)
         added = len(graph.nodes) - count
         nodes = len(site.replaced), added
-        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, *nodes, choice.steps))
+        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, *nodes, choice.steps, site.asked))
     return tuple(rewritten), refused
 
 

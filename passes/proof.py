@@ -225,11 +225,11 @@ def first_false(predicate: Boolean, axis: sympy.Symbol) -> int | None:
     return int(at.min()) if at.size else None
 
 
-def truth(predicate: Boolean, i: Array, j: Array, head: int = 0) -> Array | None:
-    """The predicate at some points; None where it has free atoms."""
+def truth(predicate: Boolean, i: Array, j: Array, heads: int = 1) -> Array | None:
+    """The predicate at some points, for each of the first heads: [head, point]. None where it has free atoms."""
     formula = Formula()
     node = formula.read(predicate)
     if formula.free:
         return None
-    points = Points(np.reshape(i, (-1, 1)), np.reshape(j, (-1, 1)), np.array([[head]]))
-    return np.broadcast_to(evaluate(formula, node, points), (np.size(i), 1, 1))[:, 0, 0]
+    points = Points(np.reshape(i, (-1, 1)), np.reshape(j, (-1, 1)), np.arange(heads)[None, :])
+    return np.broadcast_to(evaluate(formula, node, points), (np.size(i), heads, 1))[:, :, 0].T

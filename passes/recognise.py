@@ -48,6 +48,7 @@ class AttentionSite:
     captured: tuple[fx.Node, ...]
     output: Operand
     replaced: frozenset[fx.Node]
+    asked: str = ""  # what of its meaning is not the model's own, and who asked for it
 
 
 def recognise(normalized: Normalized, *, paged: bool, positions: frozenset[fx.Node]) -> tuple[list[AttentionSite], list[Rejected]]:

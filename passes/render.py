@@ -119,8 +119,9 @@ def _path(kind: str, cells: torch.Tensor) -> str:
 def _site(site: Rewritten, places: Sequence[Location]) -> tuple[str, ...]:
     others = "".join(f"<li><b>{_text(name)}</b> {_text('; '.join(why))}</li>" for name, why in site.passed_over.items())
     why_not = f"<details><summary>why not the others</summary><ul>{others}</ul></details>" if others else ""
+    words = "<br>".join(map(_text, filter(None, [site.spec.words(), site.asked])))
     meaning = (
-        f"{_text(site.spec.words())}<br>score <code>{_text(print_expr(site.spec.expression()))}</code>"
+        f"{words}<br>score <code>{_text(print_expr(site.spec.expression()))}</code>"
         f"<br>visible where <code>{_text(print_expr(site.spec.mask.predicate()))}</code>"
     )
     nodes = f"<small>{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added</small>"

@@ -30,6 +30,7 @@ class Rewritten:
     nodes_removed: int = 0
     nodes_added: int = 0
     steps: str = ""  # where several kernels share the steps: which serves which
+    asked: str = ""  # what of its meaning is not the model's own, and who asked for it
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _where(places: Sequence[Location]) -> str:
 
 def _meaning(site: Rewritten) -> str:
     predicate = print_expr(site.spec.mask.predicate())
-    return f"{site.spec.words()}\n" + ("every key is visible" if predicate == "True" else f"visible where {predicate}")
+    seen = "every key is visible" if predicate == "True" else f"visible where {predicate}"
+    return "\n".join((site.spec.words(), *filter(None, [site.asked]), seen))
 
 
 def _kernel(site: Rewritten) -> str:

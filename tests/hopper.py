@@ -50,6 +50,8 @@ CASES = {  # spec, dtype, tokens, sequences, dtype of pages
     "sparse, float32": (AttentionSpec(32, 8, 256, 256, m.BlockSparse(64, 1, 16)), torch.float32, 4096, 1, None),
     "long window": (AttentionSpec(32, 8, 128, 128, m.Window(1000)), torch.bfloat16, 4096, 1, None),
     "sparse decode": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1)), torch.bfloat16, 8, 8, None),
+    "sparse, KV heads slide": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1, 8, 4)), torch.bfloat16, 4096, 2, None),
+    "sparse decode, KV heads slide": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(64, 2, 8, 1, 8, 4)), torch.bfloat16, 8, 8, None),
     "fp8 pages": (AttentionSpec(8, 8, 80, 80), torch.float16, 512, 4, torch.float8_e4m3fn),
     "float32": (AttentionSpec(4, 4, 64, 64, m.Chunked(70), softcap=3.0), torch.float32, 512, 4, None),
     "everything": (EVERYTHING, torch.bfloat16, 512, 4, None),

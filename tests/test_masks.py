@@ -57,6 +57,42 @@ def test_each_family_is_found_again(mask: Mask) -> None:
     assert classify(sympy.Not(sympy.to_nnf(sympy.Not(mask.predicate()), simplify=False))) == mask
 
 
+SLIDES = [  # (mask, heads): as its own name, or as another of the same mask
+    (BlockSparse(64, 2, 8, 1, 3), 4),
+    (BlockSparse(64, 2, 4, 2, 0, 2), 4),
+    (BlockSparse(16, 1, 16, 3, 6, 4), 12),
+    (BlockSparse(64, 16, 8, 1, 24, 4), 32),
+    (BlockSparse(8, 1, 5, 2, 3, 3), 2),
+    (BlockSparse(64, 2, 8, 2, 8, 8), 4),
+    (BlockSparse(64, 2, 8, 3, 8, 8), 1),
+    (BlockSparse(64, 2, 6, 2, 3), 8),
+    (BlockSparse(32, 2, 4, 2, 1, 1), 2),
+]
+
+
+@pytest.mark.parametrize(("mask", "heads"), SLIDES, ids=repr)
+def test_slides_of_some_heads_are_found(mask: BlockSparse, heads: int) -> None:
+    """Of groups of heads, and of heads that are not the model's first: a name for the same keys, in every head."""
+    found = classify(mask.predicate(), heads)
+    assert isinstance(found, BlockSparse)
+    i, j, h = np.meshgrid(np.arange(0, 700, 5), np.arange(0, 700, 3), np.arange(heads), indexing="ij")
+    ours, its = (sympy.lambdify((I, J, H), each.predicate(), "numpy")(i, j, h) for each in (found, mask))
+    assert (ours == its).all()
+    assert classify(found.predicate(), heads) == found
+
+
+@pytest.mark.parametrize(
+    "slide",
+    [sympy.Mod(H * H, 3), sympy.floor(H / 2) + H, 2 * sympy.floor(H / 2) + sympy.floor(H / 3), 2 * H],
+    ids=str,
+)
+def test_other_slides_of_heads_stay_general(slide: sympy.Expr) -> None:
+    visible = CAUSAL & ((sympy.floor(I / 4) - sympy.floor(J / 4) < 1) | sympy.Eq(sympy.Mod(sympy.floor(J / 4) + slide, 6), 0))
+    found = classify(visible, 8)
+    assert "GENERAL_MASK" in found.features()
+    assert brute(sympy.Equivalent(visible, found.predicate()))
+
+
 @pytest.mark.parametrize(
     ("visible", "mask"),
     [

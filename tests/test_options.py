@@ -29,13 +29,14 @@ def test_several_kernels() -> None:
     [
         (
             {"kernle": 1, "caches": 2},
-            "unknown option 'caches', 'kernle'; known options are kernel, on_rejected, cache, inner, merge_linears",
+            "unknown option 'caches', 'kernle'; known options are kernel, on_rejected, cache, inner, merge_linears, block_sparse$",
         ),
         ({"kernel": "fast"}, r"kernel='fast' is not known; choose one of 'auto', .*'reference'"),
         ({"kernel": "general|fast"}, r"kernel='fast' is not known; choose one of 'sdpa', .*'reference'"),
         ({"kernel": "auto|general"}, "kernel='auto' is not known; choose one of 'sdpa'"),
         ({"on_rejected": "ignore"}, "on_rejected='ignore' is not known; choose one of 'keep', 'warn', 'error'"),
         ({"merge_linears": "yes"}, "merge_linears='yes'; choose True, False, or None for the default"),
+        ({"block_sparse": {"block_size": 64}}, "block_sparse={'block_size': 64}; give a compile_attn.BlocksparseParams"),
         ({"inner": "jit"}, "inner='jit' is not known; choose one of 'inductor', 'eager'"),
     ],
 )

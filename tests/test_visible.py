@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from compile_attn.kernels import mask as m
 from compile_attn.kernels.evaluate import evaluator
 from compile_attn.kernels.expr import B, H, I, J, Load
-from compile_attn.kernels.visible import block_of, bounded, spans, unit_of
+from compile_attn.kernels.visible import HEAD, _of_tile, block_of, bounded, by_head, spans, unit_of
 from compile_attn.kernels.visible_print import print_sight
 
 SINKS = m.All(m.Causal(), m.General((J < 5) | (I - J < 40)))
@@ -42,7 +43,8 @@ def seen(mask: m.Mask, heads: int, block_n: int, first: int, last: int, head: in
     return set(every.nonzero().flatten().tolist()), set(some.nonzero().flatten().tolist())
 
 
-SPARSE = st.builds(m.BlockSparse, st.sampled_from([16, 32, 64]), st.integers(1, 5), st.integers(2, 9), st.integers(0, 4))
+UNITS = st.sampled_from([16, 32, 64])
+SPARSE = st.builds(m.BlockSparse, UNITS, st.integers(1, 5), st.integers(2, 9), st.integers(0, 4), st.integers(0, 40))
 MASKS = st.one_of(
     SPARSE,
     st.sampled_from([m.Causal(), SINKS, DILATED]),
@@ -53,18 +55,18 @@ MASKS = st.one_of(
     st.builds(lambda left, size: m.All(m.Window(left), m.Chunked(size)), st.integers(0, 200), st.integers(1, 200)),
     st.builds(lambda left, size: m.Any(m.Window(left), m.Chunked(size)), st.integers(0, 200), st.integers(1, 200)),
 )
-TILES = st.tuples(st.integers(0, 400), st.integers(0, 140), st.integers(0, 12), st.integers(0, 60))
+TILES = st.tuples(st.integers(0, 400), st.integers(0, 140), st.integers(0, 7), st.integers(0, 60))
 
 
-def tile_of(first: int, more: int, head: int, beyond: int) -> tuple[int, int, int, int]:
-    """The last query of a tile is a key, and there may be more."""
-    return first, first + more, head, first + more + 1 + beyond
+def tile_of(heads: int, first: int, more: int, before: int, beyond: int) -> tuple[int, int, int, int]:
+    """The last query of a tile is a key, and there may be more; so many tiles of heads come before."""
+    return first, first + more, heads * before, first + more + 1 + beyond
 
 
 @settings(max_examples=150, deadline=None)
 @given(mask=MASKS, tile=TILES, heads=st.sampled_from([1, 1, 2, 4, 8]), size=st.sampled_from([16, 32, 64]))
 def test_exactly_the_blocks_with_a_visible_pair(mask: m.Mask, tile: tuple[int, int, int, int], heads: int, size: int) -> None:
-    first, last, head, length = tile_of(*tile)
+    first, last, head, length = tile_of(heads, *tile)
     unit = unit_of(mask)
     size = size if unit is None else min(size, unit)
     clear, edge = walked(mask, heads, size, first, last, head, length)
@@ -76,7 +78,9 @@ def test_exactly_the_blocks_with_a_visible_pair(mask: m.Mask, tile: tuple[int, i
 ANY = st.deferred(
     lambda: (
         MASKS
-        | st.builds(m.BlockSparse, st.integers(1, 40), st.integers(0, 3), st.integers(1, 6), st.integers(0, 3))
+        | st.builds(
+            m.BlockSparse, st.integers(1, 40), st.integers(0, 3), st.integers(1, 6), *[st.integers(0, 3)] * 2, st.integers(1, 6)
+        )
         | st.builds(m.Any, ANY, ANY)
         | st.builds(m.All, ANY, ANY)
         | st.sampled_from(
@@ -89,6 +93,8 @@ ANY = st.deferred(
                 FAR_AND_NEAR,
                 m.General(sympy.Lt(sympy.Mod(I, 50) + J - I, 3) & (sympy.Mod(J, 70) < 50)),
                 m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16) + 2 * H, 4), sympy.Mod(I, 4))),
+                m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16) + sympy.floor((H - 3) / 2) + sympy.floor(I / 9), 4), 1)),
+                m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16) + I / 2, 4), 1)),  # half a cell is none
                 m.General(sympy.Eq(sympy.Mod(sympy.floor(J / 16), 4), 1) | sympy.Eq(sympy.Mod(sympy.floor(J / 32), 3), 1)),
             ]
         )
@@ -99,12 +105,61 @@ ANY = st.deferred(
 @settings(max_examples=150, deadline=None)
 @given(mask=ANY, tile=TILES, heads=st.sampled_from([1, 2, 4, 7]), size=st.sampled_from([16, 32, 64]))
 def test_no_visible_pair_is_missed_whatever_the_mask(mask: m.Mask, tile: tuple[int, int, int, int], heads: int, size: int) -> None:
-    first, last, head, length = tile_of(*tile)
+    first, last, head, length = tile_of(heads, *tile)
     clear, edge = walked(mask, heads, size, first, last, head, length)
     every, some = seen(mask, heads, size, first, last, head, length)
     assert len(set(clear + edge)) == len(clear + edge)
     assert some <= set(clear + edge)
     assert set(clear) <= every
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tile=TILES,
+    heads=st.sampled_from([1, 2, 3, 8]),
+    shape=st.tuples(UNITS, st.integers(1, 5), st.integers(2, 9), st.integers(0, 4)),
+    offset=st.integers(0, 5),
+    group=st.integers(1, 3),
+)
+def test_exactly_those_of_heads_that_slide_together(
+    tile: tuple[int, int, int, int], heads: int, shape: tuple[int, int, int, int], offset: int, group: int
+) -> None:
+    """Groups of heads, and the first head of a device, are whole tiles: as many blocks as for one head are visited."""
+    mask = m.BlockSparse(*shape, offset * heads, group * heads)
+    first, last, head, length = tile_of(heads, *tile)
+    clear, edge = walked(mask, heads, 16, first, last, head, length)
+    every, some = seen(mask, heads, 16, first, last, head, length)
+    assert sorted(clear + edge) == sorted(some)
+    assert set(clear) <= every
+    cells = [span.cells for span in spans(mask, heads) if span.cells is not None]
+    assert [each.deltas for each in cells] == [(0,)] or (group * heads == 1 and len(cells) == 1)
+
+
+def test_a_floor_of_heads_is_one_in_a_tile_or_left() -> None:
+    """Every small case: it is replaced where, and only where, no tile crosses a multiple; then by what it is in every head."""
+    for group, offset, heads in itertools.product(range(2, 9), range(-9, 10), range(1, 7)):
+        found = _of_tile(sympy.floor((H + offset) / group), heads)
+        tiles = [[(head + offset) // group for head in range(tile * heads, (tile + 1) * heads)] for tile in range(group)]
+        assert found.has(H) == any(len(set(tile)) > 1 for tile in tiles), (group, offset, heads)
+        if not found.has(H):
+            assert [int(found.subs(HEAD, tile * heads)) for tile in range(group)] == [tile[0] for tile in tiles]
+
+
+def test_small_masks_of_every_kind() -> None:
+    """Steps, offsets, groups, tiles of heads: no visible pair is missed; where the heads of a tile slide together, none more."""
+    exact = 0
+    for step, offset, group, heads in itertools.product((1, 2), range(4), (1, 2, 3, 4), (1, 2, 4)):
+        mask = m.BlockSparse(16, 1, 3, step, offset, group)
+        for tile in range(3):
+            for first in (0, 70, 100):
+                place = first, first + 5, tile * heads, first + 6
+                clear, edge = walked(mask, heads, 16, *place)
+                every, some = seen(mask, heads, 16, *place)
+                assert some <= {*clear, *edge} and set(clear) <= every and len({*clear, *edge}) == len(clear) + len(edge)
+                if group == 1 or (group % heads == 0 and offset % heads == 0):
+                    assert some == {*clear, *edge}
+                    exact += 1
+    assert exact > 400
 
 
 def test_spans_of_a_block_sparse_mask() -> None:
@@ -130,6 +185,13 @@ def test_what_is_known_of_a_mask() -> None:
     assert bounded(SINKS) and bounded(m.Prefix(9)) and bounded(m.All(m.Causal(), m.SameDocument(0)))
     assert not bounded(m.Bidirectional()) and not bounded(m.SameDocument(0)) and not bounded(m.General(sympy.Ne(Load(0, B, J), 0)))
     assert not bounded(m.Any(m.Window(3), m.SameDocument(0)))
+
+
+def test_heads_of_a_tile_that_see_the_same() -> None:
+    """Those of a KV head, where KV heads slide: a tile of a prefill may hold them all."""
+    assert not by_head(m.BlockSparse(64, 2, 8, 2, 8, 4), 4) and not by_head(m.BlockSparse(64, 2, 8, 2, 8, 4), 2)
+    assert by_head(m.BlockSparse(64, 2, 8, 2, 8, 4), 8) and by_head(m.BlockSparse(64, 2, 8, 2, 6, 4), 4)
+    assert by_head(m.BlockSparse(64, 2, 8, 1), 4) and not by_head(m.BlockSparse(64, 2, 8), 4)
 
 
 @pytest.mark.parametrize("mask", [m.BlockSparse(64, 16, 8, 1), m.Prefix(9), SINKS, m.All(m.Window(99), m.Chunked(64))], ids=repr)
