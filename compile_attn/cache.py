@@ -210,20 +210,8 @@ class PagedKVCache:
         self._check_open()
         tokens = self._check_chunks(chunks)
         growing = [(chunk.seq, len(new)) for chunk, new in zip(chunks, tokens, strict=True)]
-        wanted = self._seqs.pages_wanted_by(growing)
-        if wanted > self.free_pages:
-            raise OutOfPages(
-                f"this batch of {len(chunks)} chunks and {sum(map(len, tokens))} new tokens needs {wanted} more "
-                f"pages; {self.free_pages} of {self.num_pages} are free (page_size {self.page_size}); free a sequence, "
-                f"pass fewer tokens, or make the cache larger (kv_tokens={self.kv_tokens})"
-            )
-        starts, self._advances = [], False  # also if what follows fails half-way
-        for seq, _ in growing:
-            starts.append(seq.length)
-            seq.unrun = True
+        starts, self._advances = [chunk.seq.length for chunk in chunks], False  # also if what follows fails half-way
         self._seqs.grow(growing)
-        for seq, count in growing:
-            seq.length += count
         tables = [chunk.seq._pages for chunk in chunks]
         width = self.buffers.width(max(width, *map(len, tables)), self.page_size)
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]

@@ -38,6 +38,10 @@ class PageAllocator:
         """How many own it."""
         return self._owners[page]
 
+    def guarded(self, page: int) -> bool:
+        """Whether nobody may write it: it has several owners, or its content is kept."""
+        return self._owners[page] > 1 or bool(self._kept[page])
+
     def take(self, count: int) -> list[int]:
         """So many pages, each with one owner."""
         if count > len(self._free) and count > self.free_pages:

@@ -8,12 +8,13 @@ before one of them writes (copy-on-write). A sequence whose pages change, other 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import NoReturn
 
 import torch
 
-from compile_attn.pages import PageAllocator
+from compile_attn.pages import OutOfPages, PageAllocator
 from compile_attn.pools import Pools
 from compile_attn.prefixes import PrefixIndex, Salt
 from compile_attn.step import token_array
@@ -107,26 +108,30 @@ class Sequences:
     # Growing, shrinking, sharing
 
     def pages_wanted(self, seq: CachedSequence, count: int) -> int:
-        """The pages that so many more tokens take."""
-        return self._pages_for(seq.length + count) - len(seq._pages) + len(self._shared([seq]))
-
-    def pages_wanted_by(self, growing: Sequence[tuple[CachedSequence, int]]) -> int:
-        """The same for several in one batch: of two that share a page, the second one to write is then its only owner."""
-        more = sum(self._pages_for(seq.length + count) - len(seq._pages) for seq, count in growing)
-        return more + len(self._shared([seq for seq, _ in growing]))
+        """How many of the free pages so many more tokens take."""
+        return self._pages_for(seq.length + count) - len(seq._pages) + len(self._shared(self._guarded([seq])))
 
     def grow(self, growing: Sequence[tuple[CachedSequence, int]]) -> None:
-        """Give each sequence the pages for so many more tokens, and a last page of its own. There must be pages enough."""
-        seqs = [seq for seq, _ in growing]
-        moves = [(seq, self.pages.take(1)[0]) for seq in self._shared(seqs)]
-        more = [self.pages.take(self._pages_for(seq.length + count) - len(seq._pages)) for seq, count in growing]
-        moves += self._kept_apart(seqs, {seq for seq, _ in moves})
+        """Make each sequence so many tokens longer, in pages that it may write. Raises OutOfPages, with nothing changed."""
+        size = self.page_size
+        counts = [-(-(seq.length + count) // size) - len(seq._pages) for seq, count in growing]
+        guarded = self._guarded(seq for seq, _ in growing)
+        shared = self._shared(guarded)
+        wanted = sum(counts) + len(shared)
+        if wanted > self.pages.free_pages:
+            self._out_of_pages(growing, wanted)
+        pages = iter(self.pages.take(wanted))
+        moves = [(seq, next(pages)) for seq in shared]
+        moves += self._kept_apart([seq for seq in guarded if seq not in shared])
         pairs = [(seq._pages[-1], new) for seq, new in moves]
         for seq, new in moves:
             seq._pages = seq._pages[:-1]
             seq._pages.append(new)
-        for seq, pages in zip(seqs, more, strict=True):
-            seq._pages.extend(pages)
+        for (seq, count), more in zip(growing, counts, strict=True):
+            if more:
+                seq._pages.extend(islice(pages, more))
+            seq.length += count
+            seq.unrun = True
         try:
             self._pools.copy(pairs)
         finally:
@@ -170,29 +175,44 @@ class Sequences:
         length = min(len(pages) * self.page_size, len(ids) - 1)
         return pages[: self._pages_for(length)], length
 
-    def _shared(self, seqs: Iterable[CachedSequence]) -> list[CachedSequence]:
-        """Those whose last page is to be written, and has another owner when their turn comes."""
-        left: Counter[int] = Counter()
+    def _guarded(self, seqs: Iterable[CachedSequence]) -> list[CachedSequence]:
+        """Those whose next token belongs on their last page, which is not theirs to write: others own it, or it is known."""
+        size, guarded = self.page_size, self.pages.guarded
+        return [seq for seq in seqs if seq.length % size and guarded(seq._pages[-1])]
+
+    def _shared(self, guarded: Sequence[CachedSequence]) -> list[CachedSequence]:
+        """Those of them whose page has another owner when their turn comes: of two, the second one is left alone with it."""
+        left: dict[int, int] = {}
         found = []
-        for seq in seqs:
-            if seq.length % self.page_size and self.pages.references(seq._pages[-1]) - left[seq._pages[-1]] > 1:
-                left[seq._pages[-1]] += 1
+        for seq in guarded:
+            page = seq._pages[-1]
+            if self.pages.references(page) - left.get(page, 0) > 1:
+                left[page] = left.get(page, 0) + 1
                 found.append(seq)
         return found
 
-    def _kept_apart(self, seqs: Sequence[CachedSequence], moved: set[CachedSequence]) -> list[tuple[CachedSequence, int]]:
-        """Those that are to write a known page of their own, each with another page; where none is left, the page is forgotten.
+    def _kept_apart(self, seqs: Sequence[CachedSequence]) -> list[tuple[CachedSequence, int]]:
+        """For sequences alone with a page that is known, another page each; where none is left, theirs is known no more.
 
         The old page is free afterwards, so this takes no page in the end, and whoever counts pages need not know of it.
         """
         out = []
         for seq in seqs:
-            if seq.length % self.page_size and seq not in moved and seq._pages[-1] in self._index:
-                if self.pages.free_pages:
-                    out.append((seq, self.pages.take(1)[0]))
-                else:
-                    self._lose(seq._pages[-1])
+            if seq._pages[-1] not in self._index:
+                continue
+            if self.pages.free_pages:
+                out.append((seq, self.pages.take(1)[0]))
+            else:
+                self._lose(seq._pages[-1])
         return out
+
+    def _out_of_pages(self, growing: Sequence[tuple[CachedSequence, int]], wanted: int) -> NoReturn:
+        free, total = self.pages.free_pages, self.pages.num_pages
+        raise OutOfPages(
+            f"this batch of {len(growing)} chunks and {sum(count for _, count in growing)} new tokens needs {wanted} more "
+            f"pages; {free} of {total} are free (page_size {self.page_size}); free a sequence, "
+            f"pass fewer tokens, or make the cache larger (kv_tokens={total * self.page_size})"
+        )
 
     def _lose(self, page: int) -> None:
         """Know this page no more, nor what follows it."""

@@ -78,9 +78,20 @@ class Play:
                 for pool in (*self.cache.k_pages, *self.cache.v_pages):
                     pool.flatten(0, 1)[slot] = self.in_batch[row].keys[position]
 
+    def wanted(self, growing: list[tuple[CachedSequence, int]]) -> int:
+        """Pages for the tokens, and a copy for each that writes a page while another has it, too."""
+        owners, pages_for = Counter(page for one in self.told for page in one.seq.pages), self.cache.pages_for
+        total = 0
+        for seq, count in growing:
+            total += pages_for(seq.length + count) - len(seq.pages)
+            if seq.length % self.cache.page_size and owners[seq.pages[-1]] > 1:
+                owners[seq.pages[-1]] -= 1
+                total += 1
+        return total
+
     def step(self, chunks: list[tuple[Told, list[int]]]) -> None:
         cache, growing = self.cache, [(one.seq, len(new)) for one, new in chunks]
-        wanted, free = cache._seqs.pages_wanted_by(growing), cache.free_pages
+        wanted, free = self.wanted(growing), cache.free_pages
         assert wanted <= sum(cache.pages_wanted(*each) for each in growing)
         before = [(one.seq.pages, one.seq.length) for one in self.told]
         try:
@@ -237,11 +248,13 @@ class Sharing(RuleBasedStateMachine):
         self.play.truncate(one, max(0, one.seq.length - back))
 
     @precondition(lambda self: self.some)
-    @rule(seed=SEED)
-    def keep(self, seed: int) -> None:
+    @rule(seed=SEED, known=st.integers(-3, 3))
+    def keep(self, seed: int, known: int) -> None:
+        """Of its tokens some may not be known yet, and some not be in the cache."""
         one = self.one(seed)
-        if one.tokens:
-            self.play.cache.keep(one.seq, one.tokens)
+        tokens = [*one.tokens, 1, 1, 1][: max(0, len(one.tokens) + known)]
+        if tokens:
+            self.play.cache.keep(one.seq, tokens)
 
     @precondition(lambda self: self.some)
     @rule(seed=SEED, first=st.booleans())
