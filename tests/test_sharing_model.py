@@ -210,6 +210,8 @@ def test_prefixes_of_old_weights_are_forgotten(merge: bool) -> None:
         seq = play.add(TEXT[:14])
         assert seq.length == 0
         play.run((seq, TEXT[:14]))
+        play.keep(seq)
+        assert play.add(TEXT[:14]).length == 12
         model.tok.weight.data = tiny(seed=2).tok.weight.data  # its data has moved
         assert play.add(TEXT[:14]).length == 0
 
