@@ -49,6 +49,7 @@ class Sequences:
         self.page_size = page_size
         self.alive: set[CachedSequence] = set()
         self.hits = self.hit_tokens = 0
+        self._bound = False
         self._fingerprint: Callable[[], object] | None = None  # of the weights that make keys
         self._stands: object = None  # its value when prefixes were asked for last: under another one keys would be others
         self._pools = pools
@@ -66,9 +67,9 @@ class Sequences:
 
     def bind(self, fingerprint: Callable[[], object] | None) -> None:
         """By what the weights are told apart from now on."""
-        if self._fingerprint is not None:  # compiled anew: the model may have changed in other ways
+        if self._bound:  # compiled anew: the model may have changed in other ways
             self.forget()
-        self._fingerprint = fingerprint
+        self._bound, self._fingerprint = True, fingerprint
         self._stands = None if fingerprint is None else fingerprint()
 
     # Prefixes
@@ -122,7 +123,8 @@ class Sequences:
             self._out_of_pages(growing, wanted)
         pages = iter(self.pages.take(wanted))
         moves = [(seq, next(pages)) for seq in shared]
-        moves += self._kept_apart([seq for seq in guarded if seq not in shared])
+        moved = {*shared}
+        moves += self._kept_apart([seq for seq in guarded if seq not in moved])
         pairs = [(seq._pages[-1], new) for seq, new in moves]
         for seq, new in moves:
             seq._pages = seq._pages[:-1]

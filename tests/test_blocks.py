@@ -196,12 +196,13 @@ def test_one_launch_on_a_gpu_does_not_wait() -> None:
     pools = [pool(torch.bfloat16).cuda() for _ in range(64)]
     pairs = torch.tensor([[0, 1], [2, 4]])
     torch.ops.paged_attn.copy_blocks(pools[:32], pools[32:], pairs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             torch.ops.paged_attn.copy_blocks(pools[:32], pools[32:], pairs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
     kernels = [event.name for event in seen.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len([name for name in kernels if "Memcpy" not in name]) == 1, kernels
     assert all(torch.equal(pages.cpu(), pool(torch.bfloat16)[[0, 0, 2, 3, 2]]) for pages in pools)

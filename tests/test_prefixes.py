@@ -304,6 +304,19 @@ def test_other_weights_make_other_keys() -> None:
     assert cache.add([1] * 9).length == 0, "compiled anew"
 
 
+def test_a_sequence_that_began_before_the_first_compilation_is_known() -> None:
+    """The first call compiles, in the middle of its first batch; what a later compilation finds is of another model."""
+    cache = cache_of()
+    for known_after in (True, False):
+        seq = cache.add([1] * 8)
+        cache.batch([Chunk(seq, [1] * 8)])
+        cache.bind([layer_kv()], owner=0, fingerprint=lambda: 5)
+        cache.step_inputs()
+        cache.keep(seq, [1] * 8)
+        assert (cache.add([1] * 9).length == 8) == known_after
+        cache.free(seq)
+
+
 def test_a_resized_cache_knows_nothing() -> None:
     cache = cache_of()
     known(cache, [1] * 8)
