@@ -96,6 +96,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         max_positions=report.max_positions,
         max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
         kernels=[(site.kernel, site.spec) for site in report.sites],
+        fingerprint=_fingerprint([x for place, x in enumerate(examples) if place not in places]),
     )
     cache.report = report
 
@@ -196,6 +197,18 @@ def _check_length(options: Options, cache: PagedKVCache) -> None:
 def _owner(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[int, ...]:
     """What makes two compilations the same model: the storages of its parameters."""
     return tuple(sorted(x.data_ptr() for x in examples if isinstance(x, torch.nn.Parameter)))
+
+
+def _fingerprint(examples: Sequence[Any]) -> Callable[[], object]:
+    """Tells whether keys that were computed before are those that the model would compute now: addresses and changes in place."""
+    tensors = [weakref.ref(x) for x in examples if isinstance(x, torch.Tensor)]
+
+    def stands(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+        if tensor is None:
+            return None
+        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # an inference tensor counts no changes
+
+    return lambda: [stands(tensor()) for tensor in tensors]
 
 
 def _refused(why: str, cure: str) -> RefusedError:

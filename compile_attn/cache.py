@@ -6,8 +6,7 @@ place into buffers whose addresses never change. Shape letters as in `kernels/sp
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from compile_attn.kv_dtype import Scales
 from compile_attn.modes import in_own_modes
 from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
 from compile_attn.pools import Pools, indexed
+from compile_attn.prefixes import Salt
+from compile_attn.sequences import CachedSequence, Sequences, Tokens
 from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
 
 if TYPE_CHECKING:
@@ -26,25 +27,6 @@ if TYPE_CHECKING:
     from compile_attn.passes.report import Report
 
 __all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
-
-
-class CachedSequence:
-    """One growing sequence: its pages in order and how many of its tokens have been handed to a step."""
-
-    __slots__ = ("_pages", "freed", "length", "unrun")
-
-    def __init__(self) -> None:
-        self._pages = array("i")
-        self.length = 0
-        self.unrun = False  # its last batch has not been run, so keys and values of the newest tokens are missing
-        self.freed = False
-
-    @property
-    def pages(self) -> tuple[int, ...]:
-        return tuple(self._pages)
-
-    def __repr__(self) -> str:
-        return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
 
 
 class PagedKVCache:
@@ -59,7 +41,10 @@ class PagedKVCache:
     max_seq_len   longest sequence; default: kv_tokens
     kv_scales     fp8 only: a pair of numbers a site, by which keys and values are divided before they are kept, such as
                   `calibrate()` finds. Default: 1. What is then beyond 448 (e5m2: 57344) is kept as that
-    poison        fill pages with NaN when they are freed, so that a stale read cannot go unseen; for tests
+    poison        fill pages with NaN when what they hold is given up, so that a stale read cannot go unseen; for tests
+
+    Prefix caching: what `keep()` is told of stays when its sequence is freed, until its pages are needed, and `add(tokens)` begins
+    with as much of it as fits. Pages of several sequences are copied on write.
     """
 
     def __init__(
@@ -85,7 +70,7 @@ class PagedKVCache:
         self.current: Batch | None = None
         self.steps_run = 0
         self.compilations = 0  # of the model against this cache
-        self._alive: set[CachedSequence] = set()
+        self._seqs = Sequences(self.page_size, self.pools)
         self._in_batch: tuple[CachedSequence, ...] = ()
         self._longest = 0  # tokens of a sequence in the batch
         self._advances = False  # it was run, decodes, and holds all its pages
@@ -97,13 +82,13 @@ class PagedKVCache:
     @in_own_modes
     def resize(self, kv_tokens: int) -> None:
         """Hold so many tokens from now on, in empty pages. ValueError while any sequence is alive."""
-        if self._alive:
-            raise ValueError(f"{len(self._alive)} sequences are in the cache; free them before it is resized")
+        if self._seqs.alive:
+            raise ValueError(f"{len(self._seqs.alive)} sequences are in the cache; free them before it is resized")
         self.num_pages = page_count(kv_tokens, self.page_size)
         self.kv_tokens = self.num_pages * self.page_size
         self.max_seq_len = min(self._asked_seq_len or self.kv_tokens, self.kv_tokens)
         self.max_pages_per_seq = -(-self.max_seq_len // self.page_size)
-        self._allocator = PageAllocator(self.num_pages)
+        self._seqs.resize(self.num_pages)
         # At least 2: torch.compile specialises sizes 0 and 1, and one compilation serves caches of every size.
         self.buffers = StepBuffers(self.max_seqs, max(2, self.max_pages_per_seq), self.kv_tokens, self.device)
         self.current, self._advances = None, False
@@ -123,10 +108,12 @@ class PagedKVCache:
 
     @property
     def free_pages(self) -> int:
-        return self._allocator.free_pages
+        """Pages that can be taken, those included that only a later prompt would find."""
+        return self._seqs.pages.free_pages
 
     @property
     def pages_in_use(self) -> int:
+        """Pages that sequences hold."""
         return self.num_pages - self.free_pages
 
     @property
@@ -138,31 +125,75 @@ class PagedKVCache:
         """Pages that a sequence of this many tokens fills."""
         return -(-tokens // self.page_size)
 
-    def add(self) -> CachedSequence:
-        """A new, empty sequence; it takes pages as it grows."""
+    def add(self, tokens: Tokens | None = None, *, salt: Salt = None) -> CachedSequence:
+        """A new sequence; it takes pages as it grows.
+
+        tokens: what it will hold first, as far as that is known. It begins with what the cache knows of them, so `length` tells how
+        many need not be run: whole pages, or all tokens but the last. salt: it meets what was kept under the same salt alone.
+        """
         self._check_open()
-        seq = CachedSequence()
-        self._alive.add(seq)
-        return seq
+        return self._seqs.add(tokens, salt)
+
+    def pages_to_admit(self, tokens: Tokens, salt: Salt = None) -> int:
+        """How many of the free pages a sequence of these tokens takes: fewer than its own where others hold its first ones."""
+        self._check_open()
+        return self._seqs.pages_to_admit(tokens, salt)
+
+    def pages_wanted(self, seq: CachedSequence, count: int) -> int:
+        """How many of the free pages so many more tokens take, a copy of a page that others hold included."""
+        return self._seqs.pages_wanted(seq, count)
+
+    def keep(self, seq: CachedSequence, tokens: Tokens) -> None:
+        """Say which tokens the sequence begins with, so that others that begin alike find its full pages, also after it was freed.
+
+        Nothing is kept of a sequence that has begun before prefixes were forgotten.
+        """
+        self._check_usable(seq)
+        self._seqs.keep(seq, tokens)
+
+    def forget_prefixes(self) -> None:
+        """Let no later sequence begin with what was computed so far.
+
+        This is done without asking when the model is compiled anew, and when weights have moved or torch has counted a change of
+        them. It does not count a change through `.data`, or in inference mode: call this after one.
+        """
+        self._check_open()
+        self._seqs.forget()
+
+    def fork(self, seq: CachedSequence, length: int | None = None) -> CachedSequence:
+        """A second sequence that begins with the first `length` tokens of this one (default: all), in the same pages."""
+        length = self._check_length(seq, length)
+        self._advances = False
+        return self._seqs.fork(seq, length)
+
+    def truncate(self, seq: CachedSequence, length: int) -> None:
+        """Take back all tokens after the first `length`, and the pages that this empties."""
+        length = self._check_length(seq, length)
+        self._advances = False
+        self._seqs.truncate(seq, length)
 
     def free(self, seq: CachedSequence) -> None:
-        """End a sequence; its pages can be taken at once by others."""
+        """End a sequence; pages that nobody else holds can be taken at once by others."""
         self._check_open()
         self._check_mine(seq)
-        pages = list(seq.pages)
-        if self.poison:
-            self.pools.poison(pages)
-        self._allocator.give_back(pages)
-        self._alive.discard(seq)
         self._advances = False
-        seq._pages = array("i")
-        seq.length, seq.unrun, seq.freed = 0, False, True
+        self._seqs.free(seq)
+
+    @property
+    def prefix_hits(self) -> int:
+        """Sequences that began with known tokens."""
+        return self._seqs.hits
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that need not have been run for that."""
+        return self._seqs.hit_tokens
 
     def close(self) -> None:
         """Drop the pages' memory. Every later use is an error."""
         self._closed = True
         self.pools.drop()
-        self._alive.clear()
+        self._seqs.alive.clear()
         self.current = None
 
     # One step
@@ -178,23 +209,11 @@ class PagedKVCache:
         """
         self._check_open()
         tokens = self._check_chunks(chunks)
-        pairs = list(zip(chunks, tokens, strict=True))
-        wanted = [self.pages_for(chunk.seq.length + len(new)) - len(chunk.seq._pages) for chunk, new in pairs]
-        if sum(wanted) > self.free_pages:
-            raise OutOfPages(
-                f"this batch of {len(chunks)} chunks and {sum(map(len, tokens))} new tokens needs {sum(wanted)} more "
-                f"pages; {self.free_pages} of {self.num_pages} are free (page_size {self.page_size}); free a sequence, "
-                f"pass fewer tokens, or make the cache larger (kv_tokens={self.kv_tokens})"
-            )
-        starts = []
-        for chunk, new, count in zip(chunks, tokens, wanted, strict=True):
-            chunk.seq._pages.extend(self._allocator.take(count))
-            starts.append(chunk.seq.length)
-            chunk.seq.length += len(new)
-            chunk.seq.unrun = True
+        growing = [(chunk.seq, len(new)) for chunk, new in zip(chunks, tokens, strict=True)]
+        starts, self._advances = [chunk.seq.length for chunk in chunks], False  # also if what follows fails half-way
+        self._seqs.grow(growing)
         tables = [chunk.seq._pages for chunk in chunks]
         width = self.buffers.width(max(width, *map(len, tables)), self.page_size)
-        self._advances = False  # also if what follows fails half-way
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
         self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, recorded or LEAST)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
@@ -217,7 +236,7 @@ class PagedKVCache:
         assert self.current is not None and self.advanced_width() == self.current.width
         seqs, size = self._in_batch, self.page_size
         full = [row for row, seq in enumerate(seqs) if seq.length % size == 0]
-        for row, page in zip(full, self._allocator.take(len(full)), strict=True):
+        for row, page in zip(full, self._seqs.pages.take(len(full)), strict=True):
             seqs[row]._pages.append(page)
         for seq in seqs:
             seq.length += 1
@@ -282,13 +301,15 @@ class PagedKVCache:
         max_positions: int | None = None,
         max_tokens: int | None = None,
         kernels: Sequence[tuple[str, AttentionSpec]] = (),
+        fingerprint: Callable[[], object] | None = None,
     ) -> None:
         """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers.
 
-        kernels: by site, the kernel and what it computes.
+        kernels: by site, the kernel and what it computes; fingerprint: another value where the weights are others.
         """
         self._check_open()
         self.pools.bind(layers, owner, self.num_pages)
+        self._seqs.bind(fingerprint)
         self.compilations += 1
         self.max_positions = _smaller(self.max_positions, max_positions)
         self.max_tokens = _smaller(self.max_tokens, max_tokens)
@@ -303,8 +324,23 @@ class PagedKVCache:
     def _check_mine(self, seq: CachedSequence) -> None:
         if seq.freed:
             raise ValueError(f"{seq!r} was freed and has no pages; start a new one with cache.add()")
-        if seq not in self._alive:
+        if seq not in self._seqs.alive:
             raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
+
+    def _check_usable(self, seq: CachedSequence) -> None:
+        self._check_open()
+        self._check_mine(seq)
+        if seq.unrun:
+            raise ValueError(
+                f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "
+                "call the compiled model once a batch, or free the sequence"
+            )
+
+    def _check_length(self, seq: CachedSequence, length: int | None) -> int:
+        self._check_usable(seq)
+        if length is not None and not (type(length) is int and 0 <= length <= seq.length):
+            raise ValueError(f"length={length!r} of {seq!r}; it has 0 to {seq.length} tokens")
+        return seq.length if length is None else length
 
     def _check_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         if not 1 <= len(chunks) <= self.max_seqs:
@@ -314,12 +350,7 @@ class PagedKVCache:
         tokens = [token_array(chunk.tokens) for chunk in chunks]
         limit = self.length_limit
         for chunk, new in zip(chunks, tokens, strict=True):
-            self._check_mine(chunk.seq)
-            if chunk.seq.unrun:
-                raise ValueError(
-                    f"{chunk.seq!r} was in a batch that was never run, so its newest keys and values are missing; "
-                    "call the compiled model once a batch, or free the sequence"
-                )
+            self._check_usable(chunk.seq)
             if chunk.seq.length + len(new) > limit:
                 raise ValueError(
                     f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "

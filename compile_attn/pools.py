@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compile_attn.kernels.blocks import copy_blocks
 from compile_attn.kv_dtype import Scales, check_site_dtype, fill_nan, fp8_of, read_kv_dtype, read_scales, scale_tensors
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Pools:
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         for pool in (*self.k, *self.v):
             fill_nan(pool, index)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the first page of each pair to the second, in every pool."""
+        if pairs and self.k:
+            copy_blocks(self.k, self.v, torch.tensor(pairs, dtype=torch.int64, device="cpu"))
 
     def drop(self) -> None:
         """Let go of the memory."""

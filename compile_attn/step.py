@@ -178,7 +178,12 @@ class StepBuffers:
 
 @dataclass
 class _Table:
-    """A block table, and by row the pages it shows and how many."""
+    """A block table, and by row the pages it shows and how many.
+
+    The array of a row's pages may only grow at its end: it is compared by identity and length, which is all that a step has time
+    for. A page replaced in place would never be sent, nor one that came where another was taken off; the row would go on showing a
+    page that is somebody else's. So whatever replaces or drops a page gives the sequence a new array.
+    """
 
     on_device: torch.Tensor
     held: list[tuple[array[int], int]]

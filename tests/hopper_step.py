@@ -29,11 +29,16 @@ def resources(kernel: Any) -> str:
 def main() -> None:
     from triton.runtime import driver
 
-    from compile_attn.kernels import batch_triton, write_kv_triton
+    from compile_attn.kernels import batch_triton, blocks_triton, write_kv_triton
 
     driver.set_active(H200())
     found: list[Any] = []
-    for module, name in ((write_kv_triton, "write"), (batch_triton, "metadata"), (batch_triton, "advance")):
+    for module, name in (
+        (write_kv_triton, "write"),
+        (batch_triton, "metadata"),
+        (batch_triton, "advance"),
+        (blocks_triton, "copy"),
+    ):
         setattr(module, name, Compiled(getattr(module, name), found))
     for name, (tokens, heads, dim, dim_v, dtype, stored, scales) in WRITES.items():
         joined = torch.empty(tokens, 4 * heads, dim + dim_v, dtype=dtype)
@@ -51,6 +56,10 @@ def main() -> None:
     ids = torch.zeros(64, dtype=torch.int64)
     batch_triton.advance_step(ids, ids, torch.zeros(64, dtype=torch.int32), ids)
     print(f"advance: {resources(found[-1])}")
+    for name, dtype, dim in (("pages", BF16, 128), ("pages of odd sizes", FP8, 5)):
+        pools = [torch.empty(9, 16, 1, dim, dtype=dtype) for _ in range(2)]
+        blocks_triton.copy_pages(pools, torch.tensor([[1, 2]]))
+        print(f"copy, {name}: {resources(found[-1])}")
 
 
 if __name__ == "__main__":

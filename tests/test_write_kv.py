@@ -153,6 +153,7 @@ def test_the_kernels_of_a_step_compile_for_an_h200() -> None:
     assert done.returncode == 0, done.stderr
     # 16 bytes an access: two reads and two writes of K and V, in the decode of a common model.
     assert "write, decode" in done.stdout and "; 4 vector accesses" in done.stdout.splitlines()[0], done.stdout
+    assert "copy, pages of odd sizes:" in done.stdout
 
 
 @pytest.mark.gpu

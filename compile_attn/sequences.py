@@ -1,0 +1,229 @@
+"""Which sequence holds which pages, and which pages may several hold?
+
+A page that a step writes has one owner, and is not known by its tokens: everything here keeps to that. A page of several is copied
+before one of them writes (copy-on-write). A sequence whose pages change, other than by more at their end, gets a new array of them
+(see `step._Table`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import NoReturn
+
+import torch
+
+from compile_attn.pages import OutOfPages, PageAllocator
+from compile_attn.pools import Pools
+from compile_attn.prefixes import PrefixIndex, Salt
+from compile_attn.step import token_array
+
+Tokens = Sequence[int] | torch.Tensor
+
+
+class CachedSequence:
+    """One growing sequence: its pages in order and how many of its tokens have been handed to a step."""
+
+    __slots__ = ("_epoch", "_pages", "_salt", "freed", "length", "unrun")
+
+    def __init__(self, salt: Salt = None, epoch: int = 0) -> None:
+        self._pages = array("i")
+        self._salt, self._epoch = salt, epoch
+        self.length = 0
+        self.unrun = False  # its last batch has not been run, so keys and values of the newest tokens are missing
+        self.freed = False
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        return tuple(self._pages)
+
+    def __repr__(self) -> str:
+        return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
+
+
+class Sequences:
+    """The sequences of one cache, its pages, and the prefixes that it knows. `PagedKVCache` says what methods mean to a caller."""
+
+    def __init__(self, page_size: int, pools: Pools) -> None:
+        self.page_size = page_size
+        self.alive: set[CachedSequence] = set()
+        self.hits = self.hit_tokens = 0
+        self._bound = False
+        self._fingerprint: Callable[[], object] | None = None  # of the weights that make keys
+        self._stands: object = None  # its value when prefixes were asked for last: under another one keys would be others
+        self._pools = pools
+        self._epoch = 0  # how often all prefixes were forgotten
+        self.resize(0)
+
+    def resize(self, num_pages: int) -> None:
+        """So many pages, of which nothing is known."""
+        self.pages = PageAllocator(num_pages, self._lose)
+        self._index = PrefixIndex(self.page_size)
+        self._epoch += 1
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def bind(self, fingerprint: Callable[[], object] | None) -> None:
+        """By what the weights are told apart from now on."""
+        if self._bound:  # compiled anew: the model may have changed in other ways
+            self.forget()
+        self._bound, self._fingerprint = True, fingerprint
+        self._stands = None if fingerprint is None else fingerprint()
+
+    # Prefixes
+
+    def add(self, tokens: Tokens | None, salt: Salt) -> CachedSequence:
+        pages, length = self._known(tokens, salt)
+        seq = CachedSequence(salt, self._epoch)
+        for page in pages:
+            self.pages.share(page)
+        seq._pages.extend(pages)
+        seq.length = length
+        self.alive.add(seq)
+        self.hits += bool(length)
+        self.hit_tokens += length
+        return seq
+
+    def pages_to_admit(self, tokens: Tokens, salt: Salt) -> int:
+        """The pages that a sequence of these tokens takes out of those that are free."""
+        pages, length = self._known(tokens, salt)
+        held = sum(self.pages.references(page) > 0 for page in pages)
+        copied = length % self.page_size and self.pages.references(pages[-1]) > 0
+        return self._pages_for(len(tokens)) - held + bool(copied)
+
+    def keep(self, seq: CachedSequence, tokens: Tokens) -> None:
+        if seq._epoch != self._epoch:
+            return
+        ids = token_array(tokens)
+        full = min(len(ids), seq.length) // self.page_size
+        for page in self._index.put(ids, seq._salt, seq._pages[:full]):
+            self.pages.keep(page)
+
+    def forget(self) -> None:
+        """Know no prefix any more, nor any that begins in a sequence there is now."""
+        self._epoch += 1
+        self._poison([page for page in self._index.clear() if self.pages.lose(page)])
+
+    # Growing, shrinking, sharing
+
+    def pages_wanted(self, seq: CachedSequence, count: int) -> int:
+        """How many of the free pages so many more tokens take."""
+        return self._pages_for(seq.length + count) - len(seq._pages) + len(self._shared(self._guarded([seq])))
+
+    def grow(self, growing: Sequence[tuple[CachedSequence, int]]) -> None:
+        """Make each sequence so many tokens longer, in pages that it may write. Raises OutOfPages, with nothing changed."""
+        size = self.page_size
+        counts = [-(-(seq.length + count) // size) - len(seq._pages) for seq, count in growing]
+        guarded = self._guarded(seq for seq, _ in growing)
+        shared = self._shared(guarded)
+        wanted = sum(counts) + len(shared)
+        if wanted > self.pages.free_pages:
+            self._out_of_pages(growing, wanted)
+        pages = iter(self.pages.take(wanted))
+        moves = [(seq, next(pages)) for seq in shared]
+        moved = {*shared}
+        moves += self._kept_apart([seq for seq in guarded if seq not in moved])
+        pairs = [(seq._pages[-1], new) for seq, new in moves]
+        for seq, new in moves:
+            seq._pages = seq._pages[:-1]
+            seq._pages.append(new)
+        for (seq, count), more in zip(growing, counts, strict=True):
+            if more:
+                seq._pages.extend(islice(pages, more))
+            seq.length += count
+            seq.unrun = True
+        try:
+            self._pools.copy(pairs)
+        finally:
+            self._give_back(old for old, _ in pairs)
+
+    def fork(self, seq: CachedSequence, length: int) -> CachedSequence:
+        other = CachedSequence(seq._salt, seq._epoch)
+        other._pages = seq._pages[: self._pages_for(length)]
+        other.length = length
+        for page in other._pages:
+            self.pages.share(page)
+        self.alive.add(other)
+        return other
+
+    def truncate(self, seq: CachedSequence, length: int) -> None:
+        kept = self._pages_for(length)
+        dropped = seq._pages[kept:]
+        if dropped:
+            seq._pages = seq._pages[:kept]
+        seq.length = length
+        self._give_back(reversed(dropped))
+
+    def free(self, seq: CachedSequence) -> None:
+        pages, seq._pages = seq._pages, array("i")
+        self._give_back(reversed(pages))
+        self.alive.discard(seq)
+        seq.length, seq.unrun, seq.freed = 0, False, True
+
+    def _known(self, tokens: Tokens | None, salt: Salt) -> tuple[list[int], int]:
+        """The pages that hold the first of these tokens, and how many. Never the last token: its logits are wanted."""
+        if not (salt is None or isinstance(salt, (str, bytes))):
+            raise ValueError(f"salt={salt!r}; a cache salt is a str, bytes or None")
+        if tokens is None:
+            return [], 0
+        ids = token_array(tokens)
+        stands = None if self._fingerprint is None else self._fingerprint()
+        if stands != self._stands:
+            self._stands = stands
+            self.forget()
+        pages = self._index.match(ids, salt)
+        length = min(len(pages) * self.page_size, len(ids) - 1)
+        return pages[: self._pages_for(length)], length
+
+    def _guarded(self, seqs: Iterable[CachedSequence]) -> list[CachedSequence]:
+        """Those whose next token belongs on their last page, which is not theirs to write: others own it, or it is known."""
+        size, guarded = self.page_size, self.pages.guarded
+        return [seq for seq in seqs if seq.length % size and guarded(seq._pages[-1])]
+
+    def _shared(self, guarded: Sequence[CachedSequence]) -> list[CachedSequence]:
+        """Those of them whose page has another owner when their turn comes: of two, the second one is left alone with it."""
+        left: dict[int, int] = {}
+        found = []
+        for seq in guarded:
+            page = seq._pages[-1]
+            if self.pages.references(page) - left.get(page, 0) > 1:
+                left[page] = left.get(page, 0) + 1
+                found.append(seq)
+        return found
+
+    def _kept_apart(self, seqs: Sequence[CachedSequence]) -> list[tuple[CachedSequence, int]]:
+        """For sequences alone with a page that is known, another page each; where none is left, theirs is known no more.
+
+        The old page is free afterwards, so this takes no page in the end, and whoever counts pages need not know of it.
+        """
+        out = []
+        for seq in seqs:
+            if seq._pages[-1] not in self._index:
+                continue
+            if self.pages.free_pages:
+                out.append((seq, self.pages.take(1)[0]))
+            else:
+                self._lose(seq._pages[-1])
+        return out
+
+    def _out_of_pages(self, growing: Sequence[tuple[CachedSequence, int]], wanted: int) -> NoReturn:
+        free, total = self.pages.free_pages, self.pages.num_pages
+        raise OutOfPages(
+            f"this batch of {len(growing)} chunks and {sum(count for _, count in growing)} new tokens needs {wanted} more "
+            f"pages; {free} of {total} are free (page_size {self.page_size}); free a sequence, "
+            f"pass fewer tokens, or make the cache larger (kv_tokens={total * self.page_size})"
+        )
+
+    def _lose(self, page: int) -> None:
+        """Know this page no more, nor what follows it."""
+        self._poison([each for each in self._index.forget(page) if self.pages.lose(each)])
+
+    def _give_back(self, pages: Iterable[int]) -> None:
+        """A sequence's come from its tail, so that of a prefix the end is evicted first."""
+        self._poison(self.pages.give_back(pages))
+
+    def _poison(self, freed: list[int]) -> None:
+        if freed and self._pools.poisoned:
+            self._pools.poison(freed)
