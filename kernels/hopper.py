@@ -8,9 +8,9 @@ else comes goes to the kernel for every GPU, which computes the same.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,9 +71,10 @@ class Prepared:
     def args(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, captured: tuple[Any, ...], out: torch.Tensor
     ) -> tuple[Any, ...]:
-        cut, slots = self.cut, k.shape[0] * k.shape[1]
-        queries = _described(q, (cut.rows // self.group, self.group, cut.part))
-        pools = (_described(each.view(slots, -1), (cut.box, cut.part)) for each in (k, v))
+        cut, (pages, page_size, heads, dim) = self.cut, k.shape
+        slots, row = pages * page_size, heads * dim
+        queries = _described(q, [*q.shape], [*q.stride()], [cut.rows // self.group, self.group, cut.part])
+        pools = (_described(each, [slots, row], [row, 1], [cut.box, cut.part]) for each in (k, v))
         numbers = batch.width, q.shape[0], batch.table.shape[0], slots
         return (queries, *pools, batch.table, batch.lengths, batch.starts, captured, out, *numbers, *self.rest)
 
@@ -128,21 +129,21 @@ def kernel() -> Any:
 
 @functools.cache
 def available(device: torch.device) -> bool:
-    """Gluon has its words for Hopper since Triton 3.6."""
+    """Is it a Hopper, and has Triton Gluon's words for one? It has since 3.6, but they are not yet promised to stay."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    if importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is None:
+    try:
+        kernel()
+    except (ImportError, AttributeError):
         return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    return tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
 
 
-def _described(tensor: torch.Tensor, box: tuple[int, ...]) -> Any:
+def _described(tensor: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> Any:
     """For TMA, which copies a box of it at a time, and gives zeros where there is nothing. Encoded at every launch, by value."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), _layout(len(box), box[-1]))
+    return TensorDescriptor(tensor, shape, strides, box, _layout(len(box), box[-1]))
 
 
 @functools.cache

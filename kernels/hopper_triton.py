@@ -55,17 +55,23 @@ def count_blocks(batch, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignor
 @gluon.jit  # type: ignore[untyped-decorator]
 def find(block, batch, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
     """The sequence of a block of tokens, and its first token."""
-    num_tokens, num_sequences = batch[4], batch[5]
+    starts, num_tokens, num_sequences = batch[2], batch[4], batch[5]
     b = num_sequences
     first = num_tokens
-    done = gl.to_tensor(0)
-    for some in range(0, num_sequences + 1, SEQUENCES):
-        each, begin, blocks = blocks_of(some, batch, PLAN, WARPS)
-        ends = done + gl.associative_scan(blocks, 0, add)
-        mine = (block < ends) & (block >= ends - blocks)
-        b += gl.sum(gl.where(mine, each - num_sequences, 0), 0)
-        first += gl.sum(gl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0), 0)
-        done += gl.sum(blocks, 0)
+    if num_sequences == 1:  # nothing to look through
+        new = gl.load(starts + 1)
+        behind = block - (new + PLAN.block_q - 1) // PLAN.block_q
+        b = gl.where(behind < 0, 0, 1)
+        first = gl.where(behind < 0, block * PLAN.block_q, new + behind * PLAN.block_q)
+    else:
+        done = gl.to_tensor(0)
+        for some in range(0, num_sequences + 1, SEQUENCES):
+            each, begin, blocks = blocks_of(some, batch, PLAN, WARPS)
+            ends = done + gl.associative_scan(blocks, 0, add)
+            mine = (block < ends) & (block >= ends - blocks)
+            b += gl.sum(gl.where(mine, each - num_sequences, 0), 0)
+            first += gl.sum(gl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0), 0)
+            done += gl.sum(blocks, 0)
     return b, first
 
 

@@ -195,7 +195,8 @@ def wait_for_products(most: int, deps: Sequence[Any]) -> Any:
 
 def copy(described: Any, at: Sequence[Any], bar: Barrier, buffer: Shared) -> None:
     """A box of a tensor, zeros where it has nothing."""
-    source, box, place = described.base.numpy(), described.block_shape, [number(each) for each in at]
+    source = described.base.as_strided(described.shape, described.strides).numpy()
+    box, place = described.block_shape, [number(each) for each in at]
 
     def arrive() -> None:
         inside = source[tuple(slice(max(p, 0), min(p + b, s)) for p, b, s in zip(place, box, source.shape, strict=True))]

@@ -28,31 +28,33 @@ HALF = {"atol": 2e-3, "rtol": 2e-3}
 MASKS = [m.Causal(), m.Bidirectional(), m.Window(20), m.BlockSparse(16, 1, 3), m.BlockSparse(32, 1, 2, head_step=1), m.Chunked(24)]
 
 
-class Counted:
-    """A kernel that counts its launches."""
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hopper.Prepared]]:
+    """Switched on; each launch leaves what was prepared for it."""
+    launched: list[hopper.Prepared] = []
+    real = hopper.Prepared.args
 
-    def __init__(self, kernel: Any) -> None:
-        self.attend, self.kernel, self.launches = self, kernel, 0
+    def args(self: hopper.Prepared, *given: Any) -> tuple[Any, ...]:
+        launched.append(self)
+        return real(self, *given)
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
+    monkeypatch.setattr(hopper, "ON", True)
+    monkeypatch.setattr(hopper.Prepared, "args", args)
+    triton_launch.forget()
+    yield launched
+    triton_launch.forget()
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
-    """Switched on, with small tiles."""
+def threads(counted: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> list[hopper.Prepared]:
+    """In the interpreter, with small tiles."""
     from tests.gluon_threads import interpreted
 
-    counted = Counted(interpreted("compile_attn.kernels.hopper_triton").attend)
-    monkeypatch.setattr(hopper, "ON", True)
     monkeypatch.setattr(hopper, "CUT", replace(hopper.CUT, rows=16, keys=16))
-    monkeypatch.setattr(hopper, "kernel", lambda: counted)
+    monkeypatch.setattr(hopper, "kernel", lambda: interpreted("compile_attn.kernels.hopper_triton"))
     monkeypatch.setattr(hopper, "gluon", str)
     monkeypatch.setattr(hopper, "available", lambda device: True)
-    triton_launch.forget()
-    yield counted
-    triton_launch.forget()
+    return counted
 
 
 def check(batch: PagedBatch, kernel: str = "general") -> None:
@@ -68,46 +70,46 @@ def long(spec: AttentionSpec, sequences: Sequence[tuple[int, int]], page_size: i
 
 @interpreted
 @pytest.mark.parametrize("name", SPECS)
-def test_every_spec(name: str, threads: Counted) -> None:
+def test_every_spec(name: str, threads: list[hopper.Prepared]) -> None:
     """Pages that are owned in part, whose other slots are NaN; pad tokens; a sequence without new tokens."""
     spec = replace(SPECS[name], head_dim=64, head_dim_v=64)
     check(paged_batch(spec, [(0, 31), (9, 1), (0, 0), (12, 19)], page_size=16, pad_tokens=5, dtype=torch.float16))
-    assert threads.launches == 1
+    assert len(threads) == 1
 
 
 @interpreted
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_prompts_and_chunks(mask: m.Mask, threads: Counted) -> None:
+def test_prompts_and_chunks(mask: m.Mask, threads: list[hopper.Prepared]) -> None:
     long(AttentionSpec(4, 2, 64, 64, mask, scale=0.3, sinks=0.25 * H), [(0, 1), (61, 40), (0, 0), (7, 33)])
     long(AttentionSpec(4, 1, 64, 64, mask, scale=0.3, softcap=3.0), [(13, 70)], pad_tokens=0)
-    assert threads.launches == 2
+    assert len(threads) == 2
 
 
 @interpreted
 @pytest.mark.parametrize(("page_size", "group", "dim"), [(8, 1, 64), (16, 2, 128), (32, 16, 64), (128, 1, 128)])
-def test_pages_smaller_and_larger_than_a_block(page_size: int, group: int, dim: int, threads: Counted) -> None:
+def test_pages_smaller_and_larger_than_a_block(page_size: int, group: int, dim: int, threads: list[hopper.Prepared]) -> None:
     long(AttentionSpec(group, 1, dim, dim, m.Window(50), scale=0.2), [(0, 70), (129, 31)], page_size)
-    assert threads.launches == 1
+    assert len(threads) == 1
 
 
 @interpreted
-def test_decodes_beside_prompts_go_to_the_other_kernel(threads: Counted) -> None:
+def test_decodes_beside_prompts_go_to_the_other_kernel(threads: list[hopper.Prepared]) -> None:
     long(AttentionSpec(4, 2, 64, 64, m.Window(60), scale=0.3), [(50, 1), (3, 1), (0, 60), (70, 1), (71, 45), (0, 2)])
-    assert threads.launches == 1
+    assert len(threads) == 1
 
 
 @interpreted
 @pytest.mark.parametrize("programs", [1, 2, 5])
-def test_any_number_of_programs(programs: int, threads: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_programs(programs: int, threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns that not every program has, and those of reverse order."""
     monkeypatch.setattr(triton_launch, "_device", lambda device: (227 << 10, programs))
     triton_launch.forget()
     long(AttentionSpec(4, 2, 64, 64, m.BlockSparse(16, 1, 3, 1), scale=0.3), [(0, 75), (20, 50)])
-    assert threads.launches == 1
+    assert len(threads) == 1
 
 
 @interpreted
-def test_more_sequences_than_are_looked_through_at_once(threads: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_sequences_than_are_looked_through_at_once(threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
 
     from tests.gluon_threads import interpreted
@@ -115,15 +117,15 @@ def test_more_sequences_than_are_looked_through_at_once(threads: Counted, monkey
     monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton"), "SEQUENCES", tl.constexpr(4))
     many = [(0, 20), (0, 0), (40, 1), (2, 1), (0, 0), (0, 25), (7, 4), (1, 1), (30, 25), (0, 0), (0, 9)]
     long(AttentionSpec(4, 2, 64, 64, scale=0.3), many)
-    assert threads.launches == 1
+    assert len(threads) == 1
 
 
 @interpreted
-def test_tiles_of_a_gpu(threads: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_a_gpu(threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "CUT", hopper.Cut())
     for mask in (m.Causal(), m.BlockSparse(64, 1, 3)):
         long(AttentionSpec(8, 2, 128, 128, mask, scale=0.09), [(0, 190), (133, 60)])
-    assert threads.launches == 2
+    assert len(threads) == 2
 
 
 # What it cannot serve, the other kernel does.
@@ -147,24 +149,24 @@ PROMPTS = [(0, 60), (20, 40)]
     ],
     ids=["float32", "small pages", "odd pages", "head size", "two head sizes", "odd group", "large group", "odd blocks"],
 )
-def test_other_cases_fall_back(spec: AttentionSpec, more: dict[str, Any], threads: Counted) -> None:
+def test_other_cases_fall_back(spec: AttentionSpec, more: dict[str, Any], threads: list[hopper.Prepared]) -> None:
     served = spec.mask == m.BlockSparse(5, 1, 3)  # what has no blocks is masked in blocks of any size
     check(paged_batch(spec, PROMPTS, **{"page_size": 16, "dtype": torch.float16, **more}))
-    assert threads.launches == served
+    assert len(threads) == served
 
 
 @interpreted
 @pytest.mark.parametrize("sequences", [[(50, 1), (3, 1)], [(9, 4)]], ids=["decode", "few tokens"])
-def test_steps_of_few_tokens_fall_back(sequences: list[tuple[int, int]], threads: Counted) -> None:
+def test_steps_of_few_tokens_fall_back(sequences: list[tuple[int, int]], threads: list[hopper.Prepared]) -> None:
     check(paged_batch(CAUSAL, sequences, page_size=16, dtype=torch.float16))
-    assert threads.launches == 0
+    assert len(threads) == 0
 
 
 @interpreted
-def test_tensors_that_tma_cannot_describe_fall_back(threads: Counted) -> None:
+def test_tensors_that_tma_cannot_describe_fall_back(threads: list[hopper.Prepared]) -> None:
     batch = paged_batch(CAUSAL, PROMPTS, page_size=16, dtype=torch.float16)
     expected = batch.attend([], "general")
-    assert threads.launches == 1
+    assert len(threads) == 1
 
     def other(**tensors: torch.Tensor) -> None:
         torch.testing.assert_close(replace(batch, **tensors).attend([], "general"), expected, **HALF)
@@ -172,7 +174,7 @@ def test_tensors_that_tma_cannot_describe_fall_back(threads: Counted) -> None:
     fused = torch.zeros(batch.q.shape[0], 9, 64, dtype=torch.float16)
     fused[:, 2:6] = batch.q
     other(q=fused[:, 2:6])
-    assert threads.launches == 2  # a slice of a joined product is described
+    assert len(threads) == 2  # a slice of a joined product is described
     padded = torch.zeros(*batch.q.shape[:2], 67, dtype=torch.float16)
     padded[..., :64] = batch.q
     other(q=padded[..., :64])
@@ -180,16 +182,16 @@ def test_tensors_that_tma_cannot_describe_fall_back(threads: Counted) -> None:
     other(q=shifted)
     both = torch.stack([batch.k_pages, batch.v_pages], 2).flatten(2, 3)
     other(k_pages=both[:, :, :2], v_pages=both[:, :, 2:])
-    assert threads.launches == 2
+    assert len(threads) == 2
 
 
 @interpreted
-def test_fp8_pages_fall_back(threads: Counted) -> None:
+def test_fp8_pages_fall_back(threads: list[hopper.Prepared]) -> None:
     batch = paged_batch(CAUSAL, PROMPTS, page_size=16, dtype=torch.float16)
     scales = torch.tensor(0.02), torch.tensor([0.03, 0.01])
     found, expected = (fp8(batch, torch.float8_e4m3fn, *scales, kernel) for kernel in ("general", "reference"))
     torch.testing.assert_close(found, expected, **HALF)
-    assert threads.launches == 0
+    assert len(threads) == 0
 
 
 @pytest.mark.skipif(NO_TRITON, reason="there is no Triton for this platform")
@@ -208,7 +210,7 @@ def test_it_is_off() -> None:
 @pytest.mark.parametrize(
     ("word", "message"), [("arrive", "wait for each other"), ("wait", "a product reads it|nobody waits for|more arrivals")]
 )
-def test_barriers_are_needed(word: str, message: str, threads: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_barriers_are_needed(word: str, message: str, threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.gluon_threads import interpreted, nothing
 
     monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton").mbarrier, word, nothing)
@@ -217,7 +219,7 @@ def test_barriers_are_needed(word: str, message: str, threads: Counted, monkeypa
 
 
 @interpreted
-def test_values_that_are_not_owned_are_needed_zero(threads: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_owned_are_needed_zero(threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.gluon_threads import interpreted, nothing
 
     monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton"), "clear_behind", nothing)
