@@ -40,8 +40,8 @@ class Cut:
     groups: int = 2
     stages: int = 5  # slots for keys, and for values, at most
     q_stages: int = 2  # for queries
-    registers: int = 232  # of a thread of the second group; what the others leave is the first group's
-    few_registers: int = 40  # of a thread of the fetching warp
+    registers: int = 224  # of a thread of the second group; what the others leave is the first group's
+    few_registers: int = 56  # of a thread of the fetching warp
     part: int = _WIDTH  # channels of a box that TMA copies
     pages: int = 0  # of a block of keys
     box: int = 0  # tokens of a page's box

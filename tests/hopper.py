@@ -69,9 +69,9 @@ SPECIAL = {
         2,
         None,
     ),
+    "special, small cells": (AttentionSpec(32, 8, 128, 128, m.BlockSparse(16, 1, 16, 1)), torch.bfloat16, 4096, 2, None),
     "special, everything": (replace(EVERYTHING, head_dim=128), torch.bfloat16, 4096, 4, None),
 }
-SPILLED_APART = 128  # bytes that its computing warps may put aside between tiles
 SERIALISED = {"sparse, many blocks"}  # measured, the fastest for all that: see FOR_MANY of kernels/block_sparse.py
 
 
@@ -164,7 +164,7 @@ def together(kernel: Any) -> bool:
 
 
 def check_special(name: str, kernel: Any) -> None:
-    if serialised(kernel) or spilled(kernel) > SPILLED_APART:
+    if serialised(kernel) or spilled(kernel):
         sys.exit(f"{name}: products serialised: {serialised(kernel)}; {spilled(kernel)} bytes of a thread are spilled")
     if "setmaxnreg.dec" not in kernel.asm["ptx"] or "cp.async.bulk.tensor" not in kernel.asm["ptx"]:
         sys.exit(f"{name}: registers are not moved from the fetching warp to those that compute, or TMA does not fetch")
