@@ -182,19 +182,15 @@ def exponential(x, PLAN: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def softmax(  # type: ignore[no-untyped-def]
-    s, start, row, captured, length, top, total, S: gl.constexpr, SCORE: gl.constexpr, MASKED: gl.constexpr, PLAN: gl.constexpr
+def scored(  # type: ignore[no-untyped-def]
+    s, start, row, captured, length, S: gl.constexpr, SCORE: gl.constexpr, MASKED: gl.constexpr, PLAN: gl.constexpr
 ):
-    """Weights of a block of keys, and what all before is multiplied by."""
+    """The scores of a block of keys, -inf where the mask hides, or there is no key."""
     j = start + gl.arange(0, PLAN.block_n, layout=gl.SliceLayout(0, S))
     value = SCORE(s, j[None, :].to(PLAN.whole), row, captured, MASKED)
     if MASKED:
         value = gl.where((j < length)[None, :], value, float("-inf"))
-    higher = gl.maximum(top, gl.max(value, 1))
-    against = gl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
-    weights = exponential(value * PLAN.factor - against[:, None], PLAN)
-    fade = exponential(top * PLAN.factor - against, PLAN)
-    return weights, fade, higher, total * fade + gl.sum(weights, 1)
+    return value
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -227,8 +223,14 @@ def visit(  # type: ignore[no-untyped-def]
     s = warpgroup_mma(queries, ks.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    weights, fade, top, total = softmax(s, start, row, captured, length, top, total, S, SCORE, MASKED, PLAN)
+    value = scored(s, start, row, captured, length, S, SCORE, MASKED, PLAN)
+    higher = gl.maximum(top, gl.max(value, 1))
+    against = gl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
+    # What fades does so first: its products fit between the exponentials, of which the device makes one in eight clocks.
+    fade = exponential(top * PLAN.factor - against, PLAN)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
+    weights = exponential(value * PLAN.factor - against[:, None], PLAN)
+    total = total * fade + gl.sum(weights, 1)
     p = gl.convert_layout(weights.to(PLAN.dot), gl.DotOperandLayout(0, OUT, 2))
     mbarrier.wait(v_full.index(slot), phase)
     if MASKED:  # noqa: SIM102  a constant, and a number of the device
@@ -237,7 +239,7 @@ def visit(  # type: ignore[no-untyped-def]
     acc = warpgroup_mma(p, vs.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot), count=1)
-    return acc, top, total
+    return acc, higher, total
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
