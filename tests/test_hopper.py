@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from compile_attn.kernels import hopper, triton_launch
 from compile_attn.kernels import mask as m
@@ -20,7 +23,8 @@ from compile_attn.kernels.spec import AttentionSpec
 from tests.hopper import SPECIAL
 from tests.oracle import CAPTURED, SPECS
 from tests.paged import PagedBatch, paged_batch
-from tests.test_general import NO_TRITON, compile_for_an_h200, fp8, interpreted
+from tests.test_general import BIASES, NO_TRITON, SCORES, compile_for_an_h200, fp8, interpreted
+from tests.test_general import MASKS as ANY_MASK
 
 # Rows of a tile behind its last token hold what stands there: another sequence's tokens, or pads, which are NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN")
@@ -28,9 +32,8 @@ HALF = {"atol": 2e-3, "rtol": 2e-3}
 MASKS = [m.Causal(), m.Bidirectional(), m.Window(20), m.BlockSparse(16, 1, 3), m.BlockSparse(32, 1, 2, head_step=1), m.Chunked(24)]
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hopper.Prepared]]:
-    """Switched on; each launch leaves what was prepared for it."""
+def switch_on(patch: pytest.MonkeyPatch) -> list[hopper.Prepared]:
+    """Each launch leaves what was prepared for it."""
     launched: list[hopper.Prepared] = []
     real = hopper.Prepared.args
 
@@ -38,22 +41,31 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hopper.Prepared]]:
         launched.append(self)
         return real(self, *given)
 
-    monkeypatch.setattr(hopper, "ON", True)
-    monkeypatch.setattr(hopper.Prepared, "args", args)
+    patch.setattr(hopper, "ON", True)
+    patch.setattr(hopper.Prepared, "args", args)
     triton_launch.forget()
-    yield launched
+    return launched
+
+
+def in_threads(patch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, with small tiles."""
+    from tests.gluon_threads import interpreted
+
+    patch.setattr(hopper, "CUT", replace(hopper.CUT, rows=16, keys=16))
+    patch.setattr(hopper, "kernel", lambda: interpreted("compile_attn.kernels.hopper_triton"))
+    patch.setattr(hopper, "gluon", str)
+    patch.setattr(hopper, "available", lambda device: True)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hopper.Prepared]]:
+    yield switch_on(monkeypatch)
     triton_launch.forget()
 
 
 @pytest.fixture
 def threads(counted: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> list[hopper.Prepared]:
-    """In the interpreter, with small tiles."""
-    from tests.gluon_threads import interpreted
-
-    monkeypatch.setattr(hopper, "CUT", replace(hopper.CUT, rows=16, keys=16))
-    monkeypatch.setattr(hopper, "kernel", lambda: interpreted("compile_attn.kernels.hopper_triton"))
-    monkeypatch.setattr(hopper, "gluon", str)
-    monkeypatch.setattr(hopper, "available", lambda device: True)
+    in_threads(monkeypatch)
     return counted
 
 
@@ -126,6 +138,41 @@ def test_tiles_of_a_gpu(threads: list[hopper.Prepared], monkeypatch: pytest.Monk
     for mask in (m.Causal(), m.BlockSparse(64, 1, 3)):
         long(AttentionSpec(8, 2, 128, 128, mask, scale=0.09), [(0, 190), (133, 60)])
     assert len(threads) == 2
+
+
+@interpreted
+@settings(max_examples=12, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (4, 1)]),
+    mask=ANY_MASK,
+    bias=BIASES,
+    score=SCORES,
+    softcap=st.sampled_from([None, 2.0]),
+    sinks=st.sampled_from([None, 0.25 * H + 0.1]),
+    sequences=st.lists(st.tuples(st.integers(0, 18), st.integers(0, 20)), max_size=3),
+    page_size=st.sampled_from([8, 16, 32]),
+    programs=st.integers(1, 3),
+)
+def test_any_spec(
+    heads: tuple[int, int],
+    mask: m.Mask,
+    bias: sympy.Expr | None,
+    score: sympy.Expr | None,
+    softcap: float | None,
+    sinks: sympy.Expr | None,
+    sequences: list[tuple[int, int]],
+    page_size: int,
+    programs: int,
+) -> None:
+    assume(mask.predicate() != sympy.false)
+    parts = {"scale": 0.35, "softcap": softcap, "bias": bias} if score is None else {"score": score}
+    with pytest.MonkeyPatch.context() as patch:
+        launched = switch_on(patch)
+        in_threads(patch)
+        patch.setattr(triton_launch, "_device", lambda device: (227 << 10, programs))
+        long(AttentionSpec(*heads, 64, 64, mask, sinks=sinks, **parts), [*sequences, (7, 37)], page_size)
+    triton_launch.forget()
+    assert len(launched) == 1
 
 
 # What it cannot serve, the other kernel does.
