@@ -156,6 +156,7 @@ def produce(  # type: ignore[no-untyped-def]
         b, first, _, head_tile, _, length, seen, edges, visits = tile_at(turn, blocks, batch, COUNT, PLAN, 1)
         channel = head_tile // PLAN.groups * PLAN.block_d
         pages = batch[0] + b.to(gl.int64) * batch[3]
+        rows = rows_of(start_of(0, edges, seen, CLEAR, EDGE, PLAN), length, pages, nowhere, PLAN, CUT)
         mbarrier.wait(q_empty.index(q_slot), q_phase)
         mbarrier.expect(q_full.index(q_slot), GROUPS * CUT.rows * PLAN.block_d * 2)
         for g in gl.static_range(GROUPS):
@@ -164,7 +165,6 @@ def produce(  # type: ignore[no-untyped-def]
                 at = [first + g * TOKENS, head_tile * PLAN.group, h * CUT.part]
                 tma.async_copy_global_to_shared(q, at, q_full.index(q_slot), buffer)
         q_slot, q_phase = advance(q_slot, q_phase, CUT.q_stages)
-        rows = rows_of(start_of(0, edges, seen, CLEAR, EDGE, PLAN), length, pages, nowhere, PLAN, CUT)
         for k in range(0, visits):
             following = start_of(gl.minimum(k + 1, visits - 1), edges, seen, CLEAR, EDGE, PLAN)
             ahead = rows_of(following, length, pages, nowhere, PLAN, CUT)
