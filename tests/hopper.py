@@ -163,11 +163,33 @@ def together(kernel: Any) -> bool:
     return found > 0
 
 
+def stuck(kernel: Any) -> list[str]:
+    """What a loop carries from turn to turn without a change, which nobody writes so. Triton 3.6 takes a value for dead that a loop
+    carries if only bounds of a loop inside it use it, and so keeps its first one.
+    """
+    found: list[str] = []
+    loops: list[tuple[int, list[str]]] = []  # how far a loop is indented, and what it carries
+    for line in kernel.asm["ttgir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if re.search(r"scf\.(for|while|if)\b", line):
+            carried = re.search(r"iter_args\((.*?)\) ->", line)
+            loops.append((indent, [each.split(" = ")[0].strip() for each in carried[1].split(",")] if carried else []))
+        given = re.match(r"\s*scf\.yield (.*?) :", line)
+        while given and loops and loops[-1][0] > indent - 2:
+            loops.pop()
+        if given and loops and loops[-1][0] == indent - 2:
+            pairs = zip(loops[-1][1], given[1].split(","), strict=False)
+            found += [name for name, value in pairs if name == value.strip()]
+    return found
+
+
 def check_special(name: str, kernel: Any) -> None:
     if serialised(kernel) or spilled(kernel):
         sys.exit(f"{name}: products serialised: {serialised(kernel)}; {spilled(kernel)} bytes of a thread are spilled")
     if "setmaxnreg.dec" not in kernel.asm["ptx"] or "cp.async.bulk.tensor" not in kernel.asm["ptx"]:
         sys.exit(f"{name}: registers are not moved from the fetching warp to those that compute, or TMA does not fetch")
+    if stuck(kernel):
+        sys.exit(f"{name}: loops carry {', '.join(stuck(kernel))} without a change: is it compiled wrongly?")
     if not together(kernel):
         sys.exit(f"{name}: an arrival at a barrier does not wait for the warps of its group")
 
