@@ -12,12 +12,13 @@ import importlib.util
 import linecache
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compile_attn.kernels import hopper
 from compile_attn.kernels import tiles as tile_rules
 from compile_attn.kernels.backend import FP8, Backend, Paged, Request
 from compile_attn.kernels.mask import Mask
@@ -121,6 +122,11 @@ def _launch(
     form = None if captured else _form(q, q_strides, pools, batch)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for each in prepared:
+            special = each.hopper
+            if special is not None and special.takes(q, pools[0].at, pools[1].at):
+                args = special.args(q, pools[0].at, pools[1].at, batch, flat, out)
+                _run(form and (special, form), special.kernel, special.grid, args, special.options)
+                continue
             parts = _parts(out, each.launch)
             tensors = q, q_strides, *pools, batch, flat, out, parts, size.tokens, size.sequences
             key = form and (each, form)
@@ -148,6 +154,7 @@ class _Prepared:
     rest: tuple[Any, ...]  # of the arguments, behind those that differ from call to call
     options: dict[str, int]  # enable_fp_fusion: Triton's default until 3.10
     combine: tuple[Any, tuple[int, int, int], tuple[Any, ...], dict[str, bool]] | None
+    hopper: hopper.Prepared | None  # in its place, where its tensors allow
 
 
 @functools.lru_cache(maxsize=1024)
@@ -166,15 +173,21 @@ def _prepare(
 
     shared, multiprocessors = _device(device)
     whole = tuple(not dtype.is_floating_point for dtype in captured)
-    functions = functions_of(spec, whole)
     wide = not fits_int32(spec, whole, max(1 << 20, 1 << (max(size.keys, size.tokens) - 1).bit_length()))
     read = sum(captured[number].itemsize for number in pairwise(spec))
     found = []
     for each in launches(tiles_for, spec, dot, size, shared, read, multiprocessors):
         tiles, (blocks, heads, splits) = each.tiles, each.grid
-        seen = sight_of(spec.mask, tiles.group, tiles.block_n)
-        plan = _plan(spec, tiles, each.few, size.page_size, scaled, narrow, alike, splits > 1, wide)
-        printed = functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge
+
+        def constants(tiles: Tiles, words: Callable[[str], str] = str, few: int = each.few, split: bool = splits > 1) -> Any:
+            functions, seen = functions_of(spec, whole, words), sight_of(spec.mask, tiles.group, tiles.block_n, words)
+            printed = functions.per_row, functions.score, functions.sink, seen.count, seen.clear, seen.edge
+            return *printed, _plan(spec, tiles, few, size.page_size, scaled, narrow, alike, split, wide)
+
+        *printed, plan = constants(tiles)
+        special = None
+        if hopper.ON and size.page_size > 0 and not any(scaled) and hopper.available(device):
+            special = hopper.prepare(spec, each, size, (shared, multiprocessors), constants)
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
         options |= {"maxnreg": tiles.registers} if tiles.registers else {}
         numbers = (blocks, each.least) if each.programs else (size.keys, splits, each.least)
@@ -186,7 +199,7 @@ def _prepare(
             over = blocks * heads, -(-rows // rows_each), plan.block_dv // block
             early = tile_rules.COMBINE_EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
             combine = combine_triton.combine, over, (at_once, rows_each, block, early, plan), {"launch_pdl": True} if early else {}
-        found.append(_Prepared(each, kernel, grid, (*numbers, *printed, plan), options, combine))
+        found.append(_Prepared(each, kernel, grid, (*numbers, *printed, plan), options, combine, special))
     return tuple(found)
 
 
@@ -210,17 +223,17 @@ def _parts(out: torch.Tensor, launch: Launch) -> Parts:
     return Parts(acc, top, total, *numbers)
 
 
-def functions_of(spec: AttentionSpec, whole: tuple[bool, ...]) -> types.SimpleNamespace:
+def functions_of(spec: AttentionSpec, whole: tuple[bool, ...], words: Callable[[str], str] = str) -> types.SimpleNamespace:
     """The printed functions of a spec, compiled by Triton when first launched.
 
     Triton reads a function's source through `linecache`, so the source needs no file. Its disk cache goes by source and name.
     """
-    return _load("score", print_score(spec, whole))
+    return _load("score", words(print_score(spec, whole)))
 
 
-def sight_of(mask: Mask, heads: int, block_n: int) -> types.SimpleNamespace:
+def sight_of(mask: Mask, heads: int, block_n: int, words: Callable[[str], str] = str) -> types.SimpleNamespace:
     """The printed functions that name the blocks of keys that a tile of so many heads may see."""
-    return _load("sight", print_sight(mask, heads, block_n))
+    return _load("sight", words(print_sight(mask, heads, block_n)))
 
 
 @functools.lru_cache(maxsize=256)
