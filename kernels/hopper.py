@@ -64,7 +64,7 @@ class Prepared:
     def takes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Can TMA describe these? Rows of 16 bytes at multiples of 16 bytes, numbered in 32 bits."""
         token, head, channel = q.stride()
-        aligned = q.data_ptr() % 16 == 0 and token % 8 == 0 and head % 8 == 0 and channel == 1
+        aligned = q.data_ptr() % 16 == 0 and token % 8 == 0 and head % 8 == 0 and channel == 1 and token > 0 and head > 0
         pools = all(each.is_contiguous() and each.data_ptr() % 16 == 0 and each.dtype == q.dtype for each in (k, v))
         return aligned and pools and 0 < k.shape[0] * k.shape[1] < 1 << 31
 

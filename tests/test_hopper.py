@@ -230,6 +230,7 @@ def test_tensors_that_tma_cannot_describe_fall_back(threads: list[hopper.Prepare
     both = torch.stack([batch.k_pages, batch.v_pages], 2).flatten(2, 3)
     other(k_pages=both[:, :, :2], v_pages=both[:, :, 2:])
     assert len(threads) == 2
+    assert not threads[0].takes(batch.q[:, :1].expand(-1, 4, -1), batch.k_pages, batch.v_pages)
 
 
 @interpreted
