@@ -491,4 +491,4 @@ def test_buckets() -> None:
         graphs = lm._runner.graphs
         assert graphs is not None
         lm.cache.max_seqs, lm.cache.max_tokens = 1024, None
-        assert [graphs.size(rows) for rows in (1, 2, 3, 4, 5, 9, 257)] == [2, 2, 4, 4, 8, 16, 288]
+        assert [graphs.sizes(rows, rows, rows) for rows in (1, 3, 4, 5, 9, 257)] == [(size,) * 3 for size in (2, 4, 4, 8, 16, 288)]
