@@ -20,6 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
+_shared = gl.shared_memory_descriptor
+seen_as = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # public since Triton 3.9
+fetch_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.9
 
 SEQUENCES = gl.constexpr(256)  # looked through at once
 
@@ -129,7 +132,7 @@ def fetch(pool, ring, full, slot, rows, channel, PLAN: gl.constexpr, CUT: gl.con
     for h in gl.static_range(PARTS):
         for p in gl.static_range(PAGES):
             buffer = ring.index((slot * PARTS + h) * PAGES + p)
-            tma.async_copy_global_to_shared(pool, [rows[p], channel + h * CUT.part], full.index(slot), buffer)
+            fetch_box(pool, [rows[p], channel + h * CUT.part], full.index(slot), buffer)
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -163,7 +166,7 @@ def produce(  # type: ignore[no-untyped-def]
             for h in gl.static_range(PARTS):
                 buffer = qs.index((q_slot * GROUPS + g) * PARTS + h)
                 at = [first + g * TOKENS, head_tile * PLAN.group, h * CUT.part]
-                tma.async_copy_global_to_shared(q, at, q_full.index(q_slot), buffer)
+                fetch_box(q, at, q_full.index(q_slot), buffer)
         q_slot, q_phase = advance(q_slot, q_phase, CUT.q_stages)
         for k in range(0, visits):
             following = start_of(gl.minimum(k + 1, visits - 1), edges, seen, CLEAR, EDGE, PLAN)
@@ -280,9 +283,9 @@ def consume(  # type: ignore[no-untyped-def]
     R: gl.constexpr = gl.SliceLayout(1, S)
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=CUT.part * 2, element_bitwidth=16, rank=2)
-    qs = rings[0]._reinterpret(PLAN.dot, [CUT.q_stages * CUT.groups, CUT.rows, D], SHARED)
-    ks = rings[1]._reinterpret(PLAN.dot, [CUT.stages, N, D], SHARED)
-    vs = rings[2]._reinterpret(PLAN.dot, [CUT.stages, N, D], SHARED)
+    qs = seen_as(rings[0], PLAN.dot, [CUT.q_stages * CUT.groups, CUT.rows, D], SHARED)
+    ks = seen_as(rings[1], PLAN.dot, [CUT.stages, N, D], SHARED)
+    vs = seen_as(rings[2], PLAN.dot, [CUT.stages, N, D], SHARED)
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     for turn in range(0, turns):

@@ -108,7 +108,7 @@ class Shared:
         assert 0 <= number(i) < len(self.array), f"slot {number(i)} of {len(self.array)}"
         return type(self)(self.array[number(i)], self.dtype)
 
-    def _reinterpret(self, dtype: Any, shape: Sequence[Any], layout: Any) -> Matrices:
+    def reinterpret(self, dtype: Any, shape: Sequence[Any], layout: Any) -> Matrices:
         """From parts of the channels one after the other, as TMA copies them, to slots of rows."""
         slots, rows, channels = map(number, shape)
         flat = self.array.reshape(slots, channels // self.array.shape[-1], rows, self.array.shape[-1])
@@ -236,6 +236,7 @@ def words() -> dict[str, types.ModuleType]:
         convert_layout=lambda x, layout: x,
         associative_scan=lambda x, axis, add: tl.cumsum(x, axis),
         allocate_shared_memory=room,
+        shared_memory_descriptor=Shared,
         warp_specialize=lambda parts, warps, registers: machine.run(parts),
         __getattr__=lambda name: getattr(tl, name),
     )
