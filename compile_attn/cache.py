@@ -154,8 +154,9 @@ class PagedKVCache:
     def forget_prefixes(self) -> None:
         """Let no later sequence begin with what was computed so far.
 
-        This is done without asking when the model is compiled anew, and when weights have moved or torch has counted a change of
-        them. It does not count a change through `.data`, or in inference mode: call this after one.
+        This is done without asking when the model is compiled anew, and when weights of the last compilation have moved or been
+        changed as torch counts it. Call it after every other change of the model: a parameter or module that was replaced, a
+        Python attribute, a change through `.data` or in inference mode.
         """
         self._check_open()
         self._seqs.forget()

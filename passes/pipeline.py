@@ -235,7 +235,7 @@ def _fuse_all(
     rewritten, refused = [], []
     page_size, kv_dtype = (None, None) if geometry is None else (geometry.page_size, geometry.kv_dtype)
     graph = normalized.module.graph
-    for site in sites:
+    for site in reversed(sites):  # the last one first: it may read what an earlier one is replaced by
         choice = lower.choose_kernel(site, kernel, page_size, kv_dtype, needs_grad)
         if needs_grad and choice.kernel != "sdpa":
             why = f"kernel {choice.kernel!r} has no backward, and gradients are asked for"
@@ -246,7 +246,7 @@ def _fuse_all(
         added = len(graph.nodes) - count
         nodes = len(site.replaced), added
         rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, *nodes, choice.steps, site.asked))
-    return tuple(rewritten), refused
+    return tuple(rewritten[::-1]), refused[::-1]
 
 
 def _text(normalized: Normalized) -> str:

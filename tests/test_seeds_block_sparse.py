@@ -351,3 +351,30 @@ def test_a_server_with_the_option_on_a_gpu(kind: str) -> None:
         found = lm.generate(prompts, how_many)
         assert lm.cuda_graphs
     assert found == [alone(decoder(own, own), prompt, how_many, POSITIONS) for prompt in prompts]
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_site_that_reads_another(place: int, through: bool) -> None:
+    """Its operand is what replaces the first one, not what that was."""
+    params = BlocksparseParams(32, 4, 4, 2, 1, 3)
+    mask = (
+        params.block_mask(7).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :13, :13]
+        & torch.ones(13, 13, dtype=torch.bool).tril()
+    )
+
+    def attend(*qkv: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=mask is None)
+
+    def twice(*qkv: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        first = attend(*qkv, mask=mask)
+        if through:
+            first = first.transpose(1, 2).reshape(1, 13, 32).view(1, 13, 4, 8).transpose(1, 2)
+        return attend(*qkv[:place], first, *qkv[place + 1 :], mask=mask)
+
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, 4, 13, 8) for _ in range(3)]
+    options = {"inner": "eager", "block_sparse": params}
+    with torch.no_grad():
+        compiled = torch.compile(twice, backend="paged_attn", options=options)
+        torch.testing.assert_close(compiled(*qkv), twice(*qkv, mask=mask[None]), atol=1e-5, rtol=1e-5)
