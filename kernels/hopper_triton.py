@@ -320,22 +320,6 @@ def consume(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def consume_first(  # type: ignore[no-untyped-def]
-    turns, blocks, batch, captured, out, rings, bars, PER_ROW: gl.constexpr, SCORE: gl.constexpr, SINK: gl.constexpr,
-    COUNT: gl.constexpr, CLEAR: gl.constexpr, EDGE: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
-):  # fmt: skip
-    consume(0, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT)
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def consume_second(  # type: ignore[no-untyped-def]
-    turns, blocks, batch, captured, out, rings, bars, PER_ROW: gl.constexpr, SCORE: gl.constexpr, SINK: gl.constexpr,
-    COUNT: gl.constexpr, CLEAR: gl.constexpr, EDGE: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
-):  # fmt: skip
-    consume(1, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT)
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
 def barriers(COUNT: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     """One for each slot; COUNT arrivals make a phase."""
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -374,11 +358,11 @@ def attend(  # type: ignore[no-untyped-def]
     turns += gl.where(place < blocks * heads - turns * programs, 1, 0)
     gl.warp_specialize(
         [
-            (consume_first, (
-                turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
+            (consume, (
+                0, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
             )),
-            (consume_second, (
-                turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
+            (consume, (
+                1, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
             )),
             (produce, (turns, blocks, batch, nowhere, q, keys, values, rings, bars, COUNT, CLEAR, EDGE, PLAN, CUT)),
         ],

@@ -32,11 +32,13 @@ def impose(sites: Sequence[AttentionSite], params: BlocksparseParams | None, rej
 
 def check_lengths(sites: Sequence[AttentionSite], params: BlocksparseParams | None) -> None:
     """Of a call with whole sequences: are there at most max_seqlen keys? Comparing a symbol guards the compiled call."""
-    for site in sites if params is not None else ():
+    if params is None:
+        return
+    for site in sites:
         operand = site.k[0]
         dims = [dim for dim, axis in enumerate(operand.axes) if "t" in axis]
         keys = val(operand.node).shape[dims[0]] // operand.heads[dims[0]] if dims else 1
-        if params is not None and site.asked and keys > params.max_seqlen:
+        if site.asked and keys > params.max_seqlen:
             raise ValueError(
                 f"block_sparse: {int(keys)} keys, and max_seqlen={params.max_seqlen}; make it larger, or the sequence shorter"
             )

@@ -18,7 +18,7 @@ from compile_attn.kernels.triton_print import loads
 from compile_attn.kernels.visible import bounded
 from tests.oracle import SLOPE, SPECS
 from tests.paged import PagedBatch, paged_batch
-from tests.test_block_sparse import hide
+from tests.test_block_sparse import check_replays, hide
 from tests.test_general import captured_on_gpu, close, on_gpu, paged
 from tests.test_hopper import counted
 
@@ -181,19 +181,5 @@ def test_a_cuda_graph_holds_any_lengths(lengths: Sequence[tuple[int, int]], coun
     longer = [(context + 40 * row, new) for row, (context, new) in enumerate(lengths)]
     orders = [[*longer, (1200, 100)], [*lengths[1:], lengths[0], (300, 100)]]
     batches = [on_gpu(spec, each, torch.bfloat16) for each in orders]
-    first = paged(batches[0])
-    static = Paged(*(None if value is None else value.clone() for value in first))
-    q, run = batches[0].q.clone(), backend("block_sparse")
-    expected = [check(batch, "block_sparse") for batch in batches]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run.attend(q, static, [], spec)
-    for turn in (1, 0, 1):
-        q.copy_(batches[turn].q)
-        for name, value in paged(batches[turn])._asdict().items():
-            if value is not None:
-                buffer = getattr(static, name)
-                buffer[tuple(slice(0, size) for size in value.shape)] = value
-        graph.replay()
-        torch.testing.assert_close(out, expected[turn], **close(torch.bfloat16))
+    check_replays(spec, batches, [check(batch, "block_sparse") for batch in batches])
     assert len(counted) == 3
