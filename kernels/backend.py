@@ -163,7 +163,10 @@ class Backend:
     @staticmethod
     def swap_blocks(src_kv_cache: KVCache, dst_kv_cache: KVCache, src_to_dst: torch.Tensor) -> None:
         """Page src_to_dst[n, 1] of one cache becomes page src_to_dst[n, 0] of another; see `blocks.swap_blocks`."""
-        for src, dst in zip(_pools(src_kv_cache), _pools(dst_kv_cache), strict=True):
+        pools = list(zip(_pools(src_kv_cache), _pools(dst_kv_cache), strict=True))
+        for src, dst in pools:
+            blocks.check_swap(src, dst, src_to_dst)  # of keys and values, before either moves
+        for src, dst in pools:
             blocks.swap_blocks(src, dst, src_to_dst)
 
     @staticmethod

@@ -12,6 +12,18 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, pairs: torch.Tensor) -> No
 
     Reads precede writes. Nothing waits for a copy from or to pinned memory; it is done when the current stream has come to it.
     """
+    check_swap(src, dst, pairs)
+    if not len(pairs):
+        return
+    src, dst = _bytes(src), _bytes(dst)
+    if src.device.type == "cpu" and dst.device.type != "cpu":
+        swap_in(src, dst, pairs)
+    else:
+        swap_out(src, dst, pairs)
+
+
+def check_swap(src: torch.Tensor, dst: torch.Tensor, pairs: torch.Tensor) -> None:
+    """ValueError for what `swap_blocks` refuses; nothing moves."""
     if pairs.device.type != "cpu":
         raise ValueError(f"swap_blocks: pairs on {pairs.device}; the host reads them: pass pairs.cpu()")
     _check_pairs("swap_blocks", pairs, src.shape[0], dst.shape[0])
@@ -20,13 +32,6 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, pairs: torch.Tensor) -> No
             f"swap_blocks: pages {list(src.shape[1:])} of {src.dtype} do not fit {list(dst.shape[1:])} of {dst.dtype}; "
             f"both pools must come from the same layer layout"
         )
-    if not len(pairs):
-        return
-    src, dst = _bytes(src), _bytes(dst)
-    if src.device.type == "cpu" and dst.device.type != "cpu":
-        swap_in(src, dst, pairs)
-    else:
-        swap_out(src, dst, pairs)
 
 
 def swap_out(src: torch.Tensor, dst: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -121,6 +121,17 @@ def test_another_layout_is_refused(shape: tuple[int, ...]) -> None:
         FlashInferBackend.copy_blocks([[right[0]]], pairs)
 
 
+def test_a_refused_swap_moves_nothing() -> None:
+    """Values that do not fit are found before the first key moves."""
+    source, target = cache_of(4, torch.float32, "pair"), tuple(torch.zeros(4, 16, 2, size) for size in (8, 6))
+    with pytest.raises(ValueError, match=r"pages \[16, 2, 8\] of torch.float32 do not fit \[16, 2, 6\]"):
+        FlashInferBackend.swap_blocks(source, target, torch.tensor([[1, 2]]))
+    short = (torch.zeros(4, 16, 2, 8), torch.zeros(2, 16, 2, 8))
+    with pytest.raises(ValueError, match=r"no pages \[1, 2\] in pools of 4 and 2"):
+        FlashInferBackend.swap_blocks(source, short, torch.tensor([[1, 2]]))
+    assert not any(pool.any() for pool in (*target, *short))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("fp8", torch.float8_e4m3fn), ("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)],
