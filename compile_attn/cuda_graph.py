@@ -27,6 +27,7 @@ Forward = Callable[[Batch], torch.Tensor]
 # them, so that pad tokens cost little; attention skips pad rows.
 _TOKENS = (16, 32, 64, 128, 256)
 _ROWS = (2, 16, 128)
+MOST_TOKENS, MOST_ROWS = _TOKENS[-1], _ROWS[-1]
 
 
 class Kind(NamedTuple):
@@ -70,11 +71,12 @@ class StepGraphs:
     forward   runs the model on the cache's current batch and returns one row of logits a row
     model     a graph holds the addresses of its parameters and buffers, and is recorded anew where one has changed
     budget    most new tokens in one step
+    drafts    whether steps may verify drafts
     """
 
-    def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module, budget: int) -> None:
-        self._forward, self._cache, self._model = forward, cache, model
-        self.most_tokens = min(budget, _TOKENS[-1])  # of a step with prompts
+    def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module, budget: int, drafts: bool = False) -> None:
+        self._forward, self._cache, self._model, self._drafts = forward, cache, model, drafts
+        self.most_tokens = min(budget, MOST_TOKENS)  # of a step with prompts
         self._tensors: list[torch.Tensor] = []
         self._stands: tuple[object, ...] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
@@ -103,8 +105,8 @@ class StepGraphs:
     def _mixed_size(self, rows: int, new_tokens: int) -> tuple[int, int] | None:
         """Rows and new tokens."""
         cache = self._cache
-        most = min(self.most_tokens, cache.buffers.input_ids.shape[0], cache.max_tokens or _TOKENS[-1])
-        if new_tokens > most or rows > _ROWS[-1]:
+        most = min(self.most_tokens, cache.buffers.input_ids.shape[0], cache.max_tokens or MOST_TOKENS)
+        if new_tokens > most or rows > MOST_ROWS:
             return None
         size = min(next(step for step in _ROWS if rows <= step), self._most_rows)
         tokens = min(next((step for step in _TOKENS if new_tokens <= step and size < step), most), most)
@@ -120,7 +122,9 @@ class StepGraphs:
         decodes = [self.sizes(count, count, count) for count in counts]
         least = [1, *(size + 1 for size in _TOKENS)]  # of each size
         mixed = [self.sizes(count, max(count, new), 0) for count in counts for new in least if new <= count * tokens]
-        sizes = sorted(filter(None, {*decodes, *mixed}), key=lambda size: (size[1], size[0]), reverse=True)
+        if self._drafts:
+            mixed += [(size[0], size[1], size[1]) for size in filter(None, mixed)]
+        sizes = sorted(filter(None, {*decodes, *mixed}), key=lambda size: (size[1], size[0], size[2]), reverse=True)
         widths = cache.buffers.widths(cache.pages_for(tokens), cache.page_size)
         ways = (True, False) if random else (False,)
         return [Kind(*size, width, way) for size in sizes for width in reversed(widths) for way in ways]

@@ -20,6 +20,7 @@ from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step
 from compile_attn.cache import Chunk
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
+from compile_attn.drafting import Drafter, Drafting, verified
 from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
@@ -63,6 +64,8 @@ class PagedLM:
                       ids alone, and with position_ids where forward demands them
     max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
 
+    drafter           guesses how requests go on, such as PromptLookup(). A step verifies up to draft_tokens guesses a request: the
+                      tokens stay what they were, right guesses save steps
     memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
@@ -85,6 +88,8 @@ class PagedLM:
         memory_fraction: float = 0.9,
         merge_linears: bool = True,
         block_sparse: BlocksparseParams | None = None,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 4,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -92,6 +97,7 @@ class PagedLM:
         check_no_dropout(self._model)
         device = device_of(self._model)
         budget, graphs = tokens_a_step(max_batch_tokens, device), graphs_wanted(cuda_graphs, device)
+        drafting = None if drafter is None else Drafting(drafter, draft_tokens)
         options = Options(kernel=kernel, inner=inner, merge_linears=merge_linears, block_sparse=block_sparse)
         cache = cache_for(
             self._model,
@@ -108,12 +114,16 @@ class PagedLM:
         options = replace(options, cache=cache)
         self.cache = cache
         self._own_call = call is not None
-        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget)
-        self._scheduler = Scheduler(cache, budget)
+        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget, drafting is not None)
+        self._scheduler = Scheduler(cache, budget, drafting)
         self._sent: deque[Sent] = deque()
-        self._ahead = 1 if device.type == "cuda" else 0  # steps that are sent before the tokens of the oldest are read
+        self._ahead = (
+            1 if device.type == "cuda" and drafting is None else 0
+        )  # steps that are sent before the tokens of the oldest are read
         self._closed = False
         self._vocabulary = self._first_call()
+        if drafting is not None:
+            drafting.vocabulary = self._vocabulary
         if kv_tokens is None:
             self._take_the_rest(memory_fraction)
 
@@ -174,11 +184,22 @@ class PagedLM:
         """How often a request lost its pages to an older one and had to be recomputed."""
         return self._scheduler.preemptions
 
+    @property
+    def num_draft_tokens(self) -> int:
+        """Guesses of the drafter that steps have verified."""
+        return self._scheduler.num_draft_tokens
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those of them that came out, and so took no step of their own."""
+        return self._scheduler.num_accepted_tokens
+
     @in_own_modes
     def step(self) -> list[Output]:
         """Run one batch; tokens that were made. After an error every request starts over with the next step.
 
-        On a GPU the tokens are those of the batch before, so that it never waits for the host: the first call returns none.
+        On a GPU the tokens are those of the batch before, so that it never waits for the host: the first call returns none. With
+        a drafter they are the batch's own, on a GPU too.
         """
         self._check_open()
         try:
@@ -195,15 +216,15 @@ class PagedLM:
             raise
 
     def _read(self, sent: Sent) -> list[Output]:
-        tokens = sent.read()
+        accepted, tokens = verified(sent.plan, sent.read())
         for request, token in zip(sent.plan.sampled, tokens, strict=True) if NOT_FINITE in tokens else ():
             if token == NOT_FINITE and not request.finished:
                 raise RuntimeError(
-                    f"the logits of request {request.id} after {request.length - 1} tokens are not finite; "
+                    f"the logits of request {request.id} after {request.length - 1 + len(accepted.get(request, ()))} tokens are not finite; "
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
-        made = self._scheduler.commit(sent.plan, tokens)
-        return [Output(request.id, token, request.reason is not None, request.reason) for request, token in made]
+        made = self._scheduler.commit(sent.plan, tokens, accepted)
+        return [Output(request.id, token, reason is not None, reason) for request, token, reason in made]
 
     # Life
 

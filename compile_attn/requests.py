@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -40,20 +41,25 @@ class Request:
         """Tokens whose keys and values are not in the cache: 1 while decoding."""
         return self.length - (0 if self.seq is None else self.seq.length)
 
-    def chunk(self, count: int) -> Chunk:
-        """The next `count` tokens for the cache; the pending one stands in as 0, and says where the device has it."""
+    def chunk(self, count: int, drafts: Sequence[int] = ()) -> Chunk:
+        """The next `count` tokens for the cache; the pending one stands in as 0, and says where the device has it.
+
+        drafts: guesses at what follows the newest token, which then is the only one; what comes out after each is asked for.
+        """
         assert self.seq is not None
         start, prompt = self.seq.length, len(self.prompt)
         last = count == self.length - start
         made = self.new_tokens[max(0, start - prompt) : max(0, start + count - prompt)]
         carried = self.row if last and self.pending else None
-        tokens = [*self.prompt[start : start + count], *made, *([] if carried is None else [0])]
-        return Chunk(self.seq, tokens, "last" if last else "none", carried)
+        tokens = [*self.prompt[start : start + count], *made, *([] if carried is None else [0]), *drafts]
+        return Chunk(self.seq, tokens, "all" if drafts else "last" if last else "none", carried)
 
 
 @dataclass(frozen=True)
 class Plan:
     """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order.
+
+    drafts: what follows the newest token of some of them, at a guess; a row comes out after each, too.
 
     settled: every new token is the one that the step before has sampled in the same row, so that the step can be planned again
     as it is.
@@ -62,15 +68,23 @@ class Plan:
     chunks: list[Chunk]
     sampled: list[Request]
     settled: bool = False
+    drafts: Mapping[Request, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> Iterator[tuple[Request, int]]:
+        """Of each sampled row, whose it is, and how many drafts it follows."""
+        for request in self.sampled:
+            for after in range(1 + len(self.drafts.get(request, ()))):
+                yield request, after
 
     @property
     def how(self) -> list[Sampling]:
-        return [request.sampling for request in self.sampled]
+        return [request.sampling for request, _ in self.rows]
 
     @property
     def draws(self) -> list[tuple[int, int]]:
         """Seed and number of the draw of each sampled row; see `sampling.uniform`."""
-        return [(request.seed, len(request.new_tokens) + request.pending) for request in self.sampled]
+        return [(request.seed, len(request.new_tokens) + request.pending + after) for request, after in self.rows]
 
     @cached_property
     def random(self) -> bool:
@@ -80,4 +94,5 @@ class Plan:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Rows, new tokens, and tokens that come out. All three are alike in a step of decodes, and in no other."""
-        return len(self.chunks), sum(len(chunk.tokens) for chunk in self.chunks), len(self.sampled)
+        wanted = len(self.sampled) + sum(map(len, self.drafts.values()))
+        return len(self.chunks), sum(len(chunk.tokens) for chunk in self.chunks), wanted

@@ -42,6 +42,7 @@ class Runner:
 
     run           the compiled model
     budget        most new tokens in one step
+    drafts        whether steps may verify drafts
     cuda_graphs   "auto" goes on without them, with a warning, where a step cannot be recorded; True raises; False: never
     """
 
@@ -52,10 +53,11 @@ class Runner:
         model: nn.Module,
         cuda_graphs: str | bool,
         budget: int,
+        drafts: bool = False,
     ) -> None:
         self._run, self._cache = run, cache
         self._strict = cuda_graphs is True
-        self.graphs = StepGraphs(self._rows, cache, model, budget) if cuda_graphs else None
+        self.graphs = StepGraphs(self._rows, cache, model, budget, drafts) if cuda_graphs else None
         self._steady: tuple[Kind, Plan, Batch] | None = None  # the step that the device can repeat by itself
 
     def send(self, plan: Plan) -> Sent:
@@ -65,7 +67,7 @@ class Runner:
             self._replay(plan, kind)
         else:
             self._run_once(plan)
-        tokens = self._cache.buffers.recent[: len(plan.sampled)]
+        tokens = self._cache.buffers.recent[: plan.shape[2]]
         if tokens.device.type != "cuda":
             return Sent(plan, tokens.clone(), None)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
@@ -155,7 +157,7 @@ class Runner:
         if plan.sampled:
             how = SamplingRows.of(plan.how, plan.draws).to(logits.device) if plan.random else None
             with torch.no_grad():
-                self._cache.buffers.recent[: len(plan.sampled)].copy_(sample(logits, how))
+                self._cache.buffers.recent[: plan.shape[2]].copy_(sample(logits, how))
 
     def _rows(self, batch: Batch) -> torch.Tensor:
         """The logits of the current batch, [R, V], pad rows included."""

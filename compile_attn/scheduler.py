@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compile_attn.cache import OutOfPages, PagedKVCache
-from compile_attn.requests import Plan, Request
+from compile_attn.cuda_graph import MOST_ROWS, MOST_TOKENS
+from compile_attn.drafting import Drafting
+from compile_attn.requests import Plan, Reason, Request
 from compile_attn.sampling import Sampling, draw_seed
 
 
 class Scheduler:
     """Requests wait in order, run together, and leave. Running requests are always older than waiting ones."""
 
-    def __init__(self, cache: PagedKVCache, max_batch_tokens: int) -> None:
-        self.cache = cache
-        self.preemptions = 0
+    def __init__(self, cache: PagedKVCache, max_batch_tokens: int, drafting: Drafting | None = None) -> None:
+        self.cache, self.drafting = cache, drafting
+        self.preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -85,7 +87,7 @@ class Scheduler:
                 f"the oldest request ({self._waiting[0].length} tokens) does not fit in {self.cache.free_pages} free "
                 f"pages of {self.cache.page_size} tokens, and no other request holds any; free the other sequences"
             )
-        return self._as_plan(picked) if picked else None
+        return self._as_plan(picked, self._drafts(picked)) if picked else None
 
     def _repeats(self) -> bool:
         """Whether the last plan is the next one, too: most steps of most servers, which is why it is asked first."""
@@ -131,35 +133,36 @@ class Scheduler:
             for request in plan.sampled:
                 request.pending += 1
             return
-        self._last, limit, soonest = plan, self.cache.length_limit, sys.maxsize
+        self._last, soonest = plan, sys.maxsize
         for row, request in enumerate(plan.sampled):
             request.pending, request.row = request.pending + 1, row
-            made = len(request.new_tokens) + request.pending
-            left = min(request.sampling.max_new_tokens - made, limit + 1 - request.length)
+            left = self._left(request)
             soonest = min(soonest, left)
             if left <= 0:
-                self._running.remove(request)  # a token past the limit could not be fed back
-                self._release(request)
-                self._ending.append(request)
+                self._end(request)
         self._spare = max(0, soonest - 1)
 
-    def commit(self, plan: Plan, tokens: Sequence[int]) -> list[tuple[Request, int]]:
-        """Give each sampled request its token, and let go of those that end. Returns who got which."""
+    def commit(
+        self, plan: Plan, tokens: Sequence[int], accepted: Mapping[Request, Sequence[int]] | None = None
+    ) -> list[tuple[Request, int, Reason | None]]:
+        """Give each sampled request its token, and let go of those that end. Returns who got which, and why it was the last.
+
+        accepted: of a plan with drafts, those that come before the token
+        """
         self._unread -= 1
-        made = []
+        made = self._accept(plan, accepted) if accepted else []
         for request, token in zip(plan.sampled, tokens, strict=True):
             if request.reason is not None:  # stopped or cancelled after this step was sent
                 continue
             request.pending -= 1
             request.new_tokens.append(token)
-            made.append((request, token))
             if token in request.sampling.stop_ids:
                 request.reason = "stop"
             elif not request.pending and request in self._ending:
                 request.reason = "length"
-            else:
-                continue
-            self._drop(request)
+            made.append((request, token, request.reason))
+            if request.reason is not None:
+                self._drop(request)
         return made
 
     def abandon(self) -> None:
@@ -195,6 +198,42 @@ class Scheduler:
             budget -= count
             free -= wanted
 
+    def _drafts(self, picked: list[tuple[Request, int]]) -> dict[Request, list[int]]:
+        """What may follow the newest tokens of those that decode, in the pages and the budget that the others leave.
+
+        In steps that a graph holds: up to about so many tokens, those of drafts cost little.
+        """
+        room = min(self.budget, MOST_TOKENS) - sum(count for _, count in picked)
+        if self.drafting is None or room <= 0 or len(picked) > MOST_ROWS:
+            return {}
+        assert not self._unread, "drafts follow a token that was read"
+        free = self.cache.free_pages - sum(self._pages_wanted(*one) for one in picked)
+        drafts: dict[Request, list[int]] = {}
+        for request, _ in picked:
+            own = self._pages_wanted(request, 1)
+            most = min(room, self._left(request) - 1, self._fitting(request, free + own) - 1) if request.missing == 1 else 0
+            found = self.drafting.propose(request, most) if most > 0 else []
+            if found:
+                drafts[request] = found
+                room -= len(found)
+                free -= self._pages_wanted(request, 1 + len(found)) - own
+        return drafts
+
+    def _accept(self, plan: Plan, accepted: Mapping[Request, Sequence[int]]) -> list[tuple[Request, int, Reason | None]]:
+        """Give requests the drafts that came out; from the cache take back all others."""
+        made: list[tuple[Request, int, Reason | None]] = []
+        for request, drafts in accepted.items():
+            if request.seq is None:  # cancelled meanwhile
+                continue
+            request.new_tokens.extend(drafts)
+            self.cache.truncate(request.seq, request.length - 1)
+            made.extend((request, token, None) for token in drafts)
+            self.num_draft_tokens += len(plan.drafts[request])
+            self.num_accepted_tokens += len(drafts)
+            if self._left(request) <= 0:
+                self._end(request)
+        return made
+
     def _preempt_youngest(self) -> int:
         """Send the youngest running request back to wait; returns the pages that this frees."""
         request = self._running.pop()
@@ -210,6 +249,17 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
         self._release(request)
+
+    def _end(self, request: Request) -> None:
+        """Its last token was sampled: it needs no pages any more."""
+        self._running.remove(request)
+        self._release(request)
+        self._ending.append(request)
+
+    def _left(self, request: Request) -> int:
+        """How many tokens it has still to make; one past the length limit could not be fed back."""
+        made = len(request.new_tokens) + request.pending
+        return min(request.sampling.max_new_tokens - made, self.cache.length_limit + 1 - request.length)
 
     def _release(self, request: Request) -> None:
         if request.seq is not None:
@@ -227,9 +277,9 @@ class Scheduler:
         return (self.cache.pages_for(held) + free) * self.cache.page_size - held
 
     @staticmethod
-    def _as_plan(picked: list[tuple[Request, int]]) -> Plan:
+    def _as_plan(picked: list[tuple[Request, int]], drafts: Mapping[Request, Sequence[int]]) -> Plan:
         ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
-        chunks = [request.chunk(count) for request, count in ordered]
-        sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits == "last"]
+        chunks = [request.chunk(count, drafts.get(request, ())) for request, count in ordered]
+        sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits != "none"]
         settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
-        return Plan(chunks, sampled, settled)
+        return Plan(chunks, sampled, settled, drafts)

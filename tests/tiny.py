@@ -85,8 +85,9 @@ def alone(model: nn.Module, prompt: Sequence[int], sampling: Sampling, limit: in
 
 def as_on_a_gpu(lm: PagedLM) -> PagedLM:
     """With steps sent ahead of their tokens, and decodes that advance by themselves: a CPU runs anew what a GPU replays."""
-    lm._ahead = 1
-    lm._runner = Runner(lm._runner._run, lm.cache, lm._model, True, lm._scheduler._max_batch_tokens)
+    drafts = lm._scheduler.drafting is not None
+    lm._ahead = 0 if drafts else 1
+    lm._runner = Runner(lm._runner._run, lm.cache, lm._model, True, lm._scheduler._max_batch_tokens, drafts)
     return lm
 
 

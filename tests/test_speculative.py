@@ -1,0 +1,451 @@
+"""Do drafts change how many steps there are, and nothing else?
+
+Whatever a drafter proposes, a request makes the tokens that it makes alone: `guessing` knows them, and errs as often as it is told.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from compile_attn.cache import PagedKVCache
+from compile_attn.drafting import Drafting, PromptLookup
+from compile_attn.kernels.blocksparse_params import BlocksparseParams
+from compile_attn.lm import PagedLM
+from compile_attn.sampling import Sampling
+from compile_attn.scheduler import Scheduler
+from tests.sparse_decoder import HEADS, KV_HEADS, Sparse, decoder
+from tests.sparse_decoder import POSITIONS as LONGEST
+from tests.test_by_step_gpu import SMALL, check_greedy, model_on, needs
+from tests.test_by_step_gpu import prompts_of as words
+from tests.test_fuzz import GEOMETRIES, cases, play
+from tests.test_general import interpreted
+from tests.tiny import POSITIONS, VOCAB, alone, as_on_a_gpu, prompts_of, tiny
+
+SETTINGS = {"kv_tokens": 256, "page_size": 4, "max_seqs": 8, "inner": "eager", "poison": True}
+PROMPTS = prompts_of([5, 1, 9, 14, 2, 7], seed=3)
+Way = Literal["one by one", "as on a GPU"]
+WAYS = pytest.mark.parametrize("way", ["one by one", "as on a GPU"])
+
+
+class Guessing:
+    """Knows how texts go on, and says something else for each token with the chance `wrong`; sometimes nothing, or too much."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], wrong: float, vocabulary: int = VOCAB, steady: bool = True) -> None:
+        self.texts, self.wrong, self.vocabulary, self.steady = [list(text) for text in texts], wrong, vocabulary, steady
+        self.draw = random.Random(0)
+        self.asked: list[tuple[list[int], int]] = []
+
+    def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
+        known = list(tokens)
+        self.asked.append((known, most))
+        text = next((text for text in self.texts if text[: len(known)] == known), known)
+        count = most if self.steady else self.draw.choice([0, 1, most, most + 3])
+        true = [*text[len(known) :], *[0] * count][:count]
+        return [(one + (self.draw.random() < self.wrong)) % self.vocabulary for one in true]
+
+
+class Saying:
+    """Proposes the same, whatever comes."""
+
+    def __init__(self, drafts: Any) -> None:
+        self.drafts = drafts
+
+    def propose(self, tokens: Sequence[int], most: int) -> Any:
+        if isinstance(self.drafts, BaseException):
+            raise self.drafts
+        return self.drafts
+
+
+def greedy(count: int, **how: Any) -> list[list[int]]:
+    return [alone(tiny(), prompt, Sampling(max_new_tokens=count, **how)) for prompt in PROMPTS]
+
+
+def texts_of(prompts: Sequence[Sequence[int]], wants: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[*prompt, *want] for prompt, want in zip(prompts, wants, strict=True)]
+
+
+def lm_of(drafter: Any, model: torch.nn.Module | None = None, way: Way = "one by one", **changes: Any) -> PagedLM:
+    lm = PagedLM(model or tiny(), drafter=drafter, **{**SETTINGS, **changes})
+    return as_on_a_gpu(lm) if way == "as on a GPU" else lm
+
+
+# Right and wrong drafts
+
+
+@WAYS
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.2, "top_k": 6, "seed": 4}], ids=str)
+def test_right_drafts_save_steps(how: dict[str, Any], way: Way) -> None:
+    """After the prompt's own token five a step: 21 tokens in five steps, instead of 21."""
+    wants = greedy(21, **how)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 0.0), way=way) as lm:
+        for prompt, want in zip(PROMPTS, wants, strict=True):
+            lm.generate([prompt], Sampling(max_new_tokens=21, **how))  # what it records, it runs over pads
+            before, drafts, right = lm.cache.steps_run, lm.num_draft_tokens, lm.num_accepted_tokens
+            assert lm.generate([prompt], Sampling(max_new_tokens=21, **how)) == [want]
+            assert (lm.cache.steps_run - before, lm.num_draft_tokens - drafts, lm.num_accepted_tokens - right) == (5, 16, 16)
+        before = lm.cache.steps_run
+        assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, **how)) == wants
+        assert lm.cache.steps_run - before <= 5 + len(lm.cuda_graphs), "all at once take as many"
+
+
+@WAYS
+def test_wrong_drafts_cost_no_token(way: Way) -> None:
+    wants = greedy(21, temperature=0.9, seed=3)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 1.0), way=way) as lm:
+        assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, temperature=0.9, seed=3)) == wants
+        assert lm.num_accepted_tokens == 0 and lm.cache.pages_in_use == 0
+        # Of the last tokens, as many as may still come beside the step's own: 4 in 16 steps, then 3, 2, 1 and none.
+        assert lm.num_draft_tokens == len(PROMPTS) * (16 * 4 + 3 + 2 + 1)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 40])
+def test_how_many_drafts_is_asked_for(most: int) -> None:
+    wants = greedy(30)
+    drafter = Guessing(texts_of(PROMPTS, wants), 0.3)
+    with lm_of(drafter, draft_tokens=most) as lm:
+        assert lm.generate(PROMPTS, max_new_tokens=30) == wants
+        assert max(count for _, count in drafter.asked) == min(most, 28)
+        assert all(known in (text[: len(known)] for text in drafter.texts) for known, _ in drafter.asked)
+
+
+@WAYS
+@pytest.mark.parametrize("wrong", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize("at", range(len(GEOMETRIES)))
+def test_any_schedule(at: int, wrong: float, way: Way) -> None:
+    """Requests join, are cancelled, stop, and lose their pages: each says what it says alone."""
+    drafter = Guessing(texts_of([prompt for prompt, _, _ in cases()], [want for _, _, want in cases()]), wrong, steady=False)
+    with PagedLM(tiny(), inner="eager", poison=True, drafter=drafter, draft_tokens=3 + at, **GEOMETRIES[at]) as lm:
+        if way == "as on a GPU":
+            as_on_a_gpu(lm)
+        for seed in range(12):
+            try:
+                play(lm, random.Random(seed))
+            except BaseException as error:
+                error.add_note(f"schedule {seed} of geometry {GEOMETRIES[at]}")
+                raise
+        assert 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+        assert any(one.wanted > one.rows for one in lm.cuda_graphs) == (way == "as on a GPU")
+
+
+def test_a_prompt_that_repeats_itself() -> None:
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6] * 3
+    with lm_of(PromptLookup()) as lm:
+        want = alone(tiny(), prompt, Sampling(max_new_tokens=30))
+        assert lm.generate([prompt], max_new_tokens=30) == [want] and lm.num_draft_tokens > 0
+
+
+# Ends
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_number_of_tokens_is_exact(count: int) -> None:
+    wants = greedy(20)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 0.0)) as lm:
+        assert lm.generate(PROMPTS, max_new_tokens=count) == [want[:count] for want in wants]
+        assert lm.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_stop_token_among_the_drafts_is_the_last_one(at: int) -> None:
+    [want] = greedy(12)[2:3]
+    how = Sampling(max_new_tokens=12, stop_ids=(want[at],))
+    with lm_of(Guessing([[*PROMPTS[2], *want]], 0.0)) as lm:
+        outs = list(lm.stream([PROMPTS[2]], how))
+        assert [out.token for out in outs] == want[: want.index(want[at]) + 1]
+        assert [(out.finished, out.reason) for out in outs] == [*[(False, None)] * (len(outs) - 1), (True, "stop")]
+        request, seen = lm.submit(PROMPTS[2], how), []
+        while lm.has_work:
+            seen += lm.step()
+        assert [out.token for out in seen] == request.new_tokens == [out.token for out in outs]
+        assert [out.finished for out in seen] == [False] * (len(seen) - 1) + [True] and lm.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("kv_tokens", [256, 40])
+def test_the_longest_text_ends_a_request(kv_tokens: int) -> None:
+    limit = min(POSITIONS, kv_tokens)
+    for length in range(limit - 9, limit):
+        [prompt] = prompts_of([length])
+        want = alone(tiny(), prompt, Sampling(max_new_tokens=50), limit)
+        with lm_of(Guessing([[*prompt, *want, *[1] * 9]], 0.0), kv_tokens=kv_tokens) as lm:
+            outs = list(lm.stream([prompt], max_new_tokens=50))
+            assert [out.token for out in outs] == want and outs[-1].reason == "length"
+
+
+def test_what_a_wrong_draft_makes_means_nothing() -> None:
+    """A token whose keys and logits are NaN, in the cache and among the rows, for as long as the step takes."""
+    model = tiny()
+    wants = [alone(tiny(), prompt, Sampling(max_new_tokens=15)) for prompt in PROMPTS[:3]]
+    free = next(one for one in range(VOCAB) if all(one not in text for text in texts_of(PROMPTS[:3], wants)))
+    model.tok.weight[free] = torch.nan
+    with lm_of(Saying([free] * 4), model) as lm:
+        assert lm.generate(PROMPTS[:3], max_new_tokens=15) == wants and lm.num_accepted_tokens == 0
+    model.head.weight.fill_(torch.nan)
+    with (
+        lm_of(Guessing([PROMPTS[0]], 0.0), model) as lm,
+        pytest.raises(RuntimeError, match="logits of request 0 after 5 tokens are not finite"),
+    ):
+        lm.generate(PROMPTS[:1])
+
+
+# What drafters may not do
+
+
+@pytest.mark.parametrize(
+    ("drafts", "why"),
+    [
+        ([3, VOCAB], rf"the drafter proposed token id {VOCAB}, outside the model's vocabulary of {VOCAB}; a drafter must count"),
+        ([-1], "the drafter proposed token id -1, outside"),
+        ([1.5], r"the drafter proposed \[1.5\]; propose\(\) returns a list of token ids, \[\] for none"),
+        (None, r"the drafter proposed None; propose\(\)"),
+        (torch.tensor([0.5]), r"the drafter proposed tensor\(\[0.5000\]\); propose"),
+        (KeyError("of the drafter"), "of the drafter"),
+    ],
+    ids=str,
+)
+def test_a_drafter_that_errs_loses_nothing(drafts: Any, why: str) -> None:
+    [want] = greedy(9)[:1]
+    drafter = Saying([])
+    with lm_of(drafter) as lm:
+        request = lm.submit(PROMPTS[0], Sampling(max_new_tokens=9))
+        lm.step()
+        drafter.drafts = drafts
+        for _ in range(2):
+            with pytest.raises((ValueError, KeyError), match=why):
+                while lm.has_work:
+                    lm.step()
+            assert lm.cache.pages_in_use == 0 and not request.finished
+        drafter.drafts = []
+        while lm.has_work:
+            lm.step()
+        assert request.new_tokens == want
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, lambda ids: torch.tensor(ids).numpy(), lambda ids: iter(ids)])
+def test_forms_of_drafts(form: Callable[[list[int]], Any]) -> None:
+    wants = greedy(9)
+    known = Guessing(texts_of(PROMPTS, wants), 0.0)
+
+    class Formed:
+        def propose(self, tokens: Sequence[int], most: int) -> Any:
+            return form([*known.propose(tokens, most), *[0] * 5])  # more than were asked for
+
+    with lm_of(Formed()) as lm:
+        assert lm.generate(PROMPTS, max_new_tokens=9) == wants
+        assert lm.num_accepted_tokens == lm.num_draft_tokens == len(PROMPTS) * 7
+
+
+def test_settings_are_checked_before_anything_is_compiled() -> None:
+    for drafter in (object(), PromptLookup, "ngram"):
+        with pytest.raises(ValueError, match=r"drafter=.* has no method propose\(tokens, most\); give PromptLookup\(\)"):
+            PagedLM(None if drafter is None else tiny(), drafter=drafter)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="draft_tokens=0"):
+        PagedLM(tiny(), drafter=PromptLookup(), draft_tokens=0)
+
+
+def test_what_a_drafter_is_given_is_its_own() -> None:
+    class Spoiling:
+        def propose(self, tokens: Any, most: int) -> list[int]:
+            drafts = PromptLookup().propose(tokens, most)
+            tokens.reverse()
+            self.held = memoryview(tokens)  # an array that is looked at cannot grow
+            return list(drafts)
+
+    with lm_of(Spoiling()) as lm:
+        assert lm.generate(PROMPTS, max_new_tokens=15) == greedy(15)
+
+
+# The scheduler
+
+
+def scheduler_of(drafts: Any, max_batch_tokens: int = 64, **changes: int) -> Scheduler:
+    cache = PagedKVCache(**{"kv_tokens": 64, "page_size": 4, "max_seqs": 4, **changes})
+    return Scheduler(cache, max_batch_tokens, Drafting(Saying(drafts), 4))
+
+
+def run(scheduler: Scheduler, token: int = 7) -> list[list[int]]:
+    """One step in which no draft is right; its chunks."""
+    plan = scheduler.plan()
+    assert plan is not None and plan.shape[2] == len(plan.draws) == len(plan.how)
+    scheduler.cache.batch(plan.chunks)
+    scheduler.cache.step_inputs()
+    scheduler.sent(plan)
+    scheduler.commit(plan, [token] * len(plan.sampled), {request: [] for request in plan.drafts})
+    return [list(chunk.tokens) for chunk in plan.chunks]
+
+
+def test_each_row_has_the_number_of_its_draw() -> None:
+    scheduler = scheduler_of([1, 2, 3])
+    first = scheduler.submit([5, 5], Sampling(seed=8, temperature=1.0))
+    run(scheduler)
+    run(scheduler)
+    second = scheduler.submit([6, 6, 6], Sampling(seed=9))
+    plan = scheduler.plan()
+    assert plan is not None and plan.sampled == [second, first] and plan.drafts == {first: [1, 2, 3]}
+    assert plan.draws == [(9, 0), (8, 2), (8, 3), (8, 4), (8, 5)] and plan.shape == (2, 7, 5)
+    assert [one.seed for one in plan.how] == [9, 8, 8, 8, 8]
+    assert [(list(chunk.tokens), chunk.logits) for chunk in plan.chunks] == [([6, 6, 6], "last"), ([7, 1, 2, 3], "all")]
+
+
+def test_prompts_come_before_drafts() -> None:
+    """Of the budget drafts get what is left, the oldest request first."""
+    scheduler = scheduler_of([1, 2, 3, 4], max_batch_tokens=9)
+    for _ in range(2):
+        scheduler.submit([5], Sampling(max_new_tokens=20))
+    assert run(scheduler) == [[5, 1, 2, 3, 4], [5, 1, 2, 3]]  # one token after one is decoded, too
+    scheduler.submit([6] * 6, Sampling(max_new_tokens=20))
+    assert run(scheduler) == [[6] * 6, [7, 1], [7]]
+
+
+def test_drafts_take_no_page_that_another_needs() -> None:
+    scheduler = scheduler_of([1, 2, 3, 4], kv_tokens=16)
+    old, young = (scheduler.submit([5] * 6, Sampling(max_new_tokens=20)) for _ in range(2))
+    assert run(scheduler) == [[5] * 6, [5] * 6]
+    assert run(scheduler) == [[7, 1], [7, 1]], "in pages that they have"
+    assert run(scheduler) == [[7], [7]] and not scheduler.preemptions
+    run(scheduler)
+    assert scheduler.preemptions == 1 and young.seq is None and old.seq is not None
+
+
+def test_long_steps_have_no_drafts() -> None:
+    """Beyond 256 new tokens or 128 requests a step has no graph, and computes for longer than it reads weights."""
+    scheduler = scheduler_of([1, 2], max_batch_tokens=512, kv_tokens=2048, max_seqs=129)
+    scheduler.submit([5], Sampling(max_new_tokens=100))
+    run(scheduler)
+    scheduler.submit([6] * 253, Sampling())
+    assert sorted(map(len, run(scheduler))) == [3, 253]
+    scheduler.submit([6] * 255, Sampling())
+    sizes = [len(chunk) for chunk in run(scheduler)]
+    assert sum(sizes) == 257 and max(sizes[1:]) == 1
+    for _ in range(125):
+        scheduler.submit([5], Sampling())
+    run(scheduler)
+    assert len(chunks := run(scheduler)) == 128 and sum(map(len, chunks)) == 256
+    scheduler.submit([5], Sampling())
+    run(scheduler)
+    assert {len(chunk) for chunk in run(scheduler)} == {1}
+
+
+def test_after_a_warm_up_nothing_is_recorded() -> None:
+    wants = greedy(21)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 0.3), way="as on a GPU", max_batch_tokens=40) as lm:
+        lm.warm_up(random=True)
+        recorded = lm.cuda_graphs
+        assert any(one.wanted > one.rows for one in recorded)
+        assert lm.generate(PROMPTS, max_new_tokens=21) == wants
+        assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, temperature=0.9, seed=3)) == greedy(21, temperature=0.9, seed=3)
+        assert lm.cuda_graphs == recorded
+
+
+def test_steps_without_drafts_advance_by_themselves() -> None:
+    """Nothing is written for a step of the same requests where nobody has a draft."""
+    with lm_of(Saying([]), way="as on a GPU") as lm:
+        lm.generate(PROMPTS, max_new_tokens=20)
+        writes: list[int] = []
+        write = lm.cache.buffers.write
+        lm.cache.buffers.write = lambda *args, **options: writes.append(1) or write(*args, **options)  # type: ignore[assignment, func-returns-value]
+        assert lm.generate(PROMPTS, max_new_tokens=20) == greedy(20)
+        assert len(writes) == 2
+
+
+# Masks, kernels, pages
+
+
+def windowed() -> torch.nn.Module:
+    return decoder(None, None, window=9)
+
+
+SPARSE = BlocksparseParams(LONGEST, HEADS, KV_HEADS, 4, 1, 4)
+KINDS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Module], dict[str, Any]]] = {
+    "causal": (lambda: decoder(None, None), lambda: decoder(None, None), {}),
+    "window": (windowed, windowed, {}),
+    "block sparse": (
+        lambda: decoder(None, None),
+        lambda: decoder(Sparse(4, 1, 4, 1), Sparse(4, 1, 4, 1)),
+        {"block_sparse": SPARSE},
+    ),
+}
+
+
+def check_kind(kind: str, kernel: str, count: int, way: Way) -> None:
+    """The first makes itself what the second has written out."""
+    served, written, more = KINDS[kind]
+    prompts = prompts_of([41, 3, 18], seed=3)
+    how = [Sampling(max_new_tokens=count), Sampling(max_new_tokens=count, temperature=0.9, seed=5), Sampling(max_new_tokens=count)]
+    wants = [alone(written(), prompt, one, LONGEST) for prompt, one in zip(prompts, how, strict=True)]
+    drafter = Guessing(texts_of(prompts, wants), 0.3)
+    with lm_of(drafter, served(), way, kernel=kernel, max_seqs=3, max_batch_tokens=24, page_size=3, **more) as lm:
+        assert lm.generate(prompts, how) == wants and {site.kernel for site in lm.report.sites} == {kernel}  # type: ignore[union-attr]
+        assert 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+
+
+@WAYS
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks(kind: str, way: Way) -> None:
+    check_kind(kind, "reference", 20, way)
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "kernel"), [("causal", "general"), ("window", "general"), ("block sparse", "block_sparse")])
+def test_kernels(kind: str, kernel: str) -> None:
+    check_kind(kind, kernel, 6, "as on a GPU")
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_pages_of_fp8(dtype: str) -> None:
+    """A server of such pages without drafts has made the same."""
+    how = Sampling(max_new_tokens=20, temperature=0.7, seed=2)
+    with lm_of(None, kv_dtype=dtype) as lm:
+        wants = lm.generate(PROMPTS, how)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 0.3), kv_dtype=dtype) as lm:
+        assert lm.generate(PROMPTS, how) == wants and 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+    assert wants != greedy(20, temperature=0.7, seed=2)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_one_compilation_takes_drafts(inner: str) -> None:
+    with lm_of(Guessing(texts_of(PROMPTS, greedy(12)), 0.3), inner=inner) as lm:
+        assert lm.generate(PROMPTS, max_new_tokens=12) == greedy(12) and lm.cache.compilations == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_any_schedule_on_a_gpu(inner: str) -> None:
+    drafter = Guessing(texts_of([prompt for prompt, _, _ in cases()], [want for _, _, want in cases()]), 0.3, steady=False)
+    settings = {"kv_tokens": 48, "page_size": 2, "max_seqs": 6, "max_batch_tokens": 17, "poison": True}
+    with PagedLM(tiny().cuda(), inner=inner, cuda_graphs=True, drafter=drafter, **settings) as lm:  # type: ignore[arg-type]
+        for seed in range(40):
+            play(lm, random.Random(seed))
+        assert 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+        assert any(one.wanted > one.rows for one in lm.cuda_graphs)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("kernel", ["general", "block_sparse", "flash_attn", "flashinfer"])
+def test_kernels_on_a_gpu(kernel: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, chunks, decodes and drafts in one step, half of the drafts as a server without them has gone on."""
+    needs(kernel)
+    model, prompts = model_on("cuda"), words([3, 40, 200, 17, 130, 1])
+    settings = {
+        "kv_tokens": 8192,
+        "max_seqs": 6,
+        "max_batch_tokens": 256,
+        "kernel": kernel,
+        "inner": "eager",
+        "cuda_graphs": graphs,
+    }
+    with PagedLM(model, **settings) as lm:  # type: ignore[arg-type]
+        wants = lm.generate(prompts, max_new_tokens=40)
+    with PagedLM(model, drafter=Guessing(texts_of(prompts, wants), 0.3, SMALL.vocabulary), **settings) as lm:  # type: ignore[arg-type]
+        if graphs:
+            monkeypatch.setattr(lm._runner, "_run_once", None)
+        check_greedy(model, prompts, lm.generate(prompts, max_new_tokens=40))
+        assert 0.1 < lm.num_accepted_tokens / lm.num_draft_tokens < 0.9
+        assert any(one.wanted > one.rows for one in lm.cuda_graphs) == graphs
