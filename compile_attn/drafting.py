@@ -60,7 +60,7 @@ class Drafting:
     """
 
     def __init__(self, drafter: Drafter, draft_tokens: int) -> None:
-        if not callable(getattr(drafter, "propose", None)):
+        if isinstance(drafter, type) or not callable(getattr(drafter, "propose", None)):
             raise ValueError(f"drafter={drafter!r} has no method propose(tokens, most); give PromptLookup(), or one that has")
         self._drafter, self._most = drafter, at_least_one("draft_tokens", draft_tokens)
         self._texts: WeakKeyDictionary[Request, array[int]] = WeakKeyDictionary()

@@ -63,7 +63,6 @@ class PagedLM:
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
     max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
-
     drafter           guesses how requests go on, such as PromptLookup(). A step verifies up to draft_tokens guesses a request: the
                       tokens stay what they were, right guesses save steps
     memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
@@ -117,9 +116,8 @@ class PagedLM:
         self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget, drafting is not None)
         self._scheduler = Scheduler(cache, budget, drafting)
         self._sent: deque[Sent] = deque()
-        self._ahead = (
-            1 if device.type == "cuda" and drafting is None else 0
-        )  # steps that are sent before the tokens of the oldest are read
+        # Steps that are sent before the tokens of the oldest are read; none where drafts follow these tokens.
+        self._ahead = 1 if device.type == "cuda" and drafting is None else 0
         self._closed = False
         self._vocabulary = self._first_call()
         if drafting is not None:
@@ -219,8 +217,9 @@ class PagedLM:
         accepted, tokens = verified(sent.plan, sent.read())
         for request, token in zip(sent.plan.sampled, tokens, strict=True) if NOT_FINITE in tokens else ():
             if token == NOT_FINITE and not request.finished:
+                length = request.length - 1 + len(accepted.get(request, ()))
                 raise RuntimeError(
-                    f"the logits of request {request.id} after {request.length - 1 + len(accepted.get(request, ()))} tokens are not finite; "
+                    f"the logits of request {request.id} after {length} tokens are not finite; "
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
         made = self._scheduler.commit(sent.plan, tokens, accepted)

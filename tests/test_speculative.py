@@ -16,6 +16,7 @@ from compile_attn.cache import PagedKVCache
 from compile_attn.drafting import Drafting, PromptLookup
 from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.lm import PagedLM
+from compile_attn.requests import Plan
 from compile_attn.sampling import Sampling
 from compile_attn.scheduler import Scheduler
 from tests.sparse_decoder import HEADS, KV_HEADS, Sparse, decoder
@@ -78,19 +79,19 @@ def lm_of(drafter: Any, model: torch.nn.Module | None = None, way: Way = "one by
 
 
 @WAYS
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.2, "top_k": 6, "seed": 4}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.2, "top_k": 6, "seed": 4}], ids=str)
 def test_right_drafts_save_steps(how: dict[str, Any], way: Way) -> None:
     """After the prompt's own token five a step: 21 tokens in five steps, instead of 21."""
     wants = greedy(21, **how)
     with lm_of(Guessing(texts_of(PROMPTS, wants), 0.0), way=way) as lm:
-        for prompt, want in zip(PROMPTS, wants, strict=True):
-            lm.generate([prompt], Sampling(max_new_tokens=21, **how))  # what it records, it runs over pads
-            before, drafts, right = lm.cache.steps_run, lm.num_draft_tokens, lm.num_accepted_tokens
+        plans: list[Plan] = []
+        send = lm._runner.send
+        lm._runner.send = lambda plan: plans.append(plan) or send(plan)  # type: ignore[method-assign, func-returns-value]
+        for count, prompt, want in zip(range(1, 7), PROMPTS, wants, strict=True):
             assert lm.generate([prompt], Sampling(max_new_tokens=21, **how)) == [want]
-            assert (lm.cache.steps_run - before, lm.num_draft_tokens - drafts, lm.num_accepted_tokens - right) == (5, 16, 16)
-        before = lm.cache.steps_run
-        assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, **how)) == wants
-        assert lm.cache.steps_run - before <= 5 + len(lm.cuda_graphs), "all at once take as many"
+            assert (len(plans), lm.num_draft_tokens, lm.num_accepted_tokens) == (5 * count, 16 * count, 16 * count)
+        plans.clear()
+        assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, **how)) == wants and len(plans) == 5
 
 
 @WAYS
@@ -99,11 +100,11 @@ def test_wrong_drafts_cost_no_token(way: Way) -> None:
     with lm_of(Guessing(texts_of(PROMPTS, wants), 1.0), way=way) as lm:
         assert lm.generate(PROMPTS, Sampling(max_new_tokens=21, temperature=0.9, seed=3)) == wants
         assert lm.num_accepted_tokens == 0 and lm.cache.pages_in_use == 0
-        # Of the last tokens, as many as may still come beside the step's own: 4 in 16 steps, then 3, 2, 1 and none.
-        assert lm.num_draft_tokens == len(PROMPTS) * (16 * 4 + 3 + 2 + 1)
+        # As many as may still come beside the step's own token: 4 in 16 steps, then 3, 2, 1. The prompt of one token has a step more.
+        assert lm.num_draft_tokens == len(PROMPTS) * (16 * 4 + 3 + 2 + 1) + 4
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 40])
+@pytest.mark.parametrize("most", [1, 40])
 def test_how_many_drafts_is_asked_for(most: int) -> None:
     wants = greedy(30)
     drafter = Guessing(texts_of(PROMPTS, wants), 0.3)
@@ -114,15 +115,14 @@ def test_how_many_drafts_is_asked_for(most: int) -> None:
 
 
 @WAYS
-@pytest.mark.parametrize("wrong", [0.05, 0.4, 0.9])
-@pytest.mark.parametrize("at", range(len(GEOMETRIES)))
+@pytest.mark.parametrize(("at", "wrong"), [(0, 0.5), (1, 0.2), (2, 0.05), (3, 0.8)])
 def test_any_schedule(at: int, wrong: float, way: Way) -> None:
     """Requests join, are cancelled, stop, and lose their pages: each says what it says alone."""
     drafter = Guessing(texts_of([prompt for prompt, _, _ in cases()], [want for _, _, want in cases()]), wrong, steady=False)
     with PagedLM(tiny(), inner="eager", poison=True, drafter=drafter, draft_tokens=3 + at, **GEOMETRIES[at]) as lm:
         if way == "as on a GPU":
             as_on_a_gpu(lm)
-        for seed in range(12):
+        for seed in range(20):
             try:
                 play(lm, random.Random(seed))
             except BaseException as error:
@@ -142,36 +142,38 @@ def test_a_prompt_that_repeats_itself() -> None:
 # Ends
 
 
-@pytest.mark.parametrize("count", range(1, 12))
-def test_the_number_of_tokens_is_exact(count: int) -> None:
+def test_the_number_of_tokens_is_exact() -> None:
     wants = greedy(20)
     with lm_of(Guessing(texts_of(PROMPTS, wants), 0.0)) as lm:
-        assert lm.generate(PROMPTS, max_new_tokens=count) == [want[:count] for want in wants]
-        assert lm.cache.pages_in_use == 0
+        for count in range(1, 12):
+            assert lm.generate(PROMPTS, max_new_tokens=count) == [want[:count] for want in wants]
+            assert lm.cache.pages_in_use == 0
 
 
-@pytest.mark.parametrize("at", range(1, 8))
-def test_a_stop_token_among_the_drafts_is_the_last_one(at: int) -> None:
+def test_a_stop_token_among_the_drafts_is_the_last_one() -> None:
     [want] = greedy(12)[2:3]
-    how = Sampling(max_new_tokens=12, stop_ids=(want[at],))
     with lm_of(Guessing([[*PROMPTS[2], *want]], 0.0)) as lm:
-        outs = list(lm.stream([PROMPTS[2]], how))
-        assert [out.token for out in outs] == want[: want.index(want[at]) + 1]
-        assert [(out.finished, out.reason) for out in outs] == [*[(False, None)] * (len(outs) - 1), (True, "stop")]
-        request, seen = lm.submit(PROMPTS[2], how), []
-        while lm.has_work:
-            seen += lm.step()
-        assert [out.token for out in seen] == request.new_tokens == [out.token for out in outs]
-        assert [out.finished for out in seen] == [False] * (len(seen) - 1) + [True] and lm.cache.pages_in_use == 0
+        for stop in dict.fromkeys(want):
+            how, made = Sampling(max_new_tokens=12, stop_ids=(stop,)), want[: want.index(stop) + 1]
+            ends = [*[(False, None)] * (len(made) - 1), (True, "stop")]
+            outs = list(lm.stream([PROMPTS[2]], how))
+            assert [out.token for out in outs] == made and [(out.finished, out.reason) for out in outs] == ends
+            lm.submit(PROMPTS[2], how)
+            outs = []
+            while lm.has_work:
+                outs += lm.step()
+            assert [out.token for out in outs] == made and [(out.finished, out.reason) for out in outs] == ends
+            assert lm.cache.pages_in_use == 0
 
 
 @pytest.mark.parametrize("kv_tokens", [256, 40])
 def test_the_longest_text_ends_a_request(kv_tokens: int) -> None:
     limit = min(POSITIONS, kv_tokens)
-    for length in range(limit - 9, limit):
-        [prompt] = prompts_of([length])
-        want = alone(tiny(), prompt, Sampling(max_new_tokens=50), limit)
-        with lm_of(Guessing([[*prompt, *want, *[1] * 9]], 0.0), kv_tokens=kv_tokens) as lm:
+    prompts = prompts_of(range(limit - 9, limit + 1))
+    wants = [alone(tiny(), prompt, Sampling(max_new_tokens=50), limit) for prompt in prompts]
+    drafter = Guessing([[*text, *[1] * 9] for text in texts_of(prompts, wants)], 0.0)
+    with lm_of(drafter, kv_tokens=kv_tokens) as lm:
+        for prompt, want in zip(prompts, wants, strict=True):
             outs = list(lm.stream([prompt], max_new_tokens=50))
             assert [out.token for out in outs] == want and outs[-1].reason == "length"
 
@@ -195,54 +197,57 @@ def test_what_a_wrong_draft_makes_means_nothing() -> None:
 # What drafters may not do
 
 
-@pytest.mark.parametrize(
-    ("drafts", "why"),
-    [
-        ([3, VOCAB], rf"the drafter proposed token id {VOCAB}, outside the model's vocabulary of {VOCAB}; a drafter must count"),
-        ([-1], "the drafter proposed token id -1, outside"),
-        ([1.5], r"the drafter proposed \[1.5\]; propose\(\) returns a list of token ids, \[\] for none"),
-        (None, r"the drafter proposed None; propose\(\)"),
-        (torch.tensor([0.5]), r"the drafter proposed tensor\(\[0.5000\]\); propose"),
-        (KeyError("of the drafter"), "of the drafter"),
-    ],
-    ids=str,
-)
-def test_a_drafter_that_errs_loses_nothing(drafts: Any, why: str) -> None:
+ERRORS: list[tuple[Any, str]] = [
+    ([3, VOCAB], rf"the drafter proposed token id {VOCAB}, outside the model's vocabulary of {VOCAB}; a drafter must count"),
+    ([-1], "the drafter proposed token id -1, outside"),
+    ([1.5], r"the drafter proposed \[1.5\]; propose\(\) returns a list of token ids, \[\] for none"),
+    (None, r"the drafter proposed None; propose\(\)"),
+    (torch.tensor([0.5]), r"the drafter proposed tensor\(\[0.5000\]\); propose"),
+    (KeyError("of the drafter"), "of the drafter"),
+]
+
+
+def test_a_drafter_that_errs_loses_nothing() -> None:
     [want] = greedy(9)[:1]
     drafter = Saying([])
     with lm_of(drafter) as lm:
-        request = lm.submit(PROMPTS[0], Sampling(max_new_tokens=9))
-        lm.step()
-        drafter.drafts = drafts
-        for _ in range(2):
-            with pytest.raises((ValueError, KeyError), match=why):
-                while lm.has_work:
-                    lm.step()
-            assert lm.cache.pages_in_use == 0 and not request.finished
-        drafter.drafts = []
-        while lm.has_work:
+        for drafts, why in ERRORS:
+            request = lm.submit(PROMPTS[0], Sampling(max_new_tokens=9))
             lm.step()
-        assert request.new_tokens == want
+            drafter.drafts = drafts
+            for _ in range(2):
+                with pytest.raises((ValueError, KeyError), match=why):
+                    while lm.has_work:
+                        lm.step()
+                assert lm.cache.pages_in_use == 0 and not request.finished
+            drafter.drafts = []
+            while lm.has_work:
+                lm.step()
+            assert request.new_tokens == want
 
 
-@pytest.mark.parametrize("form", [list, tuple, torch.tensor, lambda ids: torch.tensor(ids).numpy(), lambda ids: iter(ids)])
-def test_forms_of_drafts(form: Callable[[list[int]], Any]) -> None:
+def test_forms_of_drafts() -> None:
     wants = greedy(9)
     known = Guessing(texts_of(PROMPTS, wants), 0.0)
+    forms: list[Callable[[list[int]], Any]] = [list, tuple, torch.tensor, lambda ids: torch.tensor(ids).numpy(), iter]
 
     class Formed:
         def propose(self, tokens: Sequence[int], most: int) -> Any:
-            return form([*known.propose(tokens, most), *[0] * 5])  # more than were asked for
+            return forms[0]([*known.propose(tokens, most), *[0] * 5])  # more than were asked for
 
     with lm_of(Formed()) as lm:
-        assert lm.generate(PROMPTS, max_new_tokens=9) == wants
-        assert lm.num_accepted_tokens == lm.num_draft_tokens == len(PROMPTS) * 7
+        while forms:
+            before = lm.num_accepted_tokens
+            assert lm.generate(PROMPTS, max_new_tokens=9) == wants
+            # Five tokens in a step, then three; the prompt of one token is decoded from the start.
+            assert lm.num_accepted_tokens == lm.num_draft_tokens == before + 5 * (4 + 2) + (4 + 3)
+            del forms[0]
 
 
 def test_settings_are_checked_before_anything_is_compiled() -> None:
     for drafter in (object(), PromptLookup, "ngram"):
         with pytest.raises(ValueError, match=r"drafter=.* has no method propose\(tokens, most\); give PromptLookup\(\)"):
-            PagedLM(None if drafter is None else tiny(), drafter=drafter)  # type: ignore[arg-type]
+            PagedLM(tiny(), drafter=drafter)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draft_tokens=0"):
         PagedLM(tiny(), drafter=PromptLookup(), draft_tokens=0)
 
@@ -302,13 +307,17 @@ def test_prompts_come_before_drafts() -> None:
 
 
 def test_drafts_take_no_page_that_another_needs() -> None:
-    scheduler = scheduler_of([1, 2, 3, 4], kv_tokens=16)
-    old, young = (scheduler.submit([5] * 6, Sampling(max_new_tokens=20)) for _ in range(2))
+    scheduler = scheduler_of([1, 2, 3, 4], kv_tokens=20)
+    for _ in range(2):
+        scheduler.submit([5] * 6, Sampling(max_new_tokens=20))
     assert run(scheduler) == [[5] * 6, [5] * 6]
-    assert run(scheduler) == [[7, 1], [7, 1]], "in pages that they have"
-    assert run(scheduler) == [[7], [7]] and not scheduler.preemptions
-    run(scheduler)
-    assert scheduler.preemptions == 1 and young.seq is None and old.seq is not None
+    assert run(scheduler) == [[7, 1, 2, 3, 4], [7, 1]], "the older one in the page that is free"
+    assert run(scheduler) == [[7, 1, 2, 3, 4], [7]] and not scheduler.preemptions
+    assert run(scheduler) == [[7, 1, 2, 3]] and scheduler.preemptions == 1, "the page was needed, as it is without drafts"
+    plain = Scheduler(PagedKVCache(20, 4, 4), 64)
+    for _ in range(2):
+        plain.submit([5] * 6, Sampling(max_new_tokens=20))
+    assert [len(run(plain)) for _ in range(4)] == [2, 2, 2, 1]
 
 
 def test_long_steps_have_no_drafts() -> None:
@@ -355,19 +364,23 @@ def test_steps_without_drafts_advance_by_themselves() -> None:
 # Masks, kernels, pages
 
 
+def dense() -> torch.nn.Module:
+    return decoder(None, None)
+
+
 def windowed() -> torch.nn.Module:
     return decoder(None, None, window=9)
 
 
-SPARSE = BlocksparseParams(LONGEST, HEADS, KV_HEADS, 4, 1, 4)
+def sparse() -> torch.nn.Module:
+    return decoder(Sparse(4, 1, 4, 1), Sparse(4, 1, 4, 1))
+
+
+PARAMS = BlocksparseParams(LONGEST, HEADS, KV_HEADS, 4, 1, 4)
 KINDS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Module], dict[str, Any]]] = {
-    "causal": (lambda: decoder(None, None), lambda: decoder(None, None), {}),
+    "causal": (dense, dense, {}),
     "window": (windowed, windowed, {}),
-    "block sparse": (
-        lambda: decoder(None, None),
-        lambda: decoder(Sparse(4, 1, 4, 1), Sparse(4, 1, 4, 1)),
-        {"block_sparse": SPARSE},
-    ),
+    "block sparse": (dense, sparse, {"block_sparse": PARAMS}),
 }
 
 
@@ -433,14 +446,8 @@ def test_kernels_on_a_gpu(kernel: str, graphs: bool, monkeypatch: pytest.MonkeyP
     """Prompts, chunks, decodes and drafts in one step, half of the drafts as a server without them has gone on."""
     needs(kernel)
     model, prompts = model_on("cuda"), words([3, 40, 200, 17, 130, 1])
-    settings = {
-        "kv_tokens": 8192,
-        "max_seqs": 6,
-        "max_batch_tokens": 256,
-        "kernel": kernel,
-        "inner": "eager",
-        "cuda_graphs": graphs,
-    }
+    settings = {"kv_tokens": 8192, "max_seqs": 6, "max_batch_tokens": 256, "inner": "eager", "cuda_graphs": graphs}
+    settings["kernel"] = kernel
     with PagedLM(model, **settings) as lm:  # type: ignore[arg-type]
         wants = lm.generate(prompts, max_new_tokens=40)
     with PagedLM(model, drafter=Guessing(texts_of(prompts, wants), 0.3, SMALL.vocabulary), **settings) as lm:  # type: ignore[arg-type]
