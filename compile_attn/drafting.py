@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import islice
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from compile_attn.pages import at_least_one
 from compile_attn.requests import Plan, Request
@@ -63,11 +63,15 @@ class Drafting:
         if isinstance(drafter, type) or not callable(getattr(drafter, "propose", None)):
             raise ValueError(f"drafter={drafter!r} has no method propose(tokens, most); give PromptLookup(), or one that has")
         self._drafter, self._most = drafter, at_least_one("draft_tokens", draft_tokens)
+        self._resting: WeakSet[Request] = WeakSet()
         self._texts: WeakKeyDictionary[Request, array[int]] = WeakKeyDictionary()
         self.vocabulary: int | None = None  # ids from 0 up to this, not included, can come out
 
     def propose(self, request: Request, most: int) -> list[int]:
         """At most so many drafts to follow the newest token of this request."""
+        if request in self._resting:
+            self._resting.discard(request)
+            return []
         drafts = self._drafter.propose(self._text(request), most := min(most, self._most))
         try:
             listed = [operator.index(draft) for draft in islice(drafts, most)]
@@ -80,6 +84,10 @@ class Drafting:
                     "a drafter must count tokens as the model does"
                 )
         return listed
+
+    def rest(self, request: Request) -> None:
+        """Propose nothing for its next step."""
+        self._resting.add(request)
 
     def _text(self, request: Request) -> array[int]:
         """The prompt and all that was made, the drafter's to keep; from a list it would take a hundred times as long."""

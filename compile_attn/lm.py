@@ -216,10 +216,9 @@ class PagedLM:
     def _read(self, sent: Sent) -> list[Output]:
         accepted, tokens = verified(sent.plan, sent.read())
         for request, token in zip(sent.plan.sampled, tokens, strict=True) if NOT_FINITE in tokens else ():
-            if token == NOT_FINITE and not request.finished:
-                length = request.length - 1 + len(accepted.get(request, ()))
+            if token == NOT_FINITE and not request.finished and request not in accepted:  # drafts may be to blame
                 raise RuntimeError(
-                    f"the logits of request {request.id} after {length} tokens are not finite; "
+                    f"the logits of request {request.id} after {request.length - 1} tokens are not finite; "
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
         made = self._scheduler.commit(sent.plan, tokens, accepted)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from compile_attn.cache import OutOfPages, PagedKVCache
 from compile_attn.cuda_graph import MOST_ROWS, MOST_TOKENS
 from compile_attn.drafting import Drafting
 from compile_attn.requests import Plan, Reason, Request
-from compile_attn.sampling import Sampling, draw_seed
+from compile_attn.sampling import NOT_FINITE, Sampling, draw_seed
+
+Made = tuple[Request, int, Reason | None]  # who got which token, and why it was the last
 
 
 class Scheduler:
@@ -142,16 +144,15 @@ class Scheduler:
                 self._end(request)
         self._spare = max(0, soonest - 1)
 
-    def commit(
-        self, plan: Plan, tokens: Sequence[int], accepted: Mapping[Request, Sequence[int]] | None = None
-    ) -> list[tuple[Request, int, Reason | None]]:
-        """Give each sampled request its token, and let go of those that end. Returns who got which, and why it was the last.
+    def commit(self, plan: Plan, tokens: Sequence[int], accepted: Mapping[Request, Sequence[int]] | None = None) -> list[Made]:
+        """Give each sampled request its token, and let go of those that end.
 
         accepted: of a plan with drafts, those that come before the token
         """
         self._unread -= 1
-        made = self._accept(plan, accepted) if accepted else []
-        for request, token in zip(plan.sampled, tokens, strict=True):
+        made: list[Made] = []
+        given = zip(plan.sampled, tokens, strict=True)
+        for request, token in self._accepting(given, plan, accepted, made) if accepted else given:
             if request.reason is not None:  # stopped or cancelled after this step was sent
                 continue
             request.pending -= 1
@@ -219,20 +220,29 @@ class Scheduler:
                 free -= self._pages_wanted(request, 1 + len(found)) - own
         return drafts
 
-    def _accept(self, plan: Plan, accepted: Mapping[Request, Sequence[int]]) -> list[tuple[Request, int, Reason | None]]:
-        """Give requests the drafts that came out; from the cache take back all others."""
-        made: list[tuple[Request, int, Reason | None]] = []
-        for request, drafts in accepted.items():
-            if request.seq is None:  # cancelled meanwhile
+    def _accepting(
+        self, given: Iterable[tuple[Request, int]], plan: Plan, accepted: Mapping[Request, Sequence[int]], made: list[Made]
+    ) -> Iterator[tuple[Request, int]]:
+        """Give requests the drafts that came out, and from the cache take back all others; what is still to be given."""
+        assert self.drafting is not None
+        for request, token in given:
+            drafts = accepted.get(request)
+            if drafts is None or request.seq is None:  # cancelled meanwhile
+                yield request, token
                 continue
             request.new_tokens.extend(drafts)
-            self.cache.truncate(request.seq, request.length - 1)
-            made.extend((request, token, None) for token in drafts)
+            made.extend((request, draft, None) for draft in drafts)
             self.num_draft_tokens += len(plan.drafts[request])
             self.num_accepted_tokens += len(drafts)
-            if self._left(request) <= 0:
-                self._end(request)
-        return made
+            spoilt = token == NOT_FINITE  # by keys of wrong drafts: they are hidden, but 0 times NaN is NaN
+            if spoilt:
+                request.pending -= 1
+                self.drafting.rest(request)
+            self.cache.truncate(request.seq, request.length - 1)
+            if not spoilt:
+                if self._left(request) <= 0:
+                    self._end(request)
+                yield request, token
 
     def _preempt_youngest(self) -> int:
         """Send the youngest running request back to wait; returns the pages that this frees."""
