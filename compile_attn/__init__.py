@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
     from compile_attn.calibrating import calibrate
+    from compile_attn.drafting import Drafter, PromptLookup
     from compile_attn.explaining import explain
     from compile_attn.kernels.blocksparse_params import BlocksparseParams
     from compile_attn.lm import Output, PagedLM
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
     "calibrating": ("calibrate",),
+    "drafting": ("Drafter", "PromptLookup"),
     "explaining": ("explain",),
     "kernels.blocksparse_params": ("BlocksparseParams",),
     "lm": ("Output", "PagedLM"),
@@ -32,11 +34,13 @@ __all__ = [
     "Batch",
     "BlocksparseParams",
     "Chunk",
+    "Drafter",
     "Options",
     "OutOfPages",
     "Output",
     "PagedKVCache",
     "PagedLM",
+    "PromptLookup",
     "RefusedError",
     "Rejected",
     "Report",

@@ -204,9 +204,9 @@ class Scheduler:
 
         In steps that a graph holds: up to about so many tokens, those of drafts cost little.
         """
-        room = min(self.budget, MOST_TOKENS) - sum(count for _, count in picked)
-        if self.drafting is None or room <= 0 or len(picked) > MOST_ROWS:
+        if self.drafting is None or len(picked) > MOST_ROWS:
             return {}
+        room = min(self.budget, MOST_TOKENS) - sum(count for _, count in picked)
         assert not self._unread, "drafts follow a token that was read"
         free = self.cache.free_pages - sum(self._pages_wanted(*one) for one in picked)
         drafts: dict[Request, list[int]] = {}

@@ -179,7 +179,7 @@ def test_the_longest_text_ends_a_request(kv_tokens: int) -> None:
 
 
 def test_what_a_wrong_draft_makes_means_nothing() -> None:
-    """Neither its row, nor its keys, which are hidden from the rows before it: 0 times NaN is NaN, so the step is run again without."""
+    """Neither its row, nor its keys, which no row before it sees: 0 times NaN is NaN, so the step is run again without it."""
     model = tiny()
     wants = [alone(tiny(), prompt, Sampling(max_new_tokens=15)) for prompt in PROMPTS[:3]]
     free = next(one for one in range(VOCAB) if all(one not in text for text in texts_of(PROMPTS[:3], wants)))
