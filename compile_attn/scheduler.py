@@ -11,15 +11,21 @@ from collections import deque
 from collections.abc import Sequence
 
 from compile_attn.cache import OutOfPages, PagedKVCache
-from compile_attn.requests import Plan, Request
-from compile_attn.sampling import Sampling, draw_seed
+from compile_attn.prefixes import Salt, check_salt
+from compile_attn.requests import Plan, Request, asked
+from compile_attn.sampling import Sampling
+from compile_attn.sharing import Sharing
 
 
 class Scheduler:
-    """Requests wait in order, run together, and leave. Running requests are always older than waiting ones."""
+    """Requests wait in order, run together, and leave. Running requests are always older than waiting ones.
 
-    def __init__(self, cache: PagedKVCache, max_batch_tokens: int) -> None:
+    Of the samples of one prompt the first one runs it; the others then wait before all else, and begin where it ends.
+    """
+
+    def __init__(self, cache: PagedKVCache, max_batch_tokens: int, prefix_cache: bool = True) -> None:
         self.cache = cache
+        self._sharing = Sharing(cache, prefix_cache)
         self.preemptions = 0
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[Request] = deque()
@@ -42,11 +48,11 @@ class Scheduler:
         most = self.cache.max_tokens
         return self._max_batch_tokens if most is None else min(self._max_batch_tokens, most)
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
-        """Queue a request. One whose prompt can never fit is refused now, not when its turn comes."""
+    def submit(self, prompt: Sequence[int], sampling: Sampling, salt: Salt = None, source: Request | None = None) -> Request:
+        """Queue a request. One whose prompt can never fit is refused now, not when its turn comes. See `asked`."""
         self.check_length(len(prompt))
-        seed = draw_seed() if sampling.seed is None else sampling.seed
-        request = Request(self._count, tuple(prompt), sampling, seed)
+        check_salt(salt)
+        request = asked(self._count, prompt, sampling, salt, source)
         self._count += 1
         self._waiting.append(request)
         return request
@@ -60,11 +66,15 @@ class Scheduler:
             raise ValueError(f"a prompt of {length} tokens; {what} holds at most {limit} a sequence: {cure}")
 
     def cancel(self, request: Request) -> None:
-        """End a request now; its pages come back. A finished one stays as it is."""
+        """End a request now, which other samples outlive; its pages come back. A finished one stays as it is."""
         if request.finished:
             return
         self._drop(request)
         request.reason = "cancelled"
+        if request.behind:  # the next sample runs the prompt
+            heir, *heir.behind = request.behind
+            request.behind = []
+            self._waiting.appendleft(heir)
 
     def plan(self) -> Plan | None:
         """Choose the next step, oldest request first; None without work."""
@@ -131,13 +141,18 @@ class Scheduler:
             for request in plan.sampled:
                 request.pending += 1
             return
+        self._sharing.sent(plan)
         self._last, limit, soonest = plan, self.cache.length_limit, sys.maxsize
         for row, request in enumerate(plan.sampled):
             request.pending, request.row = request.pending + 1, row
             made = len(request.new_tokens) + request.pending
             left = min(request.sampling.max_new_tokens - made, limit + 1 - request.length)
             soonest = min(soonest, left)
+            if request.behind:
+                self._waiting.extendleft(reversed(request.behind))
+                request.behind = []
             if left <= 0:
+                self._sharing.keep(request)
                 self._running.remove(request)  # a token past the limit could not be fed back
                 self._release(request)
                 self._ending.append(request)
@@ -159,12 +174,15 @@ class Scheduler:
                 request.reason = "length"
             else:
                 continue
+            self._sharing.keep(request)
             self._drop(request)
+        self._sharing.committed()
         return made
 
     def abandon(self) -> None:
-        """After a step that failed: give all pages back and let every unfinished request start over."""
+        """After a step that failed: give all pages back, trust none of them, and let every unfinished request start over."""
         self._last, self._unread = None, 0
+        self._sharing.forget()
         while self._running:
             self._preempt_youngest()
         self._waiting.extendleft(reversed(self._ending))
@@ -184,16 +202,16 @@ class Scheduler:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
                 break
-            wanted = self._pages_wanted(request, request.missing)
-            if wanted > free - len(self._running):  # each running one keeps a page to grow into
+            pages, make = self._sharing.beginning(request)
+            if pages > free - len(self._running):  # each running one keeps a page to grow into
                 break
             self._waiting.popleft()
             self._running.append(request)
-            request.seq = self.cache.add()
+            request.seq = make()
             count = min(request.missing, budget)
             picked.append((request, count))
             budget -= count
-            free -= wanted
+            free -= pages
 
     def _preempt_youngest(self) -> int:
         """Send the youngest running request back to wait; returns the pages that this frees."""
@@ -206,15 +224,16 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Take a request out of wherever it is."""
-        for queue in (self._running, self._ending, self._waiting):
+        for queue in (self._running, self._ending, self._waiting, *(one.behind for one in request.samples)):
             if request in queue:
                 queue.remove(request)
         self._release(request)
+        request.kin = ()
 
     def _release(self, request: Request) -> None:
         if request.seq is not None:
             self.cache.free(request.seq)
-            request.seq = None
+            request.seq, request.due = None, 0
 
     def _pages_wanted(self, request: Request, count: int) -> int:
         """Pages to take for `count` more tokens of this request."""
@@ -232,4 +251,5 @@ class Scheduler:
         chunks = [request.chunk(count) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits == "last"]
         settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
-        return Plan(chunks, sampled, settled)
+        loading = [one for one, count in ordered if count > 1 or count < one.missing or not one.due]
+        return Plan(chunks, sampled, settled, loading)
