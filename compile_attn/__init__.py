@@ -9,23 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compile_attn.answers import Output
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
     from compile_attn.calibrating import calibrate
     from compile_attn.drafting import Drafter, PromptLookup
     from compile_attn.explaining import explain
     from compile_attn.kernels.blocksparse_params import BlocksparseParams
-    from compile_attn.lm import Output, PagedLM
+    from compile_attn.lm import PagedLM
     from compile_attn.options import Options
     from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
     from compile_attn.sampling import Sampling
 
 _HOMES = {
+    "answers": ("Output",),
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
     "calibrating": ("calibrate",),
     "drafting": ("Drafter", "PromptLookup"),
     "explaining": ("explain",),
     "kernels.blocksparse_params": ("BlocksparseParams",),
-    "lm": ("Output", "PagedLM"),
+    "lm": ("PagedLM",),
     "options": ("Options",),
     "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
     "sampling": ("Sampling",),

@@ -18,7 +18,7 @@ from compile_attn.modes import in_own_modes
 from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
 from compile_attn.pools import Pools, indexed
 from compile_attn.prefixes import Salt
-from compile_attn.sequences import CachedSequence, Sequences, Tokens
+from compile_attn.sequences import CachedSequence, Found, Sequences, Tokens
 from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
 
 if TYPE_CHECKING:
@@ -125,31 +125,42 @@ class PagedKVCache:
         """Pages that a sequence of this many tokens fills."""
         return -(-tokens // self.page_size)
 
-    def add(self, tokens: Tokens | None = None, *, salt: Salt = None) -> CachedSequence:
+    def add(self, tokens: Tokens | Found | None = None, *, salt: Salt = None) -> CachedSequence:
         """A new sequence; it takes pages as it grows.
 
-        tokens: what it will hold first, as far as that is known. It begins with what the cache knows of them, so `length` tells how
-        many need not be run: whole pages, or all tokens but the last. salt: it meets what was kept under the same salt alone.
+        tokens: what it will hold first, as far as that is known, or what `find` has found of them. It begins with what the cache
+        knows of them, so `length` tells how many need not be run: whole pages, or all tokens but the last. salt: it meets what was
+        kept under the same salt alone.
         """
         self._check_open()
-        return self._seqs.add(tokens, salt)
+        return self._seqs.add(tokens if isinstance(tokens, Found) else self._seqs.find(tokens, salt))
+
+    def find(self, tokens: Tokens, *, salt: Salt = None) -> Found:
+        """What `add` would begin with: how many of these tokens, and how many of the free pages a sequence of them would take."""
+        self._check_open()
+        return self._seqs.find(tokens, salt)
 
     def pages_to_admit(self, tokens: Tokens, salt: Salt = None) -> int:
         """How many of the free pages a sequence of these tokens takes: fewer than its own where others hold its first ones."""
-        self._check_open()
-        return self._seqs.pages_to_admit(tokens, salt)
+        return self.find(tokens, salt=salt).pages_to_admit
 
     def pages_wanted(self, seq: CachedSequence, count: int) -> int:
         """How many of the free pages so many more tokens take, a copy of a page that others hold included."""
         return self._seqs.pages_wanted(seq, count)
 
-    def keep(self, seq: CachedSequence, tokens: Tokens) -> None:
+    def keep(self, seq: CachedSequence, tokens: Tokens, start: int = 0) -> None:
         """Say which tokens the sequence begins with, so that others that begin alike find its full pages, also after it was freed.
 
-        Nothing is kept of a sequence that has begun before prefixes were forgotten.
+        Nothing is kept of a sequence that has begun before prefixes were forgotten. start: the tokens are those from there on,
+        which `kept(seq)` says.
         """
         self._check_usable(seq)
-        self._seqs.keep(seq, tokens)
+        self._seqs.keep(seq, tokens, start)
+
+    def kept(self, seq: CachedSequence) -> int:
+        """How many tokens of the sequence `keep` need not be told any more: those that are known, or all where nothing is kept."""
+        self._check_mine(seq)
+        return self._seqs.kept(seq)
 
     def forget_prefixes(self) -> None:
         """Let no later sequence begin with what was computed so far.

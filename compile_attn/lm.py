@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import nn
 
+from compile_attn.answers import Output, streamed
 from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step, work_of
 from compile_attn.cache import Chunk
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
@@ -29,8 +30,9 @@ from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.pages import at_least_one
 from compile_attn.passes.report import RefusedError, Report
+from compile_attn.prefixes import Salt, check_salt
 from compile_attn.progress import bar_if
-from compile_attn.requests import Reason, Request
+from compile_attn.requests import Request
 from compile_attn.running import Runner, Sent
 from compile_attn.sampling import NOT_FINITE, Sampling
 from compile_attn.scheduler import Scheduler
@@ -38,17 +40,6 @@ from compile_attn.warming import full_step, mixed_step
 
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
 _FIRST_TOKENS = 3
-
-
-# Not frozen: there is one for every token, and freezing takes three times as long as making it.
-@dataclass(slots=True, unsafe_hash=True)
-class Output:
-    """One new token. `index`: which prompt (from `step()`: which request); `reason` says why it was the last one."""
-
-    index: int
-    token: int
-    finished: bool
-    reason: Reason | None
 
 
 class PagedLM:
@@ -63,6 +54,8 @@ class PagedLM:
                       Both are [1, T]; positions count from 0 in each sequence. Without it the model is called with the
                       ids alone, and with position_ids where forward demands them
     max_batch_tokens  most new tokens in one step; longer prompts are loaded in chunks. None: 8192 on a GPU, 512 on a CPU
+    prefix_cache      a request begins with the pages of earlier ones that began with the same tokens, under the same salt; what
+                      they hold stays until the pages are needed
     drafter           guesses how requests go on, such as PromptLookup(). A step verifies up to draft_tokens guesses a request: the
                       tokens stay what they were, right guesses save steps
     memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
@@ -87,6 +80,7 @@ class PagedLM:
         memory_fraction: float = 0.9,
         merge_linears: bool = True,
         block_sparse: BlocksparseParams | None = None,
+        prefix_cache: bool = True,
         drafter: Drafter | None = None,
         draft_tokens: int = 4,
     ) -> None:
@@ -114,7 +108,7 @@ class PagedLM:
         self.cache = cache
         self._own_call = call is not None
         self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget, drafting is not None)
-        self._scheduler = Scheduler(cache, budget, drafting)
+        self._scheduler = Scheduler(cache, budget, prefix_cache, drafting)
         self._sent: deque[Sent] = deque()
         # Steps that are sent before the tokens of the oldest are read; none where drafts follow these tokens.
         self._ahead = 1 if device.type == "cuda" and drafting is None else 0
@@ -134,15 +128,17 @@ class PagedLM:
         *,
         max_new_tokens: int | None = None,
         progress: bool | None = None,
+        salt: Salt = None,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, a stop token included. Greedy unless `sampling` says otherwise.
+        """The new tokens of each prompt, a stop token included; where it is asked for n answers, n lists, one after the other.
 
-        `sampling` is one for all or one a prompt; `max_new_tokens` replaces theirs. A progress bar shows on a
-        terminal only (`progress` forces it on or off).
+        Greedy unless `sampling` says otherwise, which is one for all or one a prompt; `max_new_tokens` replaces theirs. A progress
+        bar shows on a terminal only (`progress` forces it on or off). `salt` as in `submit`.
         """
-        work = self._checked(prompts, sampling, max_new_tokens)
-        most = sum(how.max_new_tokens for _, how in work)
-        with self._submitted(work) as requests, bar_if(progress, most) as advance:
+        work = self._checked(prompts, sampling, max_new_tokens, salt)
+        most = sum(how.max_new_tokens * how.n for _, how in work)
+        with self._submitted(work, salt) as asked, bar_if(progress, most) as advance:
+            requests = [one for request in asked for one in request.samples]
             shown, left = 0, requests
             while left := [one for one in left if one.reason is None]:
                 self.step()
@@ -158,19 +154,32 @@ class PagedLM:
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         max_new_tokens: int | None = None,
+        salt: Salt = None,
     ) -> Iterator[Output]:
         """Tokens as they are made. Leaving the loop early cancels what is left and gives its pages back."""
-        return self._stream(self._checked(prompts, sampling, max_new_tokens))
+        return self._stream(self._checked(prompts, sampling, max_new_tokens, salt), salt)
 
-    def submit(self, prompt: Sequence[int] | torch.Tensor, sampling: Sampling | None = None) -> Request:
-        """Queue one request; `step()` until it is finished."""
-        [(tokens, how)] = self._checked([prompt], sampling, None)
-        return self._scheduler.submit(tokens, how)
+    def submit(self, prompt: Sequence[int] | torch.Tensor, sampling: Sampling | None = None, *, salt: Salt = None) -> Request:
+        """Queue one request; `step()` until it is finished. Where n answers are asked for, `samples` are all of them, it the first.
 
-    def cancel(self, request: Request) -> None:
-        """End a request now; its pages come back at once."""
+        salt: whose request it is. It begins with what requests of the same salt have left in the cache, and with nothing else.
+        """
+        [(tokens, how)] = self._checked([prompt], sampling, None, salt)
+        return self._scheduler.submit(tokens, how, salt)
+
+    def fork(self, request: Request, sampling: Sampling | None = None) -> Request:
+        """Queue a second request that goes on from what the first one has so far: its prompt is all tokens of that one.
+
+        It is sampled anew, as `submit` does; while the first one runs, both hold the same pages.
+        """
+        [(tokens, how)] = self._checked([[*request.prompt, *request.new_tokens]], sampling, None, request.salt)
+        return self._scheduler.submit(tokens, how, request.salt, request)
+
+    def cancel(self, request: Request, sample: int | None = None) -> None:
+        """End a request with all its samples now, or one of them alone; the pages come back at once."""
         self._check_open()
-        self._scheduler.cancel(request)
+        for one in request.samples[::-1] if sample is None else [request.samples[sample]]:
+            self._scheduler.cancel(one)
 
     @property
     def has_work(self) -> bool:
@@ -222,7 +231,7 @@ class PagedLM:
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
         made = self._scheduler.commit(sent.plan, tokens, accepted)
-        return [Output(request.id, token, reason is not None, reason) for request, token, reason in made]
+        return [Output(one.id, token, reason is not None, reason, one.sample) for one, token, reason in made]
 
     # Life
 
@@ -319,31 +328,21 @@ class PagedLM:
         return vocabulary_of(self._model, logits.shape[-1])
 
     @contextmanager
-    def _submitted(self, work: list[tuple[list[int], Sampling]]) -> Iterator[list[Request]]:
+    def _submitted(self, work: list[tuple[list[int], Sampling]], salt: Salt) -> Iterator[list[Request]]:
         """Requests that end with the block, one way or another."""
         self._check_open()
         requests: list[Request] = []
         try:
-            requests.extend(self._scheduler.submit(tokens, how) for tokens, how in work)
+            requests.extend(self._scheduler.submit(tokens, how, salt) for tokens, how in work)
             yield requests
         finally:
             for request in requests:
-                if not request.finished and not self._closed:
-                    self._scheduler.cancel(request)
+                if not self._closed:
+                    self.cancel(request)
 
-    def _stream(self, work: list[tuple[list[int], Sampling]]) -> Iterator[Output]:
-        with self._submitted(work) as requests:
-            read = [0] * len(work)
-            live = list(enumerate(requests))
-            while live:
-                for index, request in live:
-                    for token in request.new_tokens[read[index] :]:
-                        read[index] += 1
-                        last = request.finished and read[index] == len(request.new_tokens)
-                        yield Output(index, token, last, request.reason if last else None)
-                live = [(index, one) for index, one in live if not one.finished or read[index] < len(one.new_tokens)]
-                if not all(one.finished for _, one in live):
-                    self.step()
+    def _stream(self, work: list[tuple[list[int], Sampling]], salt: Salt) -> Iterator[Output]:
+        with self._submitted(work, salt) as requests:
+            yield from streamed(requests, self.step)
 
     # Checks
 
@@ -352,10 +351,11 @@ class PagedLM:
             raise ValueError("this PagedLM is closed; make a new one")
 
     def _checked(
-        self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, max_new_tokens: int | None
+        self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, max_new_tokens: int | None, salt: Salt
     ) -> list[tuple[list[int], Sampling]]:
         self._check_open()
         check_no_dropout(self._model)
+        check_salt(salt)
         work = work_of(prompts, sampling, max_new_tokens, self._vocabulary)
         for tokens, _ in work:
             self._scheduler.check_length(len(tokens))

@@ -16,14 +16,14 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Salt = str | bytes | None  # None: what has no salt is shared among all that have none
 
 
-class _Node:
+class Node:
     """A full page, the node before it, the ids that lead here, and what follows."""
 
     __slots__ = ("before", "following", "ids", "page")
 
-    def __init__(self, before: _Node | None, ids: bytes | Salt, page: int) -> None:
+    def __init__(self, before: Node | None, ids: bytes | Salt, page: int) -> None:
         self.before, self.ids, self.page = before, ids, page
-        self.following: dict[bytes, _Node] = {}
+        self.following: dict[bytes, Node] = {}
 
 
 class PrefixIndex:
@@ -31,14 +31,22 @@ class PrefixIndex:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._roots: dict[Salt, _Node] = {}
-        self._nodes: dict[int, _Node] = {}  # by page
+        self._roots: dict[Salt, Node] = {}
+        self._nodes: dict[int, Node] = {}  # by page
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def __contains__(self, page: int) -> bool:
         return page in self._nodes
+
+    def node(self, page: int) -> Node | None:
+        """Of a page that is known."""
+        return self._nodes.get(page)
+
+    def holds(self, node: Node | None) -> bool:
+        """Whether this node is still known."""
+        return node is not None and self._nodes.get(node.page) is node
 
     def match(self, tokens: Ints, salt: Salt = None) -> list[int]:
         """The pages of the longest known prefix, of whole pages."""
@@ -50,10 +58,13 @@ class PrefixIndex:
             pages.append(node.page)
         return pages
 
-    def put(self, tokens: Ints, salt: Salt, pages: Sequence[int]) -> list[int]:
-        """Know these pages by their tokens; those that were not known before. Of two pages for one prefix the first one stays."""
+    def put(self, tokens: Ints, salt: Salt, pages: Sequence[int], after: Node | None = None) -> tuple[list[int], Node]:
+        """Know these pages by their tokens, from the beginning or after a known page.
+
+        Returns those that were not known before, and the node of the last one. Of two pages for one prefix the first one stays.
+        """
         labels = list(self._labels(tokens[: len(pages) * self._page_size]))
-        node, there = self._roots.get(salt, _Node(None, salt, 0)), 0
+        node, there = after or self._roots.get(salt) or Node(None, salt, 0), 0
         while there < len(labels) and labels[there] in node.following:
             node = node.following[labels[there]]
             self._check(pages[there], node)
@@ -63,10 +74,10 @@ class PrefixIndex:
         if there < len(labels):
             first = node
             for ids, page in zip(labels[there:], pages[there:], strict=False):
-                node.following[ids] = node = self._nodes[page] = _Node(node, ids, page)
+                node.following[ids] = node = self._nodes[page] = Node(node, ids, page)
             if first.before is None:
                 self._roots[salt] = first
-        return list(pages[there : len(labels)])
+        return list(pages[there : len(labels)]), node
 
     def forget(self, page: int) -> list[int]:
         """Know this page no more, nor those after it, which could not be found without it. All of them, the last ones first."""
@@ -87,7 +98,7 @@ class PrefixIndex:
         self._roots, self._nodes = {}, {}
         return pages
 
-    def _check(self, page: int, node: _Node | None) -> None:
+    def _check(self, page: int, node: Node | None) -> None:
         """Refuse to know a page at two places."""
         if self._nodes.get(page, node) is not node:
             raise ValueError(f"page {page} is known to hold other tokens than those given for it; give the sequence's own tokens")
@@ -99,7 +110,13 @@ class PrefixIndex:
             yield data[end - step : end]
 
 
-def _below(node: _Node) -> Iterator[_Node]:
+def check_salt(salt: Salt) -> None:
+    """Refuse what could not keep tenants apart."""
+    if not (salt is None or isinstance(salt, (str, bytes))):
+        raise ValueError(f"salt={salt!r}; a cache salt is a str, bytes or None")
+
+
+def _below(node: Node) -> Iterator[Node]:
     """The node and all that follow it, each after the one before it."""
     left = [node]
     while left:

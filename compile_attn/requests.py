@@ -8,14 +8,18 @@ from functools import cached_property
 from typing import Literal
 
 from compile_attn.cache import CachedSequence, Chunk
-from compile_attn.sampling import Sampling
+from compile_attn.prefixes import Salt
+from compile_attn.sampling import Sampling, draw_seed
 
 Reason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way: `new_tokens` grows until `reason` says why it ended."""
+    """One answer to a prompt on its way: `new_tokens` grows until `reason` says why it ended.
+
+    Of a prompt that was asked for n answers each is a request, and `samples` are all of them.
+    """
 
     id: int
     prompt: tuple[int, ...]
@@ -26,6 +30,12 @@ class Request:
     seq: CachedSequence | None = None
     pending: int = 0  # tokens sampled by steps that were sent, and not read yet; at most 1 when a step is planned
     row: int = 0  # among the sampled rows of the step that made the last one
+    salt: Salt = None
+    sample: int = 0  # which of the samples
+    samples: tuple[Request, ...] = field(default=(), repr=False)
+    behind: list[Request] = field(default_factory=list, repr=False)  # samples that wait until this one's prompt was run
+    kin: tuple[Request, ...] = field(default=(), repr=False)  # requests whose tokens begin with this one's prompt
+    due: int = 0  # the commit by which another of its pages is full and can be known; 0: not known yet
 
     @property
     def finished(self) -> bool:
@@ -41,26 +51,44 @@ class Request:
         """Tokens whose keys and values are not in the cache: 1 while decoding."""
         return self.length - (0 if self.seq is None else self.seq.length)
 
+    def ids(self, start: int, end: int) -> list[int]:
+        """Its tokens from one place to another, as far as the host has read them."""
+        prompt = len(self.prompt)
+        return [*self.prompt[start:end], *self.new_tokens[max(0, start - prompt) : max(0, end - prompt)]]
+
     def chunk(self, count: int, drafts: Sequence[int] = ()) -> Chunk:
         """The next `count` tokens for the cache; the pending one stands in as 0, and says where the device has it.
 
         drafts: guesses at what follows the newest token, which then is the only one; what comes out after each is asked for.
         """
         assert self.seq is not None
-        start, prompt = self.seq.length, len(self.prompt)
+        start = self.seq.length
         last = count == self.length - start
-        made = self.new_tokens[max(0, start - prompt) : max(0, start + count - prompt)]
         carried = self.row if last and self.pending else None
-        tokens = [*self.prompt[start : start + count], *made, *([] if carried is None else [0]), *drafts]
+        tokens = [*self.ids(start, start + count), *([] if carried is None else [0]), *drafts]
         return Chunk(self.seq, tokens, "all" if drafts else "last" if last else "none", carried)
+
+
+def asked(number: int, prompt: Sequence[int], sampling: Sampling, salt: Salt = None, source: Request | None = None) -> Request:
+    """The first of the n samples of a prompt, the others behind it. Sample k draws as one of its own with the seed + k does.
+
+    source: a request that has all the tokens of the prompt.
+    """
+    tokens, seed = tuple(prompt), draw_seed() if sampling.seed is None else sampling.seed
+    samples = tuple(Request(number, tokens, sampling, seed + k, salt=salt, sample=k) for k in range(sampling.n))
+    for one in samples:
+        one.samples = samples
+        one.kin = (*(samples if sampling.n > 1 else ()), *(() if source is None else (source,)))
+    samples[0].behind += samples[1:]
+    return samples[0]
 
 
 @dataclass(frozen=True)
 class Plan:
     """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order.
 
+    loading: requests with more in it than the token that the step before has made.
     drafts: what follows the newest token of some of them, at a guess; a row comes out after each, too.
-
     settled: every new token is the one that the step before has sampled in the same row, so that the step can be planned again
     as it is.
     """
@@ -68,6 +96,7 @@ class Plan:
     chunks: list[Chunk]
     sampled: list[Request]
     settled: bool = False
+    loading: Sequence[Request] = ()
     drafts: Mapping[Request, Sequence[int]] = field(default_factory=dict)
 
     @property

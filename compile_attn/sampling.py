@@ -27,7 +27,7 @@ class Sampling:
     seed            None: taken from torch's default generator, so torch.manual_seed decides
     max_new_tokens  most new tokens; fewer when the cache or the model's position table ends first
     stop_ids        a token that ends the request; it is still returned
-    n               answers per prompt; 1 for now
+    n               answers to a prompt, which is run once. Answer k draws as a request of its own with the seed + k would
 
     Of tokens with equal logits the one with the lower id counts as the likelier, so top_k=1 is exactly greedy.
     """
@@ -49,8 +49,9 @@ class Sampling:
             _check_whole("seed", self.seed, 0, "")
         _check_whole("max_new_tokens", self.max_new_tokens, 1, "")
         object.__setattr__(self, "stop_ids", _ids(self.stop_ids))
-        if self.n != 1:
-            raise ValueError(f"n={self.n!r}: several answers per prompt are not supported yet; repeat the prompt instead")
+        _check_whole("n", self.n, 1, "")
+        if self.n > 1 and not self.temperature:
+            raise ValueError(f"n={self.n} answers at temperature=0 are all alike; choose a temperature above 0, or n=1")
 
 
 def draw_seed() -> int:

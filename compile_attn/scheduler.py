@@ -13,17 +13,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from compile_attn.cache import OutOfPages, PagedKVCache
 from compile_attn.cuda_graph import MOST_ROWS, MOST_TOKENS
 from compile_attn.drafting import Drafting
-from compile_attn.requests import Plan, Reason, Request
-from compile_attn.sampling import NOT_FINITE, Sampling, draw_seed
+from compile_attn.prefixes import Salt, check_salt
+from compile_attn.requests import Plan, Reason, Request, asked
+from compile_attn.sampling import NOT_FINITE, Sampling
+from compile_attn.sharing import Sharing
 
 Made = tuple[Request, int, Reason | None]  # who got which token, and why it was the last
 
 
 class Scheduler:
-    """Requests wait in order, run together, and leave. Running requests are always older than waiting ones."""
+    """Requests wait in order, run together, and leave. Running requests are always older than waiting ones.
 
-    def __init__(self, cache: PagedKVCache, max_batch_tokens: int, drafting: Drafting | None = None) -> None:
+    Of the samples of one prompt the first one runs it; the others then wait before all else, and begin where it ends.
+    """
+
+    def __init__(
+        self, cache: PagedKVCache, max_batch_tokens: int, prefix_cache: bool = True, drafting: Drafting | None = None
+    ) -> None:
         self.cache, self.drafting = cache, drafting
+        self._sharing = Sharing(cache, prefix_cache)
         self.preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[Request] = deque()
@@ -46,11 +54,11 @@ class Scheduler:
         most = self.cache.max_tokens
         return self._max_batch_tokens if most is None else min(self._max_batch_tokens, most)
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
-        """Queue a request. One whose prompt can never fit is refused now, not when its turn comes."""
+    def submit(self, prompt: Sequence[int], sampling: Sampling, salt: Salt = None, source: Request | None = None) -> Request:
+        """Queue a request. One whose prompt can never fit is refused now, not when its turn comes. See `asked`."""
         self.check_length(len(prompt))
-        seed = draw_seed() if sampling.seed is None else sampling.seed
-        request = Request(self._count, tuple(prompt), sampling, seed)
+        check_salt(salt)
+        request = asked(self._count, prompt, sampling, salt, source)
         self._count += 1
         self._waiting.append(request)
         return request
@@ -64,11 +72,15 @@ class Scheduler:
             raise ValueError(f"a prompt of {length} tokens; {what} holds at most {limit} a sequence: {cure}")
 
     def cancel(self, request: Request) -> None:
-        """End a request now; its pages come back. A finished one stays as it is."""
+        """End a request now, which other samples outlive; its pages come back. A finished one stays as it is."""
         if request.finished:
             return
         self._drop(request)
         request.reason = "cancelled"
+        if request.behind:  # the next sample runs the prompt
+            heir, *heir.behind = request.behind
+            request.behind = []
+            self._waiting.appendleft(heir)
 
     def plan(self) -> Plan | None:
         """Choose the next step, oldest request first; None without work."""
@@ -135,11 +147,15 @@ class Scheduler:
             for request in plan.sampled:
                 request.pending += 1
             return
+        self._sharing.sent(plan)
         self._last, soonest = plan, sys.maxsize
         for row, request in enumerate(plan.sampled):
             request.pending, request.row = request.pending + 1, row
             left = self._left(request)
             soonest = min(soonest, left)
+            if request.behind:
+                self._waiting.extendleft(reversed(request.behind))
+                request.behind = []
             if left <= 0:
                 self._end(request)
         self._spare = max(0, soonest - 1)
@@ -163,12 +179,15 @@ class Scheduler:
                 request.reason = "length"
             made.append((request, token, request.reason))
             if request.reason is not None:
+                self._sharing.keep(request)
                 self._drop(request)
+        self._sharing.committed()
         return made
 
     def abandon(self) -> None:
-        """After a step that failed: give all pages back and let every unfinished request start over."""
+        """After a step that failed: give all pages back, trust none of them, and let every unfinished request start over."""
         self._last, self._unread = None, 0
+        self._sharing.forget()
         while self._running:
             self._preempt_youngest()
         self._waiting.extendleft(reversed(self._ending))
@@ -188,16 +207,16 @@ class Scheduler:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
                 break
-            wanted = self._pages_wanted(request, request.missing)
-            if wanted > free - len(self._running):  # each running one keeps a page to grow into
+            pages, make = self._sharing.beginning(request)
+            if pages > free - len(self._running):  # each running one keeps a page to grow into
                 break
             self._waiting.popleft()
             self._running.append(request)
-            request.seq = self.cache.add()
+            request.seq = make()
             count = min(request.missing, budget)
             picked.append((request, count))
             budget -= count
-            free -= wanted
+            free -= pages
 
     def _drafts(self, picked: list[tuple[Request, int]]) -> dict[Request, list[int]]:
         """What may follow the newest tokens of those that decode, in the pages and the budget that the others leave.
@@ -208,7 +227,7 @@ class Scheduler:
             return {}
         room = min(self.budget, MOST_TOKENS) - sum(count for _, count in picked)
         assert not self._unread, "drafts follow a token that was read"
-        free = self.cache.free_pages - sum(self._pages_wanted(*one) for one in picked)
+        free = self.cache.free_pages - sum(self.cache.pages_wanted(one.seq, count) for one, count in picked if one.seq is not None)
         drafts: dict[Request, list[int]] = {}
         for request, _ in picked:
             own = self._pages_wanted(request, 1)
@@ -238,6 +257,7 @@ class Scheduler:
             if spoilt:
                 request.pending -= 1
                 self.drafting.rest(request)
+                self._sharing.forget()  # its own keys, which later prompts would find, may be no better
             self.cache.truncate(request.seq, request.length - 1)
             if not spoilt:
                 if self._left(request) <= 0:
@@ -255,13 +275,15 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Take a request out of wherever it is."""
-        for queue in (self._running, self._ending, self._waiting):
+        for queue in (self._running, self._ending, self._waiting, *(one.behind for one in request.samples)):
             if request in queue:
                 queue.remove(request)
         self._release(request)
+        request.kin = ()
 
     def _end(self, request: Request) -> None:
         """Its last token was sampled: it needs no pages any more."""
+        self._sharing.keep(request)
         self._running.remove(request)
         self._release(request)
         self._ending.append(request)
@@ -274,7 +296,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         if request.seq is not None:
             self.cache.free(request.seq)
-            request.seq = None
+            request.seq, request.due = None, 0
 
     def _pages_wanted(self, request: Request, count: int) -> int:
         """Pages to take for `count` more tokens of this request."""
@@ -292,4 +314,5 @@ class Scheduler:
         chunks = [request.chunk(count, drafts.get(request, ())) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits != "none"]
         settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
-        return Plan(chunks, sampled, settled, drafts)
+        loading = [one for one, count in ordered if count > 1 or count < one.missing or not one.due]
+        return Plan(chunks, sampled, settled, loading, drafts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ import torch
 
 from compile_attn.pages import OutOfPages, PageAllocator
 from compile_attn.pools import Pools
-from compile_attn.prefixes import PrefixIndex, Salt
+from compile_attn.prefixes import Node, PrefixIndex, Salt, check_salt
 from compile_attn.step import token_array
 
 Tokens = Sequence[int] | torch.Tensor
@@ -25,11 +26,13 @@ Tokens = Sequence[int] | torch.Tensor
 class CachedSequence:
     """One growing sequence: its pages in order and how many of its tokens have been handed to a step."""
 
-    __slots__ = ("_epoch", "_pages", "_salt", "freed", "length", "unrun")
+    __slots__ = ("_epoch", "_known", "_node", "_pages", "_salt", "freed", "length", "unrun")
 
     def __init__(self, salt: Salt = None, epoch: int = 0) -> None:
         self._pages = array("i")
         self._salt, self._epoch = salt, epoch
+        self._known = 0  # how many of its first pages are known,
+        self._node: Node | None = None  # and where that ends
         self.length = 0
         self.unrun = False  # its last batch has not been run, so keys and values of the newest tokens are missing
         self.freed = False
@@ -40,6 +43,22 @@ class CachedSequence:
 
     def __repr__(self) -> str:
         return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of the tokens of a sequence to come; to be handed to `add()` before anything else is done to the cache.
+
+    length           so many of the first tokens need not be run
+    pages_to_admit   how many of the free pages a sequence of all the tokens takes
+    """
+
+    length: int
+    pages_to_admit: int
+    _pages: Sequence[int]
+    _salt: Salt
+    _epoch: int
+    _last: Node | None  # of the pages
 
 
 class Sequences:
@@ -74,32 +93,50 @@ class Sequences:
 
     # Prefixes
 
-    def add(self, tokens: Tokens | None, salt: Salt) -> CachedSequence:
-        pages, length = self._known(tokens, salt)
-        seq = CachedSequence(salt, self._epoch)
-        for page in pages:
-            self.pages.share(page)
-        seq._pages.extend(pages)
-        seq.length = length
-        self.alive.add(seq)
-        self.hits += bool(length)
-        self.hit_tokens += length
-        return seq
-
-    def pages_to_admit(self, tokens: Tokens, salt: Salt) -> int:
-        """The pages that a sequence of these tokens takes out of those that are free."""
+    def find(self, tokens: Tokens | None, salt: Salt) -> Found:
         pages, length = self._known(tokens, salt)
         held = sum(self.pages.references(page) > 0 for page in pages)
         copied = length % self.page_size and self.pages.references(pages[-1]) > 0
-        return self._pages_for(len(tokens)) - held + bool(copied)
+        wanted = self._pages_for(0 if tokens is None else len(tokens)) - held + bool(copied)
+        return Found(length, wanted, pages, salt, self._epoch, self._index.node(pages[-1]) if pages else None)
 
-    def keep(self, seq: CachedSequence, tokens: Tokens) -> None:
+    def add(self, found: Found) -> CachedSequence:
+        if found._epoch != self._epoch or (found._pages and not self._index.holds(found._last)):
+            raise ValueError("what was found is known no more; call find() again, and add() right after it")
+        seq = CachedSequence(found._salt, self._epoch)
+        for page in found._pages:
+            self.pages.share(page)
+        seq._pages.extend(found._pages)
+        seq.length = found.length
+        seq._known, seq._node = len(found._pages), found._last
+        self._known_up_to(seq, found.length)
+        self.alive.add(seq)
+        self.hits += bool(found.length)
+        self.hit_tokens += found.length
+        return seq
+
+    def kept(self, seq: CachedSequence) -> int:
+        if seq._epoch != self._epoch:
+            return seq.length
+        return seq._known * self.page_size if self._index.holds(seq._node) else 0
+
+    def keep(self, seq: CachedSequence, tokens: Tokens, start: int) -> None:
         if seq._epoch != self._epoch:
             return
+        if start not in (0, self.kept(seq)):
+            raise ValueError(f"start={start}; {self.kept(seq)} tokens of {seq!r} are known: give those after them, or all")
         ids = token_array(tokens)
-        full = min(len(ids), seq.length) // self.page_size
-        for page in self._index.put(ids, seq._salt, seq._pages[:full]):
+        first, full = start // self.page_size, min(start + len(ids), seq.length) // self.page_size
+        new, node = self._index.put(ids, seq._salt, seq._pages[first:full], seq._node if start else None)
+        for page in new:
             self.pages.keep(page)
+        if full * self.page_size > self.kept(seq):
+            seq._known, seq._node = full, node
+
+    def _known_up_to(self, seq: CachedSequence, length: int) -> None:
+        """Of its tokens after so many nothing is known."""
+        while seq._node is not None and seq._known * self.page_size > length:
+            seq._known, seq._node = seq._known - 1, seq._node.before
 
     def forget(self) -> None:
         """Know no prefix any more, nor any that begins in a sequence there is now."""
@@ -143,6 +180,8 @@ class Sequences:
         other = CachedSequence(seq._salt, seq._epoch)
         other._pages = seq._pages[: self._pages_for(length)]
         other.length = length
+        other._known, other._node = seq._known, seq._node
+        self._known_up_to(other, length)
         for page in other._pages:
             self.pages.share(page)
         self.alive.add(other)
@@ -154,6 +193,7 @@ class Sequences:
         if dropped:
             seq._pages = seq._pages[:kept]
         seq.length = length
+        self._known_up_to(seq, length)
         self._give_back(reversed(dropped))
 
     def free(self, seq: CachedSequence) -> None:
@@ -164,8 +204,7 @@ class Sequences:
 
     def _known(self, tokens: Tokens | None, salt: Salt) -> tuple[list[int], int]:
         """The pages that hold the first of these tokens, and how many. Never the last token: its logits are wanted."""
-        if not (salt is None or isinstance(salt, (str, bytes))):
-            raise ValueError(f"salt={salt!r}; a cache salt is a str, bytes or None")
+        check_salt(salt)
         if tokens is None:
             return [], 0
         ids = token_array(tokens)

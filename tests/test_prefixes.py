@@ -49,8 +49,8 @@ def table(cache: PagedKVCache) -> list[list[int]]:
 
 def test_the_longest_prefix_is_found() -> None:
     index = PrefixIndex(2)
-    assert index.put(ids(1, 2, 3, 4, 5), None, [7, 8]) == [7, 8] and len(index) == 2
-    assert index.put(ids(1, 2, 9, 9), None, [5, 6]) == [6], "of two pages for one prefix the first one stays"
+    assert index.put(ids(1, 2, 3, 4, 5), None, [7, 8])[0] == [7, 8] and len(index) == 2
+    assert index.put(ids(1, 2, 9, 9), None, [5, 6])[0] == [6], "of two pages for one prefix the first one stays"
     assert index.match(ids(1, 2, 3, 4, 5, 6)) == [7, 8]
     assert index.match(ids(1, 2, 3)) == [7] and index.match(ids(1, 2, 9, 9)) == [7, 6]
     assert index.match(ids(1)) == index.match(ids(3, 4)) == index.match(ids(2, 1, 3, 4)) == []

@@ -1,0 +1,83 @@
+"""Which pages that hold its first tokens already can a request begin with, and which of its own does it leave to others?
+
+A page is known by its tokens as soon as the step that fills it was sent and the host has read them: what is sent later runs later.
+A step that fails afterwards makes the scheduler forget all prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from compile_attn.cache import CachedSequence, PagedKVCache
+from compile_attn.requests import Plan, Request
+
+
+class Beginning(NamedTuple):
+    """What admitting a request comes to: how many of the free pages all its tokens take, and its sequence, to be made at once."""
+
+    pages: int
+    make: Callable[[], CachedSequence]
+
+
+class Sharing:
+    """Pages that the requests of one cache share.
+
+    prefix_cache   whether what a request has computed is found by later ones; samples of one prompt share their pages anyway
+    """
+
+    def __init__(self, cache: PagedKVCache, prefix_cache: bool) -> None:
+        self._cache, self._prefix_cache = cache, prefix_cache
+        self._commits = 0
+        self._due: dict[int, list[Request]] = {}  # by commit: a decode fills a page in few steps, and none is searched for it
+
+    def beginning(self, request: Request) -> Beginning:
+        """The longest there is. Of a request none of whose tokens is pending."""
+        cache, length = self._cache, request.length
+        found = cache.find(request.ids(0, length), salt=request.salt) if self._prefix_cache else None
+        shared, kin = max(((self._common(request, one), one.seq) for one in request.kin), key=_length, default=(0, None))
+        if kin is not None and shared > (0 if found is None else found.length):
+            copied = shared % cache.page_size > 0
+            return Beginning(cache.pages_for(length) - cache.pages_for(shared) + copied, partial(cache.fork, kin, shared))
+        if found is not None:
+            return Beginning(found.pages_to_admit, partial(cache.add, found))
+        return Beginning(cache.pages_for(length), partial(cache.add, salt=request.salt))
+
+    def _common(self, request: Request, kin: Request) -> int:
+        """Tokens that both begin with and that were run; not the last one, whose logits are wanted."""
+        return 0 if kin.seq is None else min(len(request.prompt), request.length - 1, kin.seq.length)
+
+    def sent(self, plan: Plan) -> None:
+        """Know what this step has loaded."""
+        for request in plan.loading if self._prefix_cache else ():
+            self.keep(request)
+
+    def committed(self) -> None:
+        """Know the pages that the requests of the last commit have filled."""
+        self._commits += 1
+        for request in self._due.pop(self._commits, ()):
+            if request.due == self._commits:
+                self.keep(request)
+
+    def keep(self, request: Request) -> None:
+        """Know the full pages of a request whose tokens were read, and look again when there is another one."""
+        cache, seq = self._cache, request.seq
+        if seq is None or not self._prefix_cache:
+            return
+        read, size = len(request.prompt) + len(request.new_tokens), cache.page_size
+        full = min(seq.length, read) // size * size
+        known = cache.kept(seq)
+        if known < full:
+            cache.keep(seq, request.ids(known, full), known)
+        request.due = self._commits + max(1, full + size + 1 - read)  # the newest token is not in the cache when it is read
+        self._due.setdefault(request.due, []).append(request)
+
+    def forget(self) -> None:
+        """Know nothing more of what was computed so far."""
+        self._due.clear()
+        self._cache.forget_prefixes()
+
+
+def _length(found: tuple[int, object]) -> int:
+    return found[0]
