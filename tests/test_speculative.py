@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -271,7 +272,7 @@ def test_what_a_drafter_is_given_is_its_own() -> None:
 
 def scheduler_of(drafts: Any, max_batch_tokens: int = 64, **changes: int) -> Scheduler:
     cache = PagedKVCache(**{"kv_tokens": 64, "page_size": 4, "max_seqs": 4, **changes})
-    return Scheduler(cache, max_batch_tokens, Drafting(Saying(drafts), 4))
+    return Scheduler(cache, max_batch_tokens, prefix_cache=False, drafting=Drafting(Saying(drafts), 4))
 
 
 def run(scheduler: Scheduler, token: int = 7) -> list[list[int]]:
@@ -316,7 +317,7 @@ def test_drafts_take_no_page_that_another_needs() -> None:
     assert run(scheduler) == [[7, 1, 2, 3, 4], [7, 1]], "the older one in the page that is free"
     assert run(scheduler) == [[7, 1, 2, 3, 4], [7]] and not scheduler.preemptions
     assert run(scheduler) == [[7, 1, 2, 3, 4]] and scheduler.preemptions == 1, "as without drafts"
-    plain = Scheduler(PagedKVCache(20, 4, 4), 64)
+    plain = Scheduler(PagedKVCache(20, 4, 4), 64, prefix_cache=False)
     for _ in range(2):
         plain.submit([5] * 6, Sampling(max_new_tokens=20))
     assert [len(run(plain)) for _ in range(4)] == [2, 2, 2, 1]
@@ -354,7 +355,7 @@ def test_after_a_warm_up_nothing_is_recorded() -> None:
 
 def test_steps_without_drafts_advance_by_themselves() -> None:
     """Nothing is written for a step of the same requests where nobody has a draft."""
-    with lm_of(Saying([]), way="as on a GPU") as lm:
+    with lm_of(Saying([]), way="as on a GPU", prefix_cache=False) as lm:
         lm.generate(PROMPTS, max_new_tokens=20)
         writes: list[int] = []
         write = lm.cache.buffers.write
@@ -425,6 +426,56 @@ def test_pages_of_fp8(dtype: str) -> None:
 def test_one_compilation_takes_drafts(inner: str) -> None:
     with lm_of(Guessing(texts_of(PROMPTS, greedy(12)), 0.3), inner=inner) as lm:
         assert lm.generate(PROMPTS, max_new_tokens=12) == greedy(12) and lm.cache.compilations == 1
+
+
+# Beside shared pages
+
+
+def watch(lm: PagedLM) -> None:
+    """From now on no step may write a page that others hold, or that prompts of its tokens would find."""
+    cache, pages, send = lm.cache, lm.cache._seqs.pages, lm._runner.send
+
+    def checked(plan: Plan) -> Any:
+        starts = [chunk.seq.length for chunk in plan.chunks]
+        sent = send(plan)
+        for start, chunk in zip(starts, plan.chunks, strict=True):
+            written = chunk.seq.pages[start // cache.page_size :]
+            assert all(pages.references(page) == 1 for page in written), "a page of several"
+            assert start % cache.page_size == 0 or written[0] not in cache._seqs._index, "a known page"
+        return sent
+
+    lm._runner.send = checked  # type: ignore[method-assign]
+
+
+@WAYS
+@pytest.mark.parametrize("wrong", [0.15, 0.7])
+def test_drafts_in_shared_pages(wrong: float, way: Way) -> None:
+    """Prompts that begin alike, some of them known, three answers to each, in a cache too small for all."""
+    stem = prompts_of([13], seed=9)[0]
+    prompts = [[*stem, *more] for more in prompts_of([1, 1, 6, 0, 3], seed=4)]
+    how = Sampling(max_new_tokens=17, temperature=0.9, seed=6, n=3)
+    wants = [[alone(tiny(), prompt, replace(how, n=1, seed=6 + k)) for k in range(3)] for prompt in prompts]
+    drafter = Guessing([[*prompt, *want] for prompt, each in zip(prompts, wants, strict=True) for want in each], wrong)
+    with lm_of(drafter, way=way, kv_tokens=72, max_seqs=6, max_batch_tokens=24) as lm:
+        watch(lm)
+        for _ in range(2):
+            assert lm.generate(prompts, how) == [want for each in wants for want in each]
+            assert lm.cache.pages_in_use == 0
+        assert lm.preemptions and lm.cache.prefix_hits and 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+
+
+def test_what_drafts_have_written_is_not_found() -> None:
+    """Pages are known by tokens that came out: a request that goes on as the wrong drafts did computes what they did not."""
+    wants = greedy(20)
+    wrong = [[(token + 1) % VOCAB for token in want] for want in wants]
+    with lm_of(Saying([]), page_size=1, kv_tokens=512) as lm:
+        for prompt, want, other in zip(PROMPTS, wants, wrong, strict=True):
+            lm._scheduler.drafting = Drafting(Saying(other[1:5]), 4)
+            assert lm.generate([prompt], max_new_tokens=20) == [want]
+            lm._scheduler.drafting = Drafting(Saying([]), 4)
+            for count in range(1, 5):
+                text = [*prompt, want[0], *other[1 : 1 + count]]
+                assert lm.generate([text], max_new_tokens=4) == [alone(tiny(), text, Sampling(max_new_tokens=4))]
 
 
 @pytest.mark.gpu
