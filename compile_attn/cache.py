@@ -128,21 +128,17 @@ class PagedKVCache:
     def add(self, tokens: Tokens | Found | None = None, *, salt: Salt = None) -> CachedSequence:
         """A new sequence; it takes pages as it grows.
 
-        tokens: what it will hold first, as far as that is known, or what `find` has found of them. It begins with what the cache
-        knows of them, so `length` tells how many need not be run: whole pages, or all tokens but the last. salt: it meets what was
-        kept under the same salt alone.
+        tokens: what it will hold first, as far as that is known, or what `find` found of it. It begins with what the cache knows of
+        them, so `length` tells how many need not be run: whole pages, or all but the last one. salt: only what was kept under the
+        same salt is met.
         """
         self._check_open()
         return self._seqs.add(tokens if isinstance(tokens, Found) else self._seqs.find(tokens, salt))
 
     def find(self, tokens: Tokens, *, salt: Salt = None) -> Found:
-        """What `add` would begin with: how many of these tokens, and how many of the free pages a sequence of them would take."""
+        """What `add` would begin with: how many tokens, and how many free pages it takes to hold all of them; see `Found`."""
         self._check_open()
         return self._seqs.find(tokens, salt)
-
-    def pages_to_admit(self, tokens: Tokens, salt: Salt = None) -> int:
-        """How many of the free pages a sequence of these tokens takes: fewer than its own where others hold its first ones."""
-        return self.find(tokens, salt=salt).pages_to_admit
 
     def pages_wanted(self, seq: CachedSequence, count: int) -> int:
         """How many of the free pages so many more tokens take, a copy of a page that others hold included."""
@@ -151,8 +147,7 @@ class PagedKVCache:
     def keep(self, seq: CachedSequence, tokens: Tokens, start: int = 0) -> None:
         """Say which tokens the sequence begins with, so that others that begin alike find its full pages, also after it was freed.
 
-        Nothing is kept of a sequence that has begun before prefixes were forgotten. start: the tokens are those from there on,
-        which `kept(seq)` says.
+        Nothing is kept of one that has begun before prefixes were forgotten. start: these are the tokens after `kept(seq)` ones.
         """
         self._check_usable(seq)
         self._seqs.keep(seq, tokens, start)
@@ -323,8 +318,8 @@ class PagedKVCache:
         self.pools.bind(layers, owner, self.num_pages)
         self._seqs.bind(fingerprint)
         self.compilations += 1
-        self.max_positions = _smaller(self.max_positions, max_positions)
-        self.max_tokens = _smaller(self.max_tokens, max_tokens)
+        self.max_positions = min(filter(None, (self.max_positions, max_positions)), default=None)
+        self.max_tokens = min(filter(None, (self.max_tokens, max_tokens)), default=None)
         self._host_plans.bind(kernels, [(layer.dtype, self.pools.stored(layer)) for layer in layers])
 
     # Checks
@@ -373,7 +368,3 @@ class PagedKVCache:
         if self.max_tokens is not None and total > self.max_tokens:
             raise ValueError(f"a batch of {total} new tokens; this model takes at most {self.max_tokens} a step: split")
         return tokens
-
-
-def _smaller(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else min(a, b)

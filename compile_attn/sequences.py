@@ -123,14 +123,15 @@ class Sequences:
     def keep(self, seq: CachedSequence, tokens: Tokens, start: int) -> None:
         if seq._epoch != self._epoch:
             return
-        if start not in (0, self.kept(seq)):
-            raise ValueError(f"start={start}; {self.kept(seq)} tokens of {seq!r} are known: give those after them, or all")
+        known = self.kept(seq)
+        if start not in (0, known):
+            raise ValueError(f"start={start}; {known} tokens of {seq!r} are known: give those after them, or all")
         ids = token_array(tokens)
         first, full = start // self.page_size, min(start + len(ids), seq.length) // self.page_size
         new, node = self._index.put(ids, seq._salt, seq._pages[first:full], seq._node if start else None)
         for page in new:
             self.pages.keep(page)
-        if full * self.page_size > self.kept(seq):
+        if full * self.page_size > known:
             seq._known, seq._node = full, node
 
     def _known_up_to(self, seq: CachedSequence, length: int) -> None:

@@ -79,7 +79,8 @@ def test_more_sequences_than_max_seqs_are_queued(lm: PagedLM) -> None:
         ({"seed": -1}, r"seed=-1; it must be a whole number of at least 0"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0; it must be a whole number of at least 1"),
         ({"stop_ids": (3, -1)}, r"stop_ids=-1"),
-        ({"n": 2}, r"n=2: several answers per prompt are not supported yet; repeat the prompt instead"),
+        ({"n": 2}, r"n=2 answers at temperature=0 are all alike; choose a temperature above 0, or n=1"),
+        ({"n": 0, "temperature": 1.0}, r"n=0; it must be a whole number of at least 1"),
     ],
 )
 def test_sampling(changes: dict[str, Any], why: str) -> None:

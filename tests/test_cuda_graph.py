@@ -103,7 +103,7 @@ def test_every_token_of_some_rows_is_sampled(random_: bool) -> None:
 
 def test_prompts_are_replayed_beside_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of them too, and whatever the pads of the last step of that size held."""
-    with as_on_a_gpu(PagedLM(tiny(), inner="eager", max_batch_tokens=20, **SETTINGS)) as lm:  # type: ignore[arg-type]
+    with as_on_a_gpu(PagedLM(tiny(), inner="eager", max_batch_tokens=20, prefix_cache=False, **SETTINGS)) as lm:  # type: ignore[arg-type]
         monkeypatch.setattr(lm._runner, "_run_once", None)  # not one step runs without a graph
         assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
         how = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
@@ -234,7 +234,7 @@ def test_what_a_failed_recording_ran_changes_no_token(monkeypatch: pytest.Monkey
 
 def test_a_model_that_was_changed_is_recorded_anew() -> None:
     model = tiny()
-    with as_on_a_gpu(PagedLM(model, inner="eager", **SETTINGS)) as lm:  # type: ignore[arg-type]
+    with as_on_a_gpu(PagedLM(model, inner="eager", prefix_cache=False, **SETTINGS)) as lm:  # type: ignore[arg-type]
         assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9)
         recorded = lm.cuda_graphs
         assert lm.generate(PROMPTS, max_new_tokens=9) == greedy(9) and lm.cuda_graphs == recorded

@@ -174,7 +174,7 @@ def test_what_an_admitted_prompt_takes() -> None:
     prompt = list(range(12))
     holder = cache.add()
     run(cache, Chunk(holder, prompt))
-    assert cache.pages_to_admit(prompt) == 3
+    assert cache.find(prompt).pages_to_admit == 3
     cache.keep(holder, prompt)
     for tokens, wanted in (
         (prompt, 1),
@@ -184,12 +184,12 @@ def test_what_an_admitted_prompt_takes() -> None:
         ([99], 1),
         ([*prompt, *prompt], 3),
     ):
-        assert cache.pages_to_admit(tokens) == wanted, tokens
+        assert cache.find(tokens).pages_to_admit == wanted, tokens
         taken(cache, tokens, wanted)
     cache.free(holder)
     assert cache.pages_in_use == 0
     for tokens, wanted in ((prompt, 3), ([*prompt, 12], 4), (prompt[:5], 2), ([99], 1)):
-        assert cache.pages_to_admit(tokens) == wanted, tokens
+        assert cache.find(tokens).pages_to_admit == wanted, tokens
         taken(cache, tokens, wanted)
 
 
@@ -209,7 +209,7 @@ def test_a_prompt_that_fills_the_cache_is_admitted_again() -> None:
     cache = cache_of(kv_tokens=16)
     prompt = list(range(16))
     pages = known(cache, prompt)
-    assert cache.pages_to_admit(prompt) == 4 == cache.free_pages
+    assert cache.find(prompt).pages_to_admit == 4 == cache.free_pages
     seq = cache.add(prompt)
     assert cache.free_pages == cache.pages_wanted(seq, 1) == 0
     run(cache, Chunk(seq, prompt[15:]))
@@ -229,12 +229,17 @@ def test_two_tenants_never_meet() -> None:
         if other_kept:
             cache.keep(first, prompt)
         cache.free(first)
-        counts = [cache.free_pages, cache.pages_to_admit(prompt, "b")]
+        counts = [cache.free_pages, cache.find(prompt, salt="b").pages_to_admit]
         seq = cache.add(prompt, salt="b")
         counts += [seq.length, cache.pages_wanted(seq, 10), cache.free_pages]
         run(cache, Chunk(seq, prompt))
         cache.keep(seq, prompt)
-        counts += [cache.free_pages, cache.pages_to_admit(prompt, "b"), cache.add(prompt, salt="b").length, cache.prefix_hits]
+        counts += [
+            cache.free_pages,
+            cache.find(prompt, salt="b").pages_to_admit,
+            cache.add(prompt, salt="b").length,
+            cache.prefix_hits,
+        ]
         seen.append(counts)
     assert seen[0] == seen[1] == [8, 3, 0, 3, 8, 5, 1, 8, 1]
     assert cache.add(prompt).length == 0 and cache.add(prompt, salt=b"b").length == 0
@@ -287,6 +292,57 @@ def test_only_full_pages_whose_tokens_are_given_are_known() -> None:
         cache.keep(seq, [5] * 10)
 
 
+def test_tokens_are_told_page_by_page() -> None:
+    """Each page once: what is known is not told again, unless it was forgotten."""
+    cache, tokens = cache_of(kv_tokens=32), list(range(40))
+    seq, twin = cache.add(), cache.add()
+    for one in (seq, twin):
+        run(cache, Chunk(one, tokens[:9]))
+    cache.keep(seq, tokens[:5])
+    assert cache.kept(seq) == 4
+    with pytest.raises(ValueError, match=r"start=8; 4 tokens of .* are known: give those after them, or all"):
+        cache.keep(seq, tokens[8:9], 8)
+    cache.keep(seq, tokens[4:9], 4)
+    cache.keep(seq, tokens[8:9], 8)
+    cache.keep(seq, tokens[:3])
+    assert cache.kept(seq) == 8 and cache.find([*tokens[:9]]).length == 8
+    cache.keep(twin, tokens[:8])
+    run(cache, Chunk(twin, tokens[9:14]))
+    cache.keep(twin, tokens[8:14], 8)
+    assert cache.kept(twin) == 12 and cache.find(tokens).length == 12, "its third page follows two of the other's"
+    fork, hit = cache.fork(twin, 11), cache.add(tokens)
+    assert (cache.kept(fork), cache.kept(hit)) == (8, 12)
+    cache.truncate(fork, 3)
+    assert cache.kept(fork) == 0
+    for one in (seq, fork, hit):
+        cache.free(one)
+    run(cache, Chunk(cache.add(), [7] * 16))  # takes the first two pages, that only the twin's third one leads to
+    assert cache.find(tokens).length == cache.kept(twin) == 0
+    run(cache, Chunk(twin, tokens[14:16]))
+    cache.keep(twin, tokens[:16])
+    assert cache.kept(twin) == 16 == cache.find(tokens).length
+    cache.forget_prefixes()
+    assert cache.kept(twin) == twin.length, "nothing more is kept of it"
+
+
+def test_what_was_found_is_used_at_once() -> None:
+    cache, tokens = cache_of(kv_tokens=32), list(range(40))
+    known(cache, tokens[:9])
+    found = cache.find(tokens[:10])
+    assert (found.length, found.pages_to_admit) == (8, 3)
+    seq = cache.add(found)
+    assert (seq.length, cache.pages_in_use, cache.prefix_hits) == (8, 2, 1)
+    cache.free(seq)
+    nothing = cache.find([99], salt="a")
+    run(cache, Chunk(cache.add(), [7] * 28))
+    with pytest.raises(ValueError, match=r"what was found is known no more; call find\(\) again"):
+        cache.add(found)
+    assert cache.add(nothing).length == 0
+    cache.forget_prefixes()
+    with pytest.raises(ValueError, match="known no more"):
+        cache.add(nothing)
+
+
 def test_other_weights_make_other_keys() -> None:
     cache, weights = cache_of(), [1]
     cache.bind([layer_kv()], owner=0, fingerprint=lambda: weights[0])
@@ -297,7 +353,7 @@ def test_other_weights_make_other_keys() -> None:
     weights[0] = 2
     assert cache.add([1] * 9).length == 0
     cache.keep(old, [1] * 8)  # it has begun with the weights from before
-    assert cache.add([1] * 9).length == cache.pages_to_admit([1] * 9) - 3 == 0
+    assert cache.add([1] * 9).length == cache.find([1] * 9).pages_to_admit - 3 == 0
     known(cache, [1] * 8)
     assert cache.add([1] * 9).length == 8
     cache.bind([layer_kv()], owner=0, fingerprint=lambda: weights[0])

@@ -12,8 +12,9 @@ from compile_attn.sampling import Sampling
 from compile_attn.scheduler import Scheduler
 
 
-def scheduler_of(max_batch_tokens: int = 8, **changes: int) -> Scheduler:
-    return Scheduler(PagedKVCache(**{"kv_tokens": 64, "page_size": 4, "max_seqs": 4, **changes}), max_batch_tokens)
+def scheduler_of(max_batch_tokens: int = 8, prefix_cache: bool = True, **changes: int) -> Scheduler:
+    cache = PagedKVCache(**{"kv_tokens": 64, "page_size": 4, "max_seqs": 4, **changes})
+    return Scheduler(cache, max_batch_tokens, prefix_cache)
 
 
 def run(scheduler: Scheduler, token: int = 7) -> Plan | None:
@@ -90,7 +91,7 @@ def test_the_youngest_gives_its_pages_back() -> None:
 
 
 def test_preempted_requests_reload_what_they_made() -> None:
-    scheduler = scheduler_of(kv_tokens=16, max_batch_tokens=32)
+    scheduler = scheduler_of(kv_tokens=16, max_batch_tokens=32, prefix_cache=False)
     scheduler.submit([1] * 4, Sampling(max_new_tokens=8))
     young = scheduler.submit([2] * 4, Sampling(max_new_tokens=12))
     reloaded: list[list[int]] = []
@@ -187,7 +188,7 @@ def test_random_loads_keep_every_promise(seed: int) -> None:
         alive = [one for one in requests if not one.finished]
         ran = [one.seq is not None for one in alive]
         assert ran == sorted(ran, reverse=True)  # older requests run before younger ones
-        assert scheduler.cache.pages_in_use == sum(len(one.seq.pages) for one in alive if one.seq is not None)
+        assert scheduler.cache.pages_in_use == len({page for one in alive if one.seq is not None for page in one.seq.pages})
     drain(scheduler)
     for one in requests:
         limit = min(one.sampling.max_new_tokens, scheduler.cache.length_limit + 1 - len(one.prompt))

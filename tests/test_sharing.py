@@ -140,7 +140,7 @@ class Play:
 
     def add(self, tokens: list[int] | None, salt: str | None) -> Told:
         cache = self.cache
-        free, wanted = cache.free_pages, None if tokens is None else cache.pages_to_admit(tokens, salt)
+        free, wanted = cache.free_pages, None if tokens is None else cache.find(tokens, salt=salt).pages_to_admit
         seq = cache.add(tokens, salt=salt)
         one = Told(seq, salt, [] if tokens is None else tokens[: seq.length])
         one.keys = [self.key(one.tokens[: end + 1]) for end in range(seq.length)]  # with the weights there are now
