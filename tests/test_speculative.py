@@ -25,6 +25,9 @@ from tests.sparse_decoder import POSITIONS as LONGEST
 from tests.test_by_step_gpu import SMALL, check_greedy, model_on, needs
 from tests.test_by_step_gpu import prompts_of as words
 from tests.test_fuzz import GEOMETRIES, cases, play
+from tests.test_fuzz_shared import GEOMETRIES as SHARED
+from tests.test_fuzz_shared import MODEL
+from tests.test_fuzz_shared import Play as Watched
 from tests.test_general import interpreted
 from tests.tiny import POSITIONS, VOCAB, alone, as_on_a_gpu, prompts_of, tiny
 
@@ -431,22 +434,6 @@ def test_one_compilation_takes_drafts(inner: str) -> None:
 # Beside shared pages
 
 
-def watch(lm: PagedLM) -> None:
-    """From now on no step may write a page that others hold, or that prompts of its tokens would find."""
-    cache, pages, send = lm.cache, lm.cache._seqs.pages, lm._runner.send
-
-    def checked(plan: Plan) -> Any:
-        starts = [chunk.seq.length for chunk in plan.chunks]
-        sent = send(plan)
-        for start, chunk in zip(starts, plan.chunks, strict=True):
-            written = chunk.seq.pages[start // cache.page_size :]
-            assert all(pages.references(page) == 1 for page in written), "a page of several"
-            assert start % cache.page_size == 0 or written[0] not in cache._seqs._index, "a known page"
-        return sent
-
-    lm._runner.send = checked  # type: ignore[method-assign]
-
-
 @WAYS
 @pytest.mark.parametrize("wrong", [0.15, 0.7])
 def test_drafts_in_shared_pages(wrong: float, way: Way) -> None:
@@ -457,25 +444,59 @@ def test_drafts_in_shared_pages(wrong: float, way: Way) -> None:
     wants = [[alone(tiny(), prompt, replace(how, n=1, seed=6 + k)) for k in range(3)] for prompt in prompts]
     drafter = Guessing([[*prompt, *want] for prompt, each in zip(prompts, wants, strict=True) for want in each], wrong)
     with lm_of(drafter, way=way, kv_tokens=72, max_seqs=6, max_batch_tokens=24) as lm:
-        watch(lm)
+        watched = Watched(lm)
         for _ in range(2):
             assert lm.generate(prompts, how) == [want for each in wants for want in each]
             assert lm.cache.pages_in_use == 0
-        assert lm.preemptions and lm.cache.prefix_hits and 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+        assert watched.counted["pages of several"] and lm.preemptions and lm.cache.prefix_hits
+        assert 0 < lm.num_accepted_tokens < lm.num_draft_tokens
+
+
+class Greedily:
+    """The tiny model itself: of greedy requests most drafts are right, of others few."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], int] = {}
+        self.draw = random.Random(0)
+
+    def next(self, tokens: tuple[int, ...]) -> int:
+        if tokens not in self.known:
+            self.known[tokens] = int(MODEL(torch.tensor([tokens]))[0, -1].argmax())
+        return self.known[tokens]
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        text = list(tokens)
+        while len(text) < len(tokens) + most:
+            text.append(self.next(tuple(text)) if self.draw.random() < 0.9 else 0)
+        return text[len(tokens) :]
+
+
+@WAYS
+@pytest.mark.parametrize("at", range(len(SHARED)))
+def test_any_schedule_of_shared_pages(at: int, way: Way) -> None:
+    """Every write is watched, steps fail, and the pages are too few."""
+    with PagedLM(MODEL, inner="eager", poison=True, drafter=Greedily(), **SHARED[at]) as lm:  # type: ignore[arg-type]
+        watched = Watched(as_on_a_gpu(lm) if way == "as on a GPU" else lm)
+        for seed in range(12):
+            try:
+                watched.schedule(random.Random(seed))
+            except BaseException as error:
+                error.add_note(f"schedule {seed} of geometry {SHARED[at]}")
+                raise
+        assert watched.counted["pages of several"] and watched.counted["failures"] and lm.preemptions
+        assert 0 < lm.num_accepted_tokens < lm.num_draft_tokens
 
 
 def test_what_drafts_have_written_is_not_found() -> None:
-    """Pages are known by tokens that came out: a request that goes on as the wrong drafts did computes what they did not."""
-    wants = greedy(20)
-    wrong = [[(token + 1) % VOCAB for token in want] for want in wants]
-    with lm_of(Saying([]), page_size=1, kv_tokens=512) as lm:
-        for prompt, want, other in zip(PROMPTS, wants, wrong, strict=True):
-            lm._scheduler.drafting = Drafting(Saying(other[1:5]), 4)
-            assert lm.generate([prompt], max_new_tokens=20) == [want]
-            lm._scheduler.drafting = Drafting(Saying([]), 4)
-            for count in range(1, 5):
-                text = [*prompt, want[0], *other[1 : 1 + count]]
+    """Where a wrong draft stood, and the token that came out ends the request, the next prompt computes that token's keys."""
+    wants = greedy(12)
+    with lm_of(Guessing(texts_of(PROMPTS, wants), 1.0), page_size=1) as lm:
+        for prompt, want in zip(PROMPTS, wants, strict=True):
+            assert lm.generate([prompt], Sampling(max_new_tokens=12, stop_ids=(want[6],))) == [want[: want.index(want[6]) + 1]]
+            for count in range(1, 8):
+                text, hits = [*prompt, *want[:count], 3], lm.cache.prefix_tokens
                 assert lm.generate([text], max_new_tokens=4) == [alone(tiny(), text, Sampling(max_new_tokens=4))]
+                assert lm.cache.prefix_tokens > hits
 
 
 @pytest.mark.gpu
