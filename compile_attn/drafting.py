@@ -105,13 +105,13 @@ def accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
     return next((n for n, draft in enumerate(drafts) if draft != sampled[n]), len(drafts))
 
 
-def verified(plan: Plan, sampled: Sequence[int]) -> tuple[dict[Request, Sequence[int]], list[int]]:
+def verified(plan: Plan, sampled: list[int]) -> tuple[dict[Request, Sequence[int]], list[int]]:
     """The drafts that came out, of each request that has any in this step, and the token that follows them, of every request.
 
     sampled: the token of each row. A draft that ends its request is followed by nothing: it is the token that follows.
     """
     if not plan.drafts:
-        return {}, list(sampled)
+        return {}, sampled
     kept: dict[Request, Sequence[int]] = {}
     tokens, begin = [], 0
     for request in plan.sampled:

@@ -177,10 +177,12 @@ class Scheduler:
                 request.reason = "stop"
             elif not request.pending and request in self._ending:
                 request.reason = "length"
+            else:
+                made.append((request, token, None))
+                continue
             made.append((request, token, request.reason))
-            if request.reason is not None:
-                self._sharing.keep(request)
-                self._drop(request)
+            self._sharing.keep(request)
+            self._drop(request)
         self._sharing.committed()
         return made
 

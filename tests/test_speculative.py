@@ -241,7 +241,7 @@ def test_forms_of_drafts() -> None:
         def propose(self, tokens: Sequence[int], most: int) -> Any:
             return forms[0]([*known.propose(tokens, most), *[0] * 5])  # more than were asked for
 
-    with lm_of(Formed()) as lm:
+    with lm_of(Formed(), prefix_cache=False) as lm:
         while forms:
             before = lm.num_accepted_tokens
             assert lm.generate(PROMPTS, max_new_tokens=9) == wants
