@@ -35,7 +35,6 @@ class Request:
     samples: tuple[Request, ...] = field(default=(), repr=False)
     behind: list[Request] = field(default_factory=list, repr=False)  # samples that wait until this one's prompt was run
     kin: tuple[Request, ...] = field(default=(), repr=False)  # requests whose tokens begin with this one's prompt
-    due: int = 0  # the commit by which another of its pages is full and can be known; 0: not known yet
 
     @property
     def finished(self) -> bool:
@@ -87,7 +86,6 @@ def asked(number: int, prompt: Sequence[int], sampling: Sampling, salt: Salt = N
 class Plan:
     """One step: a chunk per request, prefills first; `sampled`: whose next token comes out, in row order.
 
-    loading: requests with more in it than the token that the step before has made.
     drafts: what follows the newest token of some of them, at a guess; a row comes out after each, too.
     settled: every new token is the one that the step before has sampled in the same row, so that the step can be planned again
     as it is.
@@ -96,7 +94,6 @@ class Plan:
     chunks: list[Chunk]
     sampled: list[Request]
     settled: bool = False
-    loading: Sequence[Request] = ()
     drafts: Mapping[Request, Sequence[int]] = field(default_factory=dict)
 
     @property

@@ -147,7 +147,6 @@ class Scheduler:
             for request in plan.sampled:
                 request.pending += 1
             return
-        self._sharing.sent(plan)
         self._last, soonest = plan, sys.maxsize
         for row, request in enumerate(plan.sampled):
             request.pending, request.row = request.pending + 1, row
@@ -181,15 +180,13 @@ class Scheduler:
                 made.append((request, token, None))
                 continue
             made.append((request, token, request.reason))
-            self._sharing.keep(request)
             self._drop(request)
-        self._sharing.committed()
         return made
 
     def abandon(self) -> None:
         """After a step that failed: give all pages back, trust none of them, and let every unfinished request start over."""
         self._last, self._unread = None, 0
-        self._sharing.forget()
+        self.cache.forget_prefixes()
         while self._running:
             self._preempt_youngest()
         self._waiting.extendleft(reversed(self._ending))
@@ -203,6 +200,7 @@ class Scheduler:
         most = min(self.cache.max_seqs, self.budget)
         if not self._waiting or len(self._running) >= most:
             return
+        self._sharing.keep(self._running)
         free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
         free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
         while self._waiting and len(self._running) < most and budget > 0:
@@ -259,7 +257,7 @@ class Scheduler:
             if spoilt:
                 request.pending -= 1
                 self.drafting.rest(request)
-                self._sharing.forget()  # its own keys, which later prompts would find, may be no better
+                self.cache.forget_prefixes()  # its own keys, which later prompts would find, may be no better
             self.cache.truncate(request.seq, request.length - 1)
             if not spoilt:
                 if self._left(request) <= 0:
@@ -285,7 +283,6 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         """Its last token was sampled: it needs no pages any more."""
-        self._sharing.keep(request)
         self._running.remove(request)
         self._release(request)
         self._ending.append(request)
@@ -297,8 +294,9 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         if request.seq is not None:
+            self._sharing.keep([request])
             self.cache.free(request.seq)
-            request.seq, request.due = None, 0
+            request.seq = None
 
     def _pages_wanted(self, request: Request, count: int) -> int:
         """Pages to take for `count` more tokens of this request."""
@@ -316,5 +314,4 @@ class Scheduler:
         chunks = [request.chunk(count, drafts.get(request, ())) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits != "none"]
         settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
-        loading = [one for one, count in ordered if count > 1 or count < one.missing or not one.due]
-        return Plan(chunks, sampled, settled, loading, drafts)
+        return Plan(chunks, sampled, settled, drafts)

@@ -1,17 +1,18 @@
 """Which pages that hold its first tokens already can a request begin with, and which of its own does it leave to others?
 
-A page is known by its tokens as soon as the step that fills it was sent and the host has read them: what is sent later runs later.
-A step that fails afterwards makes the scheduler forget all prefixes.
+A page can be known by its tokens as soon as the step that fills it was sent and the host has read them: what is sent later runs
+later. It is made known when somebody looks, or when its request lets go of it: a step of decodes alone spends no time on it. After
+a step that failed all prefixes are forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
 from compile_attn.cache import CachedSequence, PagedKVCache
-from compile_attn.requests import Plan, Request
+from compile_attn.requests import Request
 
 
 class Beginning(NamedTuple):
@@ -29,8 +30,6 @@ class Sharing:
 
     def __init__(self, cache: PagedKVCache, prefix_cache: bool) -> None:
         self._cache, self._prefix_cache = cache, prefix_cache
-        self._commits = 0
-        self._due: dict[int, list[Request]] = {}  # by commit: a decode fills a page in few steps, and none is searched for it
 
     def beginning(self, request: Request) -> Beginning:
         """The longest there is. Of a request none of whose tokens is pending."""
@@ -48,35 +47,17 @@ class Sharing:
         """Tokens that both begin with and that were run; not the last one, whose logits are wanted."""
         return 0 if kin.seq is None else min(len(request.prompt), request.length - 1, kin.seq.length)
 
-    def sent(self, plan: Plan) -> None:
-        """Know what this step has loaded."""
-        for request in plan.loading if self._prefix_cache else ():
-            self.keep(request)
-
-    def committed(self) -> None:
-        """Know the pages that the requests of the last commit have filled."""
-        self._commits += 1
-        for request in self._due.pop(self._commits, ()):
-            if request.due == self._commits:
-                self.keep(request)
-
-    def keep(self, request: Request) -> None:
-        """Know the full pages of a request whose tokens were read, and look again when there is another one."""
-        cache, seq = self._cache, request.seq
-        if seq is None or not self._prefix_cache:
-            return
-        read, size = len(request.prompt) + len(request.new_tokens), cache.page_size
-        full = min(seq.length, read) // size * size
-        known = cache.kept(seq)
-        if known < full:
-            cache.keep(seq, request.ids(known, full), known)
-        request.due = self._commits + max(1, full + size + 1 - read)  # the newest token is not in the cache when it is read
-        self._due.setdefault(request.due, []).append(request)
-
-    def forget(self) -> None:
-        """Know nothing more of what was computed so far."""
-        self._due.clear()
-        self._cache.forget_prefixes()
+    def keep(self, requests: Iterable[Request]) -> None:
+        """Know the full pages of these requests whose tokens were read."""
+        cache, size = self._cache, self._cache.page_size
+        for request in requests if self._prefix_cache else ():
+            seq = request.seq
+            if seq is None:
+                continue
+            full = min(seq.length, len(request.prompt) + len(request.new_tokens)) // size * size
+            known = cache.kept(seq)
+            if known < full:
+                cache.keep(seq, request.ids(known, full), known)
 
 
 def _length(found: tuple[int, object]) -> int:
