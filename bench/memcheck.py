@@ -26,9 +26,9 @@ import torch
 from bench.measuring import RESULTS, Table, publish, stamp
 from bench.processes import Clock, run_apart
 
-TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows")
+TESTS = ("general", "block_sparse", "grid", "write_kv", "batch", "sampling", "draw", "flash_rows", "hopper_gpu")
 # Recording a graph, as a model that generates does, forbids allocations of its own; what reads 4 GiB of pages takes minutes.
-LEFT_OUT = "not graph and not generates and not beyond_int32 and not long_context"
+LEFT_OUT = "not graph and not generates and not beyond_int32 and not long_context and not every_time"
 PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # if the second is there, it warns of -n, and a warning is an error
 PLACES = (
     shutil.which("compute-sanitizer"),

@@ -82,6 +82,7 @@ class PagedKVCache:
     @in_own_modes
     def resize(self, kv_tokens: int) -> None:
         """Hold so many tokens from now on, in empty pages. ValueError while any sequence is alive."""
+        self._check_open()
         if self._seqs.alive:
             raise ValueError(f"{len(self._seqs.alive)} sequences are in the cache; free them before it is resized")
         self.num_pages = page_count(kv_tokens, self.page_size)
@@ -99,11 +100,13 @@ class PagedKVCache:
     @property
     def k_pages(self) -> list[torch.Tensor]:
         """By attention site, [1 + pages, page_size, heads, dim]; empty until a model is bound."""
+        self._check_open()
         return self.pools.k
 
     @property
     def v_pages(self) -> list[torch.Tensor]:
         """As `k_pages`, with the values' own head size."""
+        self._check_open()
         return self.pools.v
 
     @property
@@ -142,6 +145,7 @@ class PagedKVCache:
 
     def pages_wanted(self, seq: CachedSequence, count: int) -> int:
         """How many of the free pages so many more tokens take, a copy of a page that others hold included."""
+        self._check_mine(seq)
         return self._seqs.pages_wanted(seq, count)
 
     def keep(self, seq: CachedSequence, tokens: Tokens, start: int = 0) -> None:
@@ -181,7 +185,6 @@ class PagedKVCache:
 
     def free(self, seq: CachedSequence) -> None:
         """End a sequence; pages that nobody else holds can be taken at once by others."""
-        self._check_open()
         self._check_mine(seq)
         self._advances = False
         self._seqs.free(seq)
@@ -197,7 +200,7 @@ class PagedKVCache:
         return self._seqs.hit_tokens
 
     def close(self) -> None:
-        """Drop the pages' memory. Every later use is an error."""
+        """Drop the pages' memory. Every later use is an error; what was counted, and the report, can still be read."""
         self._closed = True
         self.pools.drop()
         self._seqs.alive.clear()
@@ -230,6 +233,7 @@ class PagedKVCache:
 
     def advanced_width(self) -> int | None:
         """Pages a row of the block table if the batch is advanced; None where it cannot be."""
+        self._check_open()
         if not self._advances or self._longest >= self.length_limit:
             return None
         return self.buffers.width(self.pages_for(self._longest + 1), self.page_size)
@@ -256,6 +260,7 @@ class PagedKVCache:
 
     def width_of(self, chunks: Sequence[Chunk]) -> int:
         """Pages a row of the block table that a batch of these chunks will have."""
+        self._check_open()
         longest = max(chunk.seq.length + len(chunk.tokens) for chunk in chunks)
         return self.buffers.width(self.pages_for(longest), self.page_size)
 
@@ -269,6 +274,7 @@ class PagedKVCache:
 
     def replayed(self) -> None:
         """The current batch was run by a CUDA graph, which asks for no inputs."""
+        self._check_open()
         for seq in self._in_batch:
             seq.unrun = False
         self._advances = self.current is not None and self.current.num_tokens == len(self._in_batch) > 0
@@ -279,19 +285,15 @@ class PagedKVCache:
 
         B and R are padded to at least 2. Asking for them counts as running the batch.
         """
-        self._check_open()
-        if self.current is None:
-            raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
+        current = self._current()
         self.replayed()
-        return self.buffers.views(self.current)
+        return self.buffers.views(current)
 
     def check_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Refuse a call with other tensors than those of the current batch."""
-        self._check_open()
-        if self.current is None:
-            raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
+        current = self._current()
         for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
-            ours: torch.Tensor = getattr(self.current, name)
+            ours: torch.Tensor = getattr(current, name)
             if given is not None and (given.data_ptr() != ours.data_ptr() or given.shape != ours.shape):
                 raise ValueError(
                     f"{name} of shape {tuple(given.shape)} on {given.device} is not the current batch's own tensor of "
@@ -328,14 +330,20 @@ class PagedKVCache:
         if self._closed:
             raise ValueError("this PagedKVCache is closed; make a new one")
 
+    def _current(self) -> Batch:
+        self._check_open()
+        if self.current is None:
+            raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
+        return self.current
+
     def _check_mine(self, seq: CachedSequence) -> None:
+        self._check_open()
         if seq.freed:
             raise ValueError(f"{seq!r} was freed and has no pages; start a new one with cache.add()")
         if seq not in self._seqs.alive:
             raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
 
     def _check_usable(self, seq: CachedSequence) -> None:
-        self._check_open()
         self._check_mine(seq)
         if seq.unrun:
             raise ValueError(

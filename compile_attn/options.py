@@ -27,8 +27,9 @@ class Options:
     merge_linears  linears that read one tensor become one; their weights become parts of one tensor, the model's parameters and
                  state_dict stay what they are. Default (None): with a cache yes, without one no.
     block_sparse  a `BlocksparseParams`: queries see no other keys than its mask shows them, which the model need not have been
-                 written with. A model for which that cannot be done is an error, whatever on_rejected says; attention without a
-                 softmax, such as linear attention, is none, and stays as it is.
+                 written with. A model for which that cannot be done is an error, whatever on_rejected says, and so is one with
+                 sums over tokens without a softmax, such as linear attention, unless `layers` says where the mask is meant. What
+                 mixes tokens without a product (a cumulative sum, a loop, a convolution) is no attention, and stays as it is.
     """
 
     kernel: str = "auto"

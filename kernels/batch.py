@@ -14,7 +14,10 @@ Whole = TypeVar("Whole", torch.Tensor, np.ndarray[Any, Any])  # whole numbers, o
 def build_metadata(
     block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """cu_seqlens_q, positions, slot_mapping, token_seq: see `metadata.AttentionMetadata`. Shapes depend on num_tokens only."""
+    """cu_seqlens_q, positions, slot_mapping, token_seq: see `metadata.AttentionMetadata`. Shapes depend on num_tokens only.
+
+    A token beyond its table has no page, nor has one where the table says a number below 0: a ValueError here, slot -1 on a GPU.
+    """
     if block_table.is_cuda:
         from compile_attn.kernels import batch_triton
 
@@ -27,7 +30,15 @@ def build_metadata(
     real = token < ends[-1]
     # The last new token of a row stands at seq_len - 1, so a token does at seq_len - (row's end - token).
     positions = torch.where(real, (seq_lens - ends)[token_seq] + token, 0).long()
-    page = block_table[token_seq, positions // page_size].long()
+    column = positions // page_size
+    page = block_table[token_seq, column.clamp(max=block_table.shape[1] - 1)].long()
+    lost = real & ((column >= block_table.shape[1]) | (page < 0))
+    if lost.any():
+        row, position = int(token_seq[lost][0]), int(positions[lost][0])
+        raise ValueError(
+            f"row {row}: the token at position {position} has no page of {page_size} in a block table of {block_table.shape[1]} "
+            "columns; give the row its page before it grows"
+        )
     slot_mapping = torch.where(real, page * page_size + positions % page_size, -1)
     return cu_seqlens_q, positions, slot_mapping, token_seq
 

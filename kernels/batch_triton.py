@@ -43,9 +43,9 @@ def metadata(  # type: ignore[no-untyped-def]
     row = tl.minimum(row, num_rows - 1)
     real = token < total
     position = tl.where(real, token + shift, 0)
-    held = real & (position < width * PAGE_SIZE)  # torch raises for a token beyond its table; here it is written nowhere
-    page = tl.load(table + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=held, other=0).to(tl.int64)
-    slot = tl.where(held, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    held = real & (position < width * PAGE_SIZE)  # on a CPU a token without a page is an error; here it is written nowhere
+    page = tl.load(table + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=held, other=-1).to(tl.int64)
+    slot = tl.where(page >= 0, page * PAGE_SIZE + position % PAGE_SIZE, -1)
     wanted = token < num_tokens
     tl.store(positions + token, position.to(tl.int64), mask=wanted)
     tl.store(slot_mapping + token, slot, mask=wanted)

@@ -1,10 +1,10 @@
 """How do the warps of a Hopper multiprocessor share attention? One fetches, two groups of four compute.
 
 A program stays, and takes tile after tile. Its fetching warp has TMA copy queries, and keys and values page by page, to rings of
-slots in shared memory, as far ahead as there are slots; each group of warps takes its half of the rows of a tile, and while one
-waits for the tensor cores, or computes a softmax, the other goes on. What is full and what is empty, barriers in shared memory say.
-Which tile comes when, and which blocks of keys it visits, every warp computes for itself from the same numbers. The score and the
-visited blocks are the printed functions of the general kernel (`general_triton`), read as Gluon: Triton with layouts and warps.
+slots in shared memory, as far ahead as there are slots; each group of warps takes its half of the rows of a tile, and the two take
+turns at the tensor cores. What is full and what is empty, and whose turn it is, barriers in shared memory say. Which tile comes
+when, and which blocks of keys it visits, the fetching warp computes, and notes in shared memory beside what it fetches. The score
+and the visited blocks are the printed functions of the general kernel (`general_triton`): Gluon is Triton with layouts and warps.
 """
 
 from __future__ import annotations
@@ -19,95 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from compile_attn.kernels.hopper_tiles_triton import count_blocks, start_of, tile_at
+
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 _shared = gl.shared_memory_descriptor
 seen_as = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # public since Triton 3.9
 fetch_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.9
-
-SEQUENCES = gl.constexpr(256)  # looked through at once
-
-
-@gluon.jit
-def add(a, b):  # type: ignore[no-untyped-def]
-    return a + b
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def blocks_of(some, batch, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Of some sequences: number, first token, and how many blocks of tokens this launch serves. Pad tokens are one more."""
-    starts, num_tokens, num_sequences = batch[2], batch[4], batch[5]
-    each = some + gl.arange(0, SEQUENCES, layout=gl.BlockedLayout([8], [32], [WARPS], [0]))
-    begin = gl.load(starts + each, mask=each <= num_sequences, other=num_tokens)
-    end = gl.load(starts + each + 1, mask=each < num_sequences, other=num_tokens)
-    blocks = (end - begin + PLAN.block_q - 1) // PLAN.block_q
-    if PLAN.few < 0:
-        blocks = gl.where((end - begin > -PLAN.few) | (each == num_sequences), blocks, 0)
-    return each, begin, blocks
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def count_blocks(batch, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Of all sequences."""
-    total = gl.to_tensor(0)
-    for some in range(0, batch[5] + 1, SEQUENCES):
-        _, _, blocks = blocks_of(some, batch, PLAN, WARPS)
-        total += gl.sum(blocks, 0)
-    return total
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def find(block, batch, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The sequence of a block of tokens, and its first token."""
-    starts, num_tokens, num_sequences = batch[2], batch[4], batch[5]
-    b = num_sequences
-    first = num_tokens
-    if num_sequences == 1:  # nothing to look through
-        new = gl.load(starts + 1)
-        behind = block - (new + PLAN.block_q - 1) // PLAN.block_q
-        b = gl.where(behind < 0, 0, 1)
-        first = gl.where(behind < 0, block * PLAN.block_q, new + behind * PLAN.block_q)
-    else:
-        done = gl.to_tensor(0)
-        for some in range(0, num_sequences + 1, SEQUENCES):
-            each, begin, blocks = blocks_of(some, batch, PLAN, WARPS)
-            ends = done + gl.associative_scan(blocks, 0, add)
-            mine = (block < ends) & (block >= ends - blocks)
-            b += gl.sum(gl.where(mine, each - num_sequences, 0), 0)
-            first += gl.sum(gl.where(mine, begin + (block - ends + blocks) * PLAN.block_q - num_tokens, 0), 0)
-            done += gl.sum(blocks, 0)
-    return b, first
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def tile_at(turn, blocks, batch, COUNT: gl.constexpr, PLAN: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's tile of that turn: late tokens first, which see the most keys, and every other turn in reverse order.
-
-    Sequence, first token and end of its tokens, tile of heads, position of token 0, number of keys, what tells the visited
-    blocks of keys, how many of them need a mask, and how many there are.
-    """
-    heads: gl.constexpr = PLAN.heads // PLAN.group
-    _, lengths, starts, _, num_tokens, num_sequences = batch
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    n = turn * programs + gl.where(turn % 2 == 1, programs - 1 - program, program)
-    head_tile = n % heads
-    b, first = find(blocks - 1 - n // heads, batch, PLAN, WARPS)
-    real = b < num_sequences
-    end = gl.load(starts + b + 1, mask=real, other=num_tokens)
-    length = gl.load(lengths + b, mask=real, other=0)
-    origin = length - end
-    last = gl.minimum(first + PLAN.block_q, end) - 1
-    clears, edges, seen = COUNT(gl.maximum(first + origin, 0), gl.maximum(last + origin, 0), head_tile * PLAN.group, length)
-    # A tile that sees nothing has a visit all the same, of no key at all: its output is to be written.
-    length = gl.where(clears + edges > 0, length, 0)
-    edges = gl.where(clears + edges > 0, edges, 1)
-    return gl.minimum(b, num_sequences - 1), first, end, head_tile, origin, length, seen, edges, clears + edges
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def start_of(k, edges, seen, CLEAR: gl.constexpr, EDGE: gl.constexpr, PLAN: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of the k-th visit: blocks that need a mask come first."""
-    return gl.maximum(gl.where(k < edges, EDGE(k, seen), CLEAR(k - edges, seen)), 0) * PLAN.block_n
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -136,6 +53,31 @@ def fetch(pool, ring, full, slot, rows, channel, PLAN: gl.constexpr, CUT: gl.con
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
+def note(page, numbers):  # type: ignore[no-untyped-def]
+    """Written by the one warp that fetches; whoever waits for what is fetched next finds it."""
+    SIZE: gl.constexpr = page.shape[0]
+    n = gl.arange(0, SIZE, layout=gl.BlockedLayout([SIZE], [32], [1], [0]))
+    line = gl.to_tensor(0) + n * 0
+    for each in gl.static_range(SIZE):
+        line = gl.where(n == each, numbers[each], line)
+    page.store(line)
+    barrier()
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
+def noted(page):  # type: ignore[no-untyped-def]
+    """The numbers of a note. Each thread reads them all, so that to pick one is to name a register."""
+    SIZE: gl.constexpr = page.shape[0]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([SIZE], [32], [4], [0])
+    line = page.load(LAYOUT)
+    n = gl.arange(0, SIZE, layout=LAYOUT)
+    found = ()
+    for each in gl.static_range(SIZE):
+        found = found + (gl.sum(gl.where(n == each, line, 0), 0),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
 def advance(slot, phase, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     slot += 1
     phase = gl.where(slot == STAGES, phase ^ 1, phase)
@@ -144,23 +86,25 @@ def advance(slot, phase, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def produce(  # type: ignore[no-untyped-def]
-    turns, blocks, batch, nowhere, q, keys, values, rings, bars,
+    tiles, blocks, batch, nowhere, q, keys, values, rings, notes, bars,
     COUNT: gl.constexpr, CLEAR: gl.constexpr, EDGE: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches."""
+    """The warp that fetches, and that alone knows what comes next: with queries and with keys goes a note of what they are."""
     PARTS: gl.constexpr = PLAN.block_d // CUT.part
     TOKENS: gl.constexpr = CUT.rows // PLAN.group
     GROUPS: gl.constexpr = CUT.groups
     qs, ks, vs = rings
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = bars
     slot, phase = gl.to_tensor(0), gl.to_tensor(1)
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(1)
-    for turn in range(0, turns):
-        b, first, _, head_tile, _, length, seen, edges, visits = tile_at(turn, blocks, batch, COUNT, PLAN, 1)
+    for t in range(0, tiles):
+        b, first, end, head_tile, origin, length, seen, edges, visits = tile_at(t, blocks, batch, COUNT, PLAN)
         channel = head_tile // PLAN.groups * PLAN.block_d
         pages = batch[0] + b.to(gl.int64) * batch[3]
-        rows = rows_of(start_of(0, edges, seen, CLEAR, EDGE, PLAN), length, pages, nowhere, PLAN, CUT)
+        start = start_of(0, visits - edges, seen, CLEAR, EDGE, PLAN)
+        rows = rows_of(start, length, pages, nowhere, PLAN, CUT)
         mbarrier.wait(q_empty.index(q_slot), q_phase)
+        note(notes[0].index(q_slot), (b, first, end, head_tile, origin, length, edges, visits))
         mbarrier.expect(q_full.index(q_slot), GROUPS * CUT.rows * PLAN.block_d * 2)
         for g in gl.static_range(GROUPS):
             for h in gl.static_range(PARTS):
@@ -169,14 +113,15 @@ def produce(  # type: ignore[no-untyped-def]
                 fetch_box(q, at, q_full.index(q_slot), buffer)
         q_slot, q_phase = advance(q_slot, q_phase, CUT.q_stages)
         for k in range(0, visits):
-            following = start_of(gl.minimum(k + 1, visits - 1), edges, seen, CLEAR, EDGE, PLAN)
+            following = start_of(gl.minimum(k + 1, visits - 1), visits - edges, seen, CLEAR, EDGE, PLAN)
             ahead = rows_of(following, length, pages, nowhere, PLAN, CUT)
             mbarrier.wait(k_empty.index(slot), phase)
+            note(notes[1].index(slot), (start,))
             fetch(keys, ks, k_full, slot, rows, channel, PLAN, CUT)
             mbarrier.wait(v_empty.index(slot), phase)
             fetch(values, vs, v_full, slot, rows, channel, PLAN, CUT)
             slot, phase = advance(slot, phase, CUT.stages)
-            rows = ahead
+            start, rows = following, ahead
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -212,20 +157,24 @@ def clear_behind(values, owned, PLAN: gl.constexpr):  # type: ignore[no-untyped-
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
+def multiplied(queries, keys, S: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The products of queries and a block of keys, under way."""
+    zeros = gl.full([CUT.rows, PLAN.block_n], 0.0, gl.float32, layout=S)
+    return warpgroup_mma(queries, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
 def visit(  # type: ignore[no-untyped-def]
-    k, edges, seen, queries, acc, top, total, slot, phase, row, captured, length, ks, vs, bars,
-    SCORE: gl.constexpr, CLEAR: gl.constexpr, EDGE: gl.constexpr, MASKED: gl.constexpr,
+    s, start, queries, acc, top, total, slot, phase, turn, row, captured, length, ks, vs, starts, bars,
+    GROUP: gl.constexpr, SCORE: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr,
     S: gl.constexpr, OUT: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """One block of keys joins the running softmax. A slot is let go as soon as the product that reads it is done: Triton puts a
-    barrier of the group before an arrival, which one thread makes for all."""
-    _, _, k_full, k_empty, v_full, v_empty = bars
-    start = start_of(k, edges, seen, CLEAR, EDGE, PLAN)
-    mbarrier.wait(k_full.index(slot), phase)
-    zeros = gl.full([CUT.rows, PLAN.block_n], 0.0, gl.float32, layout=S)
-    s = warpgroup_mma(queries, ks.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(k_empty.index(slot), count=1)
+    """One block of keys joins the running softmax, and the queries are multiplied with the next one.
+
+    The groups take turns at the tensor cores: one multiplies while the other computes exponentials. A slot is let go as soon as the
+    product that reads it is done: Triton puts a barrier of the group before an arrival, which one thread makes for all.
+    """
+    _, _, k_full, k_empty, v_full, v_empty, turns = bars
     value = scored(s, start, row, captured, length, S, SCORE, MASKED, PLAN)
     higher = gl.maximum(top, gl.max(value, 1))
     against = gl.where(higher == float("-inf"), 0.0, higher) * PLAN.factor  # nothing visible yet: no -inf minus -inf
@@ -239,10 +188,22 @@ def visit(  # type: ignore[no-untyped-def]
     if MASKED:  # noqa: SIM102  a constant, and a number of the device
         if (start < length) & (start + PLAN.block_n > length):
             clear_behind(vs.index(slot), length - start, PLAN)
-    acc = warpgroup_mma(p, vs.index(slot), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    after, after_phase = advance(slot, phase, CUT.stages)
+    if LAST:
+        mbarrier.wait(turns.index(GROUP), turn)
+        acc = warpgroup_mma(p, vs.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    else:
+        mbarrier.wait(k_full.index(after), after_phase)
+        (start,) = noted(starts.index(after))
+        mbarrier.wait(turns.index(GROUP), turn)
+        s = multiplied(queries, ks.index(after), S, PLAN, CUT)
+        acc = warpgroup_mma(p, vs.index(slot), acc, is_async=True)
+        acc, s = warpgroup_mma_wait(0, deps=(acc, s))
+        mbarrier.arrive(k_empty.index(after), count=1)
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
     mbarrier.arrive(v_empty.index(slot), count=1)
-    return acc, higher, total
+    return s, start, acc, higher, total, after, after_phase, turn ^ 1
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -271,11 +232,10 @@ def write(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def consume(  # type: ignore[no-untyped-def]
-    GROUP: gl.constexpr, turns, blocks, batch, captured, out, rings, bars,
-    PER_ROW: gl.constexpr, SCORE: gl.constexpr, SINK: gl.constexpr,
-    COUNT: gl.constexpr, CLEAR: gl.constexpr, EDGE: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
+    GROUP: gl.constexpr, tiles, captured, out, rings, notes, bars,
+    PER_ROW: gl.constexpr, SCORE: gl.constexpr, SINK: gl.constexpr, PLAN: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """A group of four warps that computes."""
+    """A group of four warps that computes. It asks nothing but what the notes say."""
     N: gl.constexpr = PLAN.block_n
     D: gl.constexpr = PLAN.block_d
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
@@ -286,36 +246,50 @@ def consume(  # type: ignore[no-untyped-def]
     qs = seen_as(rings[0], PLAN.dot, [CUT.q_stages * CUT.groups, CUT.rows, D], SHARED)
     ks = seen_as(rings[1], PLAN.dot, [CUT.stages, N, D], SHARED)
     vs = seen_as(rings[2], PLAN.dot, [CUT.stages, N, D], SHARED)
+    q_full, q_empty, k_full, k_empty, _, _, turns = bars
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
-    for turn in range(0, turns):
-        b, first, end, head_tile, origin, length, seen, edges, visits = tile_at(turn, blocks, batch, COUNT, PLAN, 4)
+    turn = gl.to_tensor(1 - GROUP)  # the first group's comes at once
+    for _ in range(0, tiles):
+        mbarrier.wait(q_full.index(q_slot), q_phase)
+        b, first, end, head_tile, origin, length, edges, visits = noted(notes[0].index(q_slot))
         r = GROUP * CUT.rows + gl.arange(0, CUT.rows, layout=R)
         head = (head_tile * PLAN.group + r % PLAN.group).to(PLAN.whole)
         i = gl.maximum(first + r // PLAN.group + origin, 0).to(PLAN.whole)
         row = PER_ROW(b.to(PLAN.whole), head[:, None], i[:, None], captured)
         acc, top, total = begin(b.to(PLAN.whole), head, i, captured, SINK, R, OUT, PLAN, CUT)
         queries = qs.index(q_slot * CUT.groups + GROUP)
-        mbarrier.wait(bars[0].index(q_slot), q_phase)
-        for k in range(0, edges):
-            acc, top, total = visit(
-                k, edges, seen, queries, acc, top, total, slot, phase, row, captured, length, ks, vs, bars,
-                SCORE, CLEAR, EDGE, True, S, OUT, PLAN, CUT,
+        mbarrier.wait(k_full.index(slot), phase)
+        (start,) = noted(notes[1].index(slot))
+        mbarrier.wait(turns.index(GROUP), turn)
+        s = multiplied(queries, ks.index(slot), S, PLAN, CUT)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(turns.index(1 - GROUP), count=1)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        turn ^= 1
+        clears = gl.minimum(visits - edges, visits - 1)
+        for _ in range(0, clears):
+            s, start, acc, top, total, slot, phase, turn = visit(
+                s, start, queries, acc, top, total, slot, phase, turn, row, captured, length, ks, vs, notes[1], bars,
+                GROUP, SCORE, False, False, S, OUT, PLAN, CUT,
             )  # fmt: skip
-            slot, phase = advance(slot, phase, CUT.stages)
-        for k in range(edges, visits):
-            acc, top, total = visit(
-                k, edges, seen, queries, acc, top, total, slot, phase, row, captured, length, ks, vs, bars,
-                SCORE, CLEAR, EDGE, False, S, OUT, PLAN, CUT,
+        for _ in range(clears, visits - 1):
+            s, start, acc, top, total, slot, phase, turn = visit(
+                s, start, queries, acc, top, total, slot, phase, turn, row, captured, length, ks, vs, notes[1], bars,
+                GROUP, SCORE, True, False, S, OUT, PLAN, CUT,
             )  # fmt: skip
-            slot, phase = advance(slot, phase, CUT.stages)
+        # Whatever the last block is: a mask hides nothing in one that needs none.
+        _, start, acc, top, total, slot, phase, turn = visit(
+            s, start, queries, acc, top, total, slot, phase, turn, row, captured, length, ks, vs, notes[1], bars,
+            GROUP, SCORE, True, True, S, OUT, PLAN, CUT,
+        )  # fmt: skip
         acc = acc * gl.convert_layout(1.0 / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, OUT))[:, None]
         barrier()
         queries.store(acc.to(PLAN.dot))  # its queries are read: room in which rows become whole lines of memory
         barrier()
         write(queries.load(STORE), first, end, head_tile, out, STORE, GROUP, PLAN, CUT)
         fence_async_shared()
-        mbarrier.arrive(bars[1].index(q_slot), count=1)
+        mbarrier.arrive(q_empty.index(q_slot), count=1)
         q_slot, q_phase = advance(q_slot, q_phase, CUT.q_stages)
 
 
@@ -344,27 +318,27 @@ def attend(  # type: ignore[no-untyped-def]
     qs = gl.allocate_shared_memory(PLAN.dot, [CUT.q_stages * CUT.groups * PARTS, TOKENS, PLAN.group, CUT.part], q.layout)
     ks = gl.allocate_shared_memory(PLAN.dot, [CUT.stages * PARTS * CUT.pages, CUT.box, CUT.part], keys.layout)
     vs = gl.allocate_shared_memory(PLAN.dot, [CUT.stages * PARTS * CUT.pages, CUT.box, CUT.part], values.layout)
+    of_tiles = gl.allocate_shared_memory(gl.int32, [CUT.q_stages, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    of_visits = gl.allocate_shared_memory(gl.int32, [CUT.stages, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    notes = of_tiles, of_visits
     of_queries = barriers(1, CUT.q_stages), barriers(CUT.groups, CUT.q_stages)
     of_keys = barriers(1, CUT.stages), barriers(CUT.groups, CUT.stages)
     of_values = barriers(1, CUT.stages), barriers(CUT.groups, CUT.stages)
     fence_async_shared()
     rings = qs, ks, vs
-    bars = of_queries + of_keys + of_values
+    of_groups = (barriers(1, 2),)  # whose turn it is
+    bars = of_queries + of_keys + of_values + of_groups
     batch = table, lengths, starts, width, num_tokens, num_sequences
     blocks = count_blocks(batch, PLAN, 4)
     programs = gl.num_programs(0)
-    turns = blocks * heads // programs
-    place = gl.where(turns % 2 == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
-    turns += gl.where(place < blocks * heads - turns * programs, 1, 0)
+    tiles = blocks * heads // programs
+    place = gl.where(tiles % 2 == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
+    tiles += gl.where(place < blocks * heads - tiles * programs, 1, 0)
     gl.warp_specialize(
         [
-            (consume, (
-                0, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
-            )),
-            (consume, (
-                1, turns, blocks, batch, captured, out, rings, bars, PER_ROW, SCORE, SINK, COUNT, CLEAR, EDGE, PLAN, CUT,
-            )),
-            (produce, (turns, blocks, batch, nowhere, q, keys, values, rings, bars, COUNT, CLEAR, EDGE, PLAN, CUT)),
+            (consume, (0, tiles, captured, out, rings, notes, bars, PER_ROW, SCORE, SINK, PLAN, CUT)),
+            (consume, (1, tiles, captured, out, rings, notes, bars, PER_ROW, SCORE, SINK, PLAN, CUT)),
+            (produce, (tiles, blocks, batch, nowhere, q, keys, values, rings, notes, bars, COUNT, CLEAR, EDGE, PLAN, CUT)),
         ],
         [4, 1],
         [CUT.registers, CUT.few_registers],

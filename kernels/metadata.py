@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from compile_attn.kernels.batch import build_metadata, page_bounds
+from compile_attn.kernels.batch import NO_LIMIT, build_metadata, page_bounds
 
 
 class PagedKV(NamedTuple):
@@ -37,8 +39,9 @@ class AttentionMetadata:
     page * page_size + offset, -1 for pad tokens; token_seq [T], the row of each token.
 
     The rest the host knows without waiting. The first `num_prefills` rows hold prompts or chunks of them, `num_prefill_tokens`
-    new tokens; to kernels all rows are alike. `lengths`: (seq_len, query_len) of each row; None where the device alone knows.
-    `is_profile_run`: there are no pages yet: the table is [B, 0], and all slots are -1.
+    new tokens; to kernels all rows are alike. None where the device alone knows: `lengths`, (seq_len, query_len) of each row, and
+    `held_pages`, how many columns of its table are pages of its own. `is_profile_run`: there are no pages yet: the table is [B, 0],
+    and all slots are -1.
     """
 
     block_table: torch.Tensor
@@ -52,6 +55,7 @@ class AttentionMetadata:
     num_prefills: int = 0
     num_prefill_tokens: int = 0
     lengths: tuple[tuple[int, int], ...] | None = None
+    held_pages: tuple[int, ...] | None = None
     is_profile_run: bool = False
 
     @classmethod
@@ -63,7 +67,11 @@ class AttentionMetadata:
         num_tokens: int,
         page_size: int,
     ) -> AttentionMetadata:
-        """Everything else from tables and lengths, on their device, without a host read."""
+        """Everything else from tables and lengths, on their device, without a host read.
+
+        A token for which its row has no page, as the table ends or has a number below 0 there, is a ValueError on a CPU, and gets
+        slot -1 on a GPU, where nobody waits for lengths.
+        """
         derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
         return cls(block_table, seq_lens, query_lens, *derived, page_size)
 
@@ -94,21 +102,28 @@ class AttentionMetadata:
         derived = build_metadata(self.block_table, self.seq_lens, self.query_lens, self.num_tokens, self.page_size)
         for buffer, new in zip(held, derived, strict=True):
             buffer.copy_(new)
-        pads = ((0, 0),) * (self.block_table.shape[0] - rows)
-        lengths = None if other.lengths is None else (*other.lengths, *pads)
-        return replace(self, num_prefills=other.num_prefills, num_prefill_tokens=other.num_prefill_tokens, lengths=lengths)
+        pads = self.block_table.shape[0] - rows
+        return replace(
+            self,
+            num_prefills=other.num_prefills,
+            num_prefill_tokens=other.num_prefill_tokens,
+            lengths=None if other.lengths is None else (*other.lengths, *((0, 0),) * pads),
+            held_pages=None if other.held_pages is None else (*other.held_pages, *(0,) * pads),
+        )
 
     def advance_step(self) -> AttentionMetadata:
         """The batch one decoded token later: every row with new tokens has one new token at its end. Prefills become decodes.
 
-        ValueError in a profile run: there is no page for a key.
+        ValueError in a profile run, and where the host knows that a row has no page for its new token.
         """
         self._check_pages("advance_step")
+        self._check_room()
         live = (self.query_lens > 0).to(torch.int32)
         rows = self.block_table.shape[0]
         made = AttentionMetadata.build(self.block_table, self.seq_lens + live, live, rows, self.page_size)
         known = self.lengths
-        return made if known is None else replace(made, lengths=tuple((seq + (new > 0), int(new > 0)) for seq, new in known))
+        lengths = None if known is None else tuple((seq + (new > 0), int(new > 0)) for seq, new in known)
+        return replace(made, lengths=lengths, held_pages=self.held_pages)
 
     # Views
 
@@ -139,6 +154,7 @@ class AttentionMetadata:
             num_prefills=0 if rows.start else self.num_prefills,
             num_prefill_tokens=0 if rows.start else self.num_prefill_tokens,
             lengths=None if self.lengths is None else self.lengths[rows],
+            held_pages=None if self.held_pages is None else self.held_pages[rows],
         )
 
     # What follows from the tensors, on their device
@@ -205,6 +221,17 @@ class AttentionMetadata:
         if self.is_profile_run:
             raise ValueError(f"{what}: a profile run has no pages, and ends after its step; build the batch with pages")
 
+    def _check_room(self) -> None:
+        """Columns behind a row's own pages are 0, which is another's page."""
+        if self.lengths is None or self.held_pages is None:
+            return
+        for row, ((seq, new), pages) in enumerate(zip(self.lengths, self.held_pages, strict=True)):
+            if new and seq >= pages * self.page_size:
+                raise ValueError(
+                    f"advance_step: row {row} has {seq} tokens in {pages} pages of {self.page_size}, and no room for another; "
+                    f"build the batch with {seq // self.page_size + 1} pages for it"
+                )
+
     def _sizes(self) -> str:
         rows, width = self.block_table.shape
         kind = "a profile run" if self.is_profile_run else "a batch"
@@ -223,8 +250,10 @@ class AttentionMetadataBuilder:
     def add(self, pages: Sequence[int] | None, seq_len: int, query_len: int, *, prefill: bool = False) -> None:
         """A sequence of seq_len tokens, the last query_len of them new, in these pages. All 0: a pad row.
 
+        A page may stand there twice, as in a ring of pages, unless two new tokens then have one slot.
         No pages at all, None, for all sequences or none: a profile run, without a cache, in which every token is new.
         """
+        self._check_whole(() if pages is None else pages, (seq_len, query_len))
         needed = -(-seq_len // self.page_size)
         fits = query_len == seq_len if pages is None else needed <= len(pages) <= self.max_pages
         if not 0 <= query_len <= seq_len or not fits:
@@ -237,9 +266,34 @@ class AttentionMetadataBuilder:
             raise ValueError("sequences with pages beside one with pages=None; a profile run has pages for none of them")
         if prefill and self._prefills < len(self._lengths):
             raise ValueError(f"a prefill after {len(self._lengths) - self._prefills} decodes; add prefills first")
-        self._tables.append(None if pages is None else [*pages, *[0] * (self.max_pages - len(pages))])
+        if pages is not None:
+            self._check_slots(pages, seq_len, query_len)
+        self._tables.append(None if pages is None else list(pages))
         self._lengths.append((seq_len, query_len))
         self._prefills += prefill
+
+    def _check_whole(self, pages: Sequence[int], lengths: Sequence[int]) -> None:
+        for name, each, least in (("page", pages, 0), ("length", lengths, -NO_LIMIT)):
+            for one in each:
+                if isinstance(one, (bool, np.bool_)) or not isinstance(one, Integral) or not least <= one <= NO_LIMIT:
+                    cure = "pages count from 0; the table is padded by itself" if name == "page" else "give tokens"
+                    raise ValueError(f"{name} {one!r} of a sequence is no whole number of int32; {cure}")
+
+    def _check_slots(self, pages: Sequence[int], seq_len: int, query_len: int) -> None:
+        """Of two new tokens in one slot only one would stay, and nobody could tell which."""
+        size, first = self.page_size, seq_len - query_len
+        written = [*pages][first // size : -(-seq_len // size)] if query_len else ()
+        if len(set(written)) == len(written):
+            return
+        taken: dict[tuple[int, int], int] = {}
+        for position in range(first, seq_len):
+            slot = (pages[position // size], position % size)
+            if slot in taken:
+                raise ValueError(
+                    f"page {slot[0]} stands twice in {list(pages)}, so the new tokens at positions {taken[slot]} and {position} "
+                    "have one slot; give them pages of their own, or fewer tokens a step"
+                )
+            taken[slot] = position
 
     def build(self, device: torch.device | str = "cpu", num_tokens: int | None = None) -> AttentionMetadata:
         """The metadata; `num_tokens` above the sum of new tokens adds pad tokens."""
@@ -247,12 +301,16 @@ class AttentionMetadataBuilder:
         if not self._tables or (num_tokens is not None and num_tokens < total):
             raise ValueError(f"{len(self._tables)} sequences with {total} new tokens in num_tokens={num_tokens}; give room for all")
         seq_lens, query_lens = zip(*self._lengths, strict=True)
-        room = [0] * max(1, -(-max(seq_lens) // self.page_size))  # of a profile run, while positions are counted
-        tables = [room if table is None else table for table in self._tables]
+        held = tuple(0 if table is None else len(table) for table in self._tables)
+        width = self.max_pages
+        if self._tables[0] is None:  # of a profile run, while positions are counted
+            width = max(1, -(-max(seq_lens) // self.page_size))
+        tables = [[*(table or ()), *[0] * (width - pages)] for table, pages in zip(self._tables, held, strict=True)]
         parts = [torch.tensor(part, dtype=torch.int32, device=device) for part in (tables, seq_lens, query_lens)]
         made = AttentionMetadata.build(parts[0], parts[1], parts[2], total if num_tokens is None else num_tokens, self.page_size)
         if self._tables[0] is None:
             slots = torch.full_like(made.slot_mapping, -1)
             made = replace(made, block_table=made.block_table[:, :0], slot_mapping=slots, is_profile_run=True)
-        prefill_tokens = sum(query_lens[: self._prefills])
-        return replace(made, num_prefills=self._prefills, num_prefill_tokens=prefill_tokens, lengths=tuple(self._lengths))
+        news = sum(query_lens[: self._prefills])
+        known = tuple(self._lengths)
+        return replace(made, num_prefills=self._prefills, num_prefill_tokens=news, lengths=known, held_pages=held)

@@ -83,8 +83,8 @@ def rows_of(frame: Frame, row: sympy.Expr, anchor: Anchor, product: fx.Node, bat
     query = _query(frame, row, product)
     rest = [axis for axis in frame.axes if axis is not query and axis.symbol != 0]
     batch = None
-    if batched and rest and rest[0].first and (len(rest) > 1 or not rest[0].size.is_Integer):
-        batch = rest.pop(0)
+    if batched and rest and rest[0].first and (len(rest) > 1 or len(frame.axes) > 2 or not rest[0].size.is_Integer):
+        batch = rest.pop(0)  # beside heads, of which there may be one
     if not all(axis.size.is_Integer for axis in rest):
         raise unreadable(
             anchor.softmax,

@@ -19,7 +19,7 @@ from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.passes import lower
 from compile_attn.passes.cleanup import cleanup, relax_views
 from compile_attn.passes.graph import Location, location, placeholders, same_size
-from compile_attn.passes.imposed import check_lengths, impose
+from compile_attn.passes.imposed import check_lengths, impose, unnarrowed
 from compile_attn.passes.lower import STEP_INPUTS, LayerKV, StepNodes
 from compile_attn.passes.merge_linears import Merged, merge_linears
 from compile_attn.passes.normalize import Normalized, normalize
@@ -118,6 +118,7 @@ def rewrite_stateless(
         rewritten, refused = _fuse_all(normalized, sites, kernel, None, needs_grad)
         if rewritten:
             cleanup(normalized.module.graph)
+        refused += unnarrowed(normalized, sites, block_sparse)
     if normalized.flex and (rejected or refused or len(rewritten) < normalized.flex):
         return Rewriting(gm, Report("stateless", (), (*rejected, *refused), (), clock.seconds, before, before))
     with clock.phase("lower"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ hypothesis.settings.register_profile("steady", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
 hypothesis.settings.load_profile("steady")
 
+# Tracing makes garbage by the million. What tests import is looked through once, and what they make now and then, not after each
+# compilation: that took every seventh second.
+gc.set_threshold(100_000, 50, 100)
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it decides when a kernel is defined
 
@@ -24,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Or libraries complain of what they think was left behind."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -115,6 +115,19 @@ class Shared:
         assert np.shares_memory(flat, self.array)
         return Matrices(flat.transpose(0, 2, 1, 3), dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def now(self) -> Array:
+        return self.array.copy()
+
+    def store(self, x: Any) -> None:
+        self.array[...] = x.handle.data.reshape(self.array.shape)
+
+    def load(self, layout: Any) -> Any:
+        return tensor(self.now(), self.dtype)
+
 
 class Matrices(Shared):
     """Rows in parts, without a copy."""
@@ -129,12 +142,6 @@ class Matrices(Shared):
     def now(self) -> Array:
         whole = self.array.reshape(self.array.shape[0], -1)
         return (whole.T if self.turned else whole).copy()
-
-    def store(self, x: Any) -> None:
-        self.array[...] = x.handle.data.reshape(self.array.shape)
-
-    def load(self, layout: Any) -> Any:
-        return tensor(self.now(), self.dtype)
 
 
 class Barrier:
@@ -212,7 +219,9 @@ def copy(described: Any, at: Sequence[Any], bar: Barrier, buffer: Shared) -> Non
 
 def room(dtype: Any, shape: Sequence[Any], layout: Any) -> Any:
     sizes = [number(each) for each in shape]
-    return Barriers(sizes[0]) if dtype == tl.int64 else Shared(np.full(sizes, np.nan, np.float16), dtype)
+    if dtype == tl.int64:
+        return Barriers(sizes[0])
+    return Shared(np.full(sizes, -(1 << 20), np.int32) if dtype == tl.int32 else np.full(sizes, np.nan, np.float16), dtype)
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -227,9 +236,10 @@ def words() -> dict[str, types.ModuleType]:
         made.__dict__.update(found)
         return made
 
-    layouts = ("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout")
+    layouts = ("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout")
+    shared_layouts = ("NVMMASharedLayout", "SwizzledSharedLayout")
     gl = module(
-        **dict.fromkeys((*layouts, "barrier"), nothing),
+        **dict.fromkeys((*layouts, *shared_layouts, "barrier"), nothing),
         arange=lambda low, high, layout: tl.arange(low, high),
         full=lambda shape, value, dtype, layout: tl.full([number(each) for each in shape], value, dtype),
         to_tensor=lambda value: tl.full((), value, tl.int32),
@@ -259,15 +269,18 @@ def words() -> dict[str, types.ModuleType]:
 
 
 @functools.cache
-def interpreted(name: str) -> Any:
-    """The module of that name, its Gluon kernels as Triton's interpreter runs them with these words."""
+def interpreted(*names: str) -> tuple[Any, ...]:
+    """These modules, each of which may import those before it, their Gluon kernels as Triton's interpreter runs them."""
     import triton.experimental
 
-    found = importlib.util.find_spec(name)
-    assert found is not None and found.loader is not None
-    module, made = importlib.util.module_from_spec(found), words()
+    made, modules = words(), []
     instead = mock.patch.object(triton.experimental, "gluon", made["triton.experimental.gluon"], create=True)
     with mock.patch.dict(sys.modules, made), instead:
-        found.loader.exec_module(module)
-    module.__dict__["tl"] = tl  # the interpreter finds Triton's words, which it replaces, in a function's module
-    return module
+        for each in names:
+            found = importlib.util.find_spec(each)
+            assert found is not None and found.loader is not None
+            sys.modules[each] = module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+            module.__dict__["tl"] = tl  # the interpreter finds Triton's words, which it replaces, in a function's module
+            modules.append(module)
+    return tuple(modules)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from compile_attn.cache import Chunk, PagedKVCache
+from compile_attn.cache import CachedSequence, Chunk, PagedKVCache
 from compile_attn.lm import PagedLM
 from compile_attn.passes.report import RefusedError
 from compile_attn.sampling import Sampling
@@ -210,10 +211,58 @@ def test_use_after_close() -> None:
     for use in uses:
         with pytest.raises(ValueError, match="this PagedLM is closed; make a new one"):
             use()
-    for use in (lm.cache.add, lm.cache.step_inputs, lambda: lm.cache.batch([])):
-        with pytest.raises(ValueError, match="this PagedKVCache is closed"):
-            use()
     lm.close()
+
+
+def public(owner: type, kind: type) -> list[str]:
+    """Methods or properties that a class shows."""
+    return sorted(name for name, what in vars(owner).items() if isinstance(what, kind) and not name.startswith("_"))
+
+
+ARITHMETIC = {"pages_for"}  # says nothing about the cache
+
+
+@pytest.mark.parametrize("name", sorted({*public(PagedKVCache, FunctionType)} - {"close", *ARITHMETIC}))
+def test_every_method_of_a_closed_cache_is_refused(name: str) -> None:
+    """Of a cache that has sequences and a batch which was run, and of an empty one."""
+    for kept in (True, False):
+        with PagedLM(tiny(), **SMALL) as lm:
+            cache, seq = lm.cache, CachedSequence()
+            if kept:
+                seq = cache.add()
+                lm._runner.logits([Chunk(seq, [1])])
+        use = getattr(cache, name)
+        fitting = {
+            "resize": [64], "pages_to_admit": [[1]], "pages_wanted": [seq, 1], "keep": [seq, [1]], "fork": [seq],
+            "truncate": [seq, 0], "free": [seq], "batch": [[Chunk(seq, [1])]], "width_of": [[Chunk(seq, [1])]],
+            "dead_batch": [(2, 2), 4], "check_inputs": [None, None], "bind": [[], None],
+        }  # fmt: skip
+        with pytest.raises(ValueError, match="this PagedKVCache is closed; make a new one"):
+            use(*fitting.get(name, []))
+        cache.close()
+
+
+def test_what_can_be_read_of_a_closed_one() -> None:
+    """Its report and what was counted; there are no pages any more."""
+    pages = ("k_pages", "v_pages")
+    with PagedLM(tiny(), **SMALL) as lm:
+        lm.generate([[1, 2]], max_new_tokens=2)
+        told = [(name, getattr(lm, name)) for name in public(PagedLM, property)]
+        counted = [(name, getattr(lm.cache, name)) for name in public(PagedKVCache, property) if name not in pages]
+    assert [(name, getattr(lm, name)) for name, _ in told] == told
+    assert [(name, getattr(lm.cache, name)) for name, _ in counted] == counted
+    for name in pages:
+        with pytest.raises(ValueError, match="this PagedKVCache is closed"):
+            getattr(lm.cache, name)
+
+
+@pytest.mark.parametrize("name", sorted({*public(PagedLM, FunctionType)} - {"close"}))
+def test_every_method_of_a_closed_server_is_refused(name: str) -> None:
+    with PagedLM(tiny(), **SMALL) as lm:
+        request = lm.submit([1, 2])
+    fitting = {"generate": [[[1]]], "stream": [[[1]]], "submit": [[1]], "cancel": [request]}
+    with pytest.raises(ValueError, match="this PagedLM is closed; make a new one"):
+        getattr(lm, name)(*fitting.get(name, []))
 
 
 # The cache by itself

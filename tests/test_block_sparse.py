@@ -86,8 +86,7 @@ def test_stateless_equals_oracle(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 2)])
-@pytest.mark.parametrize("page_size", [3, 32])
+@pytest.mark.parametrize(("heads", "kv_heads", "page_size"), [(4, 4, 32), (4, 1, 3), (6, 2, 3), (6, 2, 32)])
 def test_groups_and_page_sizes(heads: int, kv_heads: int, page_size: int) -> None:
     for sequences in (DECODE, MIXED):
         spec = spec_of("each head its own", heads, kv_heads, softcap=2.0, bias=SLOPE * (J - I), sinks=Load(2, H % 4))
@@ -106,8 +105,17 @@ def test_visible_blocks_shared_by_several_programs(monkeypatch: pytest.MonkeyPat
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [64, 80, 136])
-@pytest.mark.parametrize("name", ["heads alike", "each head its own", "larger blocks", "in a window", "sinks and window"])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("heads alike", 64),
+        ("each head its own", 80),
+        ("each head its own", 136),
+        ("larger blocks", 136),
+        ("in a window", 80),
+        ("sinks and window", 64),
+    ],
+)
 def test_tiles_of_16_bits(name: str, dim: int) -> None:
     """The tiles of a GPU: those of float32 are smaller. Several of each sequence, and of them some with no key to see."""
     spec = AttentionSpec(4, 2, dim, dim, MASKS[name], scale=0.1, softcap=3.0)

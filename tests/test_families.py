@@ -11,12 +11,21 @@ import pytest
 
 from compile_attn.passes.report import RefusedError
 from tests.models.families import FAMILIES, POSITIONS, VOCAB, Family, build
-from tests.models.harness import assert_context_matters, assert_same_logits, assert_same_tokens, paged, sees_the_future
+from tests.models.harness import (
+    assert_context_matters,
+    assert_same_logits,
+    assert_same_tokens,
+    assert_short_prompts_and_neighbours,
+    paged,
+    sees_the_future,
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what stock models, and Dynamo of them, warn of is not ours
 PAGED = [family for family in FAMILIES if family.refused is None]
 REFUSED = [family for family in FAMILIES if family.refused is not None]
 DEFAULT = [(family, family.forms[place % len(family.forms)]) for place, family in enumerate(PAGED)]
+TOGETHER = ("gemma3_text", "gpt_oss", "falcon-alibi")  # also with eight places and a large budget: all prompts in one batch, whole
+NEIGHBOURS = ("llama", "llama-bias", "bloom", "gpt_oss", "gemma3_text", "olmo3")  # llama-bias and olmo3 by SDPA, the others eagerly
 OTHERS = [(family, form) for family in PAGED for form in family.forms if (family, form) not in DEFAULT]
 
 
@@ -32,10 +41,16 @@ def _check(family: Family, form: str) -> None:
             paged(model, VOCAB)
         return
     assert_context_matters(model, VOCAB, family.sees_all)
-    case = paged(model, VOCAB)
+    together = family.name in TOGETHER
+    case = paged(model, VOCAB, max_seqs=8 if together else 2)
     assert case.lm.report is not None and case.lm.report.sites and not case.lm.report.rejected
     answers = assert_same_tokens(case)
     assert_same_logits(case, answers)
+    if family.name in NEIGHBOURS:
+        assert_short_prompts_and_neighbours(case)
+    if together:
+        case.lm._scheduler._max_batch_tokens = 128  # no graph knows it
+        assert assert_same_tokens(case) == answers
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=_name)
@@ -71,10 +86,3 @@ def test_positions_that_count_other_ids_than_padding(form: str) -> None:
 
 def test_there_are_enough_families() -> None:
     assert len({family.model_type for family in PAGED}) >= 34
-
-
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "falcon-alibi"])
-def test_more_sequences_at_once(name: str) -> None:
-    """Eight places and a large budget: all prompts in one batch, whole."""
-    family = next(one for one in FAMILIES if one.name == name)
-    assert_same_tokens(paged(build(family, "eager"), VOCAB, max_seqs=8, budget=128))

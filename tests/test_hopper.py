@@ -47,12 +47,17 @@ def switch_on(patch: pytest.MonkeyPatch) -> list[hopper.Prepared]:
     return launched
 
 
-def in_threads(patch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, with small tiles."""
+def modules() -> tuple[Any, ...]:
+    """Which tile comes when, and the kernel."""
     from tests.gluon_threads import interpreted
 
+    return interpreted("compile_attn.kernels.hopper_tiles_triton", "compile_attn.kernels.hopper_triton")
+
+
+def in_threads(patch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, with small tiles."""
     patch.setattr(hopper, "CUT", replace(hopper.CUT, rows=16, keys=16))
-    patch.setattr(hopper, "kernel", lambda: interpreted("compile_attn.kernels.hopper_triton"))
+    patch.setattr(hopper, "kernel", lambda: modules()[1])
     patch.setattr(hopper, "gluon", str)
     patch.setattr(hopper, "available", lambda device: True)
 
@@ -124,9 +129,7 @@ def test_any_number_of_programs(programs: int, threads: list[hopper.Prepared], m
 def test_more_sequences_than_are_looked_through_at_once(threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
 
-    from tests.gluon_threads import interpreted
-
-    monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton"), "SEQUENCES", tl.constexpr(4))
+    monkeypatch.setattr(modules()[0], "SEQUENCES", tl.constexpr(4))
     many = [(0, 20), (0, 0), (40, 1), (2, 1), (0, 0), (0, 25), (7, 4), (1, 1), (30, 25), (0, 0), (0, 9)]
     long(AttentionSpec(4, 2, 64, 64, scale=0.3), many)
     assert len(threads) == 1
@@ -247,10 +250,6 @@ def test_compiles_for_an_h200(tmp_path: Path) -> None:
     compile_for_an_h200(tmp_path, *SPECIAL)
 
 
-def test_it_is_off() -> None:
-    assert not hopper.ON
-
-
 # The threads show what they are for.
 
 
@@ -259,17 +258,17 @@ def test_it_is_off() -> None:
     ("word", "message"), [("arrive", "wait for each other"), ("wait", "a product reads it|nobody waits for|more arrivals")]
 )
 def test_barriers_are_needed(word: str, message: str, threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.gluon_threads import interpreted, nothing
+    from tests.gluon_threads import nothing
 
-    monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton").mbarrier, word, nothing)
+    monkeypatch.setattr(modules()[1].mbarrier, word, nothing)
     with pytest.raises(Exception, match=message):
         check(paged_batch(CAUSAL, [(0, 120), (9, 100)], page_size=16, dtype=torch.float16))
 
 
 @interpreted
 def test_values_that_are_not_owned_are_needed_zero(threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.gluon_threads import interpreted, nothing
+    from tests.gluon_threads import nothing
 
-    monkeypatch.setattr(interpreted("compile_attn.kernels.hopper_triton"), "clear_behind", nothing)
+    monkeypatch.setattr(modules()[1], "clear_behind", nothing)
     found = paged_batch(CAUSAL, PROMPTS, page_size=16, dtype=torch.float16).attend([], "general")
     assert found.isnan().any()

@@ -244,6 +244,93 @@ def test_models_that_it_does_not_fit(model: nn.Module, error: type[Exception], w
 
 
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_sequences_of_one_head_are_no_heads(batch: int) -> None:
+    """Their number may be a constant. Without an axis of heads nothing says which they are, but the reason says what to do."""
+    blocks = ONE.block_mask(5)[0].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    own = OneHead(lambda i, j: (j <= i) & blocks)
+    x, dense = torch.randn(batch, 1, 20, 8), OneHead(lambda i, j: j <= i)
+    torch.testing.assert_close(compiled(dense, ONE)(x), own(x), atol=1e-5, rtol=1e-5)
+    assert (dense(x) - own(x)).abs().max() > 0.1
+    spec = explain(dense, x).sites[0].spec
+    assert (spec.num_q_heads, spec.num_kv_heads) == (1, 1)
+
+    def flat(x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[1])
+        return (x @ x.mT).masked_fill(place[:, None] < place, float("-inf")).softmax(-1) @ x
+
+    if batch > 1:
+        with pytest.raises(ValueError, match=rf"has {batch} query heads .*sequences of one head, .* of their own: unsqueeze\(1\)"):
+            compiled(flat, ONE)(x[:, 0])
+
+
+def causal(shares: Tensor) -> Tensor:
+    return shares * torch.ones(shares.shape[-2:]).tril()
+
+
+NO_SOFTMAX: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": lambda q, k, v: causal((q @ k.mT).sigmoid()) @ v,
+    "linear, causal": lambda q, k, v: causal(q @ k.mT) @ v,
+    "linear, keys by values": lambda q, k, v: q @ (k.mT @ v),
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", causal(torch.einsum("bhid,bhjd->bhij", q, k).relu()), v),
+    "product and sum": lambda q, k, v: (causal(q @ k.mT).unsqueeze(-1) * v.unsqueeze(2)).sum(3),
+}
+
+
+class Beside(nn.Module):
+    """Softmax attention, and something else that sums over tokens."""
+
+    def __init__(self, other: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.other, self.w = other, nn.Linear(8, 8)
+        self.register_buffer("mix", torch.randn(32, 32))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.w(out) + self.other(q, k, self.w(v))
+
+
+TWO = BlocksparseParams(64, 2, 2, 4, 1, 4)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("length", [20, "dynamic"])
+@pytest.mark.parametrize("name", NO_SOFTMAX)
+def test_attention_without_a_softmax_is_not_passed_over(name: str, length: Any) -> None:
+    """Where a mask is asked for everywhere; `layers` says where it is meant."""
+    qkv = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    for each in qkv if length == "dynamic" else ():
+        torch._dynamo.mark_dynamic(each, 2)
+    model = Beside(NO_SOFTMAX[name])
+    why = r"no softmax before it, which block_sparse cannot narrow; say by layers=range\(1\)"
+    with pytest.raises(RefusedError, match=why) as refused:
+        compiled(model, TWO, on_rejected="keep")(*qkv)
+    [rejected] = refused.value.report.rejected
+    assert "test_seeds_block_sparse.py" in rejected.where.source
+    torch._dynamo.reset()
+    found = compiled(model, replace(TWO, layers=range(1)))(*qkv)
+    assert (found - model(*qkv)).abs().max() > 0.1
+    torch._dynamo.reset()
+    assert explain(model, *qkv).rejected == ()  # without the option it is not attention that could be served
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("length", [20, "dynamic"])
+@pytest.mark.parametrize("name", ["a mean", "a mixing weight", "shares of channels"])
+def test_sums_over_tokens_that_are_no_attention(name: str, length: Any) -> None:
+    others: dict[str, Callable[..., Tensor]] = {
+        "a mean": lambda q, k, v: (v * q[..., :1]).sum(2, keepdim=True) / q[..., :1].sum(2, keepdim=True),
+        "a mixing weight": lambda q, k, v: causal(model.mix[: q.shape[2], : q.shape[2]]) @ v,
+        "shares of channels": lambda q, k, v: (v.unsqueeze(-1) * k.unsqueeze(-2)).sum(-1),
+    }
+    model = Beside(others[name])
+    qkv = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    for each in qkv if length == "dynamic" else ():
+        torch._dynamo.mark_dynamic(each, 2)
+    compiled(model, TWO)(*qkv)
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_a_model_of_two_graphs_is_refused() -> None:
     """Which site is which layer could not be known."""
 

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partialmethod
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,9 +64,8 @@ def batch_of(rows: Sequence[Row], page_size: int, tokens: int | None = None, pre
         (4, [7, 3], 0, 6, [28, 29, 30, 31, 12, 13]),
         (4, [7, 3], 4, 3, [12, 13, 14]),
         (4, [7, 3, 9], 8, 1, [36]),
-        # The last three had a window of 8, 4 and 4 tokens, and -1 for 2, 4 and 0 tokens that it hides from the last one. Other
-        # new tokens see them: here each has its slot (see `test_a_window_takes_no_slot_away`).
-        (4, [0, 1, 0], 0, 10, [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]),
+        # These two and that of `test_a_ring_of_pages` had a window of 4, 4 and 8 tokens, and -1 for 4, 0 and 2 tokens that it hides
+        # from the last one. Other new tokens see them: here each has its slot (see `test_a_window_takes_no_slot_away`).
         (4, [0, 1, 2, 3], 4, 12, [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]),
         (4, [0, 1, 2], 6, 6, [6, 7, 8, 9, 10, 11]),
     ],
@@ -74,6 +74,23 @@ def test_slots(page_size: int, pages: list[int], context: int, new: int, slots: 
     made = batch_of([(pages, context + new, new)], page_size)
     assert made.slot_mapping.tolist() == slots and made.slot_mapping.dtype == torch.int64
     assert made.positions.tolist() == list(range(context, context + new))
+
+
+@pytest.mark.usefixtures("advance")
+def test_a_ring_of_pages() -> None:
+    """A table may name a page twice; two new tokens in one slot are a race, which theirs decided by -1 for the first two."""
+    table, lengths = torch.tensor([[0, 1, 0]], dtype=torch.int32), torch.tensor([10], dtype=torch.int32)
+    device = batch_of([([], 0, 0)], 4).seq_lens.device
+    made = AttentionMetadata.build(table.to(device), lengths.to(device), lengths.to(device), 10, 4)
+    assert made.slot_mapping.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    builder = AttentionMetadataBuilder(4, 3)
+    with pytest.raises(
+        ValueError, match=r"page 0 stands twice in \[0, 1, 0\], so the new tokens at positions 0 and 8 have one slot"
+    ):
+        builder.add([0, 1, 0], 10, 10)
+    for length, new in ((8, 8), (10, 2), (10, 6), (6, 6), (10, 0)):  # a page that no two of them write
+        builder.add([0, 1, 0], length, new)
+    assert builder.build().slot_mapping.tolist() == [*range(8), 0, 1, 4, 5, 6, 7, 0, 1, *range(6)]
 
 
 @pytest.mark.parametrize(("context", "new", "window"), [(0, 10, 8), (4, 12, 4), (6, 6, 4)])
@@ -110,6 +127,28 @@ def test_an_empty_table_is_a_table() -> None:
         AttentionMetadataBuilder(4, 3).add([], 5, 5)
     made = batch_of([([], 0, 0)], 4, tokens=2)
     assert made.slot_mapping.tolist() == [-1, -1] and not made.is_profile_run
+
+
+@pytest.mark.parametrize(
+    ("pages", "length", "new", "why"),
+    [
+        ([3, -1], 5, 1, "page -1"),
+        ([1.5, 2], 5, 1, "page 1.5"),
+        ([True, 2], 5, 1, "page True"),
+        ([2**31, 2], 5, 1, "page 2147483648"),
+        (["3", 2], 5, 1, "page '3'"),
+        ([3, 2], 5.0, 1, "length 5.0"),
+        ([3, 2], 5, True, "length True"),
+        (None, 2.5, 2.5, "length 2.5"),
+    ],
+)
+def test_pages_and_lengths_are_whole_numbers(pages: list[int] | None, length: int, new: int, why: str) -> None:
+    builder = AttentionMetadataBuilder(4, 3)
+    with pytest.raises(ValueError, match=f"{why} of a sequence is no whole number"):
+        builder.add(pages, length, new)
+    builder.add(array("i", [3, 2]), 5, 1)
+    builder.add(np.array([4, 5]), np.int64(5), 2)  # type: ignore[arg-type]
+    assert builder.build().slot_mapping.tolist() == [8, 19, 20]
 
 
 # A profile run: no cache yet
@@ -283,7 +322,7 @@ def test_buffers_take_what_they_hold() -> None:
     buffers = AttentionMetadata.pads(4, 32, 3, 16)
     decode = buffers.copy_(batch_of(MIXED, 16, prefills=2)).decode_metadata
     assert decode is not None
-    equal(buffers.copy_(decode), batch_of([([8, 9, 0], 17, 1), MIXED[3], pad, pad], 16, tokens=32))
+    equal(buffers.copy_(decode), batch_of([([8, 9], 17, 1), MIXED[3], pad, pad], 16, tokens=32))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -292,7 +331,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for rows, page_size in (([([1], 3, 1)] * 3, 4), ([([1, 2, 3], 3, 1)], 4), ([([1, 2], 6, 5)], 4), ([([1], 3, 1)], 8)):
         with pytest.raises(ValueError, match="does not fit into the buffers of a batch of 2 rows, 4 tokens and 2 pages of 4"):
             buffers.copy_(batch_of(rows, page_size))
-    equal(before, batch_of([([1, 0], 3, 2), ([], 0, 0)], 4, tokens=4))
+    equal(before, batch_of([([1, 0], 3, 2), ([], 0, 0)], 4, tokens=4), but=("held_pages",))
 
 
 def test_rows_of_a_table_are_cleared() -> None:
@@ -355,6 +394,53 @@ def test_advancing_equals_rebuilding(rows: list[tuple[int, int]], page_size: int
     for ours, theirs in zip(made.paged_kv(), built.paged_kv(), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(made.context_lens, built.context_lens) and torch.equal(made.seq_start_loc, built.seq_start_loc)
+
+
+FULL: list[Row] = [([8, 9], 30, 1), ([10], 16, 1), ([11, 12], 16, 0)]
+
+
+@pytest.mark.usefixtures("advance")
+def test_a_row_advances_within_its_own_pages() -> None:
+    """Behind them the table is padded with page 0, which may be another's. A row without new tokens does not grow."""
+    builder = AttentionMetadataBuilder(16, 3)
+    for pages, length, new in FULL:
+        builder.add(pages, length, new)
+    padded = AttentionMetadata.pads(5, 5, 3, 16).copy_(builder.build())
+    view = padded.decode_metadata
+    assert view is not None
+    why = r"advance_step: row 1 has 16 tokens in 1 pages of 16, and no room for another; build the batch with 2 pages for it"
+    for made in (builder.build(), padded, view):
+        before = made.slot_mapping.tolist()
+        with pytest.raises(ValueError, match=why):
+            made.advance_step()
+        assert made.slot_mapping.tolist() == before
+    after = batch_of([FULL[0], FULL[2]], 16).advance_step().advance_step()
+    assert after.seq_lens.tolist() == [32, 16] and after.slot_mapping.tolist() == [9 * 16 + 15, -1]
+    with pytest.raises(ValueError, match="row 0 has 32 tokens in 2 pages of 16"):
+        after.advance_step()
+
+
+def tensors(table: list[list[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(table, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("length", "table"), [(8, [[3, 4]]), (4, [[3, -1]]), (4, [[3, -7]])], ids=["its end", "-1", "-7"])
+def test_without_lengths_on_the_host_no_other_page_is_written(length: int, table: list[list[int]]) -> None:
+    """Where a CPU advances, the lengths are at hand."""
+    made = AttentionMetadata.build(*tensors(table, [length]), torch.ones(1, dtype=torch.int32), 1, 4)
+    assert made.lengths is None
+    with pytest.raises(ValueError, match=rf"row 0: the token at position {length} has no page of 4 in a block table of 2 columns"):
+        made.advance_step()
+
+
+@interpreted
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_on_a_gpu_a_token_without_a_page_has_no_slot(device: str) -> None:
+    from compile_attn.kernels import batch_triton
+
+    table, lengths = (each.to(device) for each in tensors([[3, 4], [3, -1], [3, -7], [3, 4]], [9, 5, 6, 7]))
+    *_, slots, _ = batch_triton.build_metadata(table, lengths, torch.ones_like(lengths), 5, 4)
+    assert slots.tolist() == [-1, -1, -1, 18, -1]
 
 
 # Pages one after the other

@@ -104,6 +104,23 @@ def _compare(paged: Paged, texts: Sequence[Sequence[int]]) -> float:
     return worst
 
 
+def assert_short_prompts_and_neighbours(paged: Paged) -> None:
+    """A graph compiled for T = 1 has lost its mask: llama reads as bidirectional there, BLOOM without its ALiBi.
+
+    And positions 5 and 6 of two sequences side by side look like one document to the models' own detection (error 6.1).
+    """
+    prompts = [[7], [8], [9]]
+    assert paged.lm.generate(prompts, max_new_tokens=4) == [recomputed(paged.model, prompt, 4) for prompt in prompts]
+    texts = [list(range(10, 16)), list(range(30, 37))]
+    seqs = [paged.lm.cache.add() for _ in texts]
+    paged.lm._runner.logits([Chunk(seq, text[:-1]) for seq, text in zip(seqs, texts, strict=True)])
+    found = paged.lm._runner.logits([Chunk(seq, text[-1:]) for seq, text in zip(seqs, texts, strict=True)])
+    wanted = torch.stack([full_logits(paged.model, text)[-1] for text in texts])
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    for seq in seqs:
+        paged.lm.cache.free(seq)
+
+
 def assert_context_matters(model: nn.Module, vocabulary: int, sees_all: bool) -> None:
     """Another first token (or, where the model cannot see so far, another recent one) moves the last logits."""
     tokens = prompts_of(vocabulary)[-1]
