@@ -193,3 +193,18 @@ def test_random_loads_keep_every_promise(seed: int) -> None:
     for one in requests:
         limit = min(one.sampling.max_new_tokens, scheduler.cache.length_limit + 1 - len(one.prompt))
         assert one.reason == "cancelled" or len(one.new_tokens) == limit
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("length", range(1, 10))
+def test_what_admitting_a_sample_takes(length: int, prefix_cache: bool) -> None:
+    """Its share of the prompt's pages costs nothing, the copy of one that it goes on writing does."""
+    scheduler = scheduler_of(prefix_cache=prefix_cache, max_batch_tokens=32)
+    first = scheduler.submit(list(range(length)), Sampling(temperature=1.0, n=2))
+    run(scheduler)
+    second, cache = first.samples[1], scheduler.cache
+    pages, make = scheduler._sharing.beginning(second)
+    before, second.seq = cache.free_pages, make()
+    assert second.missing == 1
+    cache.batch([second.chunk(1)])
+    assert pages == before - cache.free_pages == 1
