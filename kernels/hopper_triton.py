@@ -52,7 +52,7 @@ def fetch(pool, ring, full, slot, rows, channel, PLAN: gl.constexpr, CUT: gl.con
             fetch_box(pool, [rows[p], channel + h * CUT.part], full.index(slot), buffer)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit
 def note(page, numbers):  # type: ignore[no-untyped-def]
     """Written by the one warp that fetches; whoever waits for what is fetched next finds it."""
     SIZE: gl.constexpr = page.shape[0]
@@ -64,7 +64,7 @@ def note(page, numbers):  # type: ignore[no-untyped-def]
     barrier()
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit
 def noted(page):  # type: ignore[no-untyped-def]
     """The numbers of a note. Each thread reads them all, so that to pick one is to name a register."""
     SIZE: gl.constexpr = page.shape[0]

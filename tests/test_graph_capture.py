@@ -141,7 +141,7 @@ def test_decoding_in_a_cuda_graph(kernel: str) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = step(buffers)
-        for lengths in ([(5, 1), (16, 1), (1, 1), (30, 1), (0, 0), (17, 1)], [(62, 1)] * 6, [(9, 1), (33, 1)]):
+        for lengths in ([(5, 1), (16, 1), (1, 1), (30, 1), (0, 0), (17, 1)], [(61, 1)] * 6, [(9, 1), (33, 1)]):
             batch = decodes(lengths, 16)
             for _ in range(3):
                 q.copy_(torch.randn(q.shape))

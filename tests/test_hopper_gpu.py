@@ -166,7 +166,7 @@ def test_what_no_query_sees_is_never_used(counted: Launched, monkeypatch: pytest
     programs(3, monkeypatch)
     for name in ("heads alike", "each head its own"):
         batch = paged_batch(AttentionSpec(8, 2, 128, 128, MASKS[name], 0.09), [(1984, 64)], page_size=64, dtype=torch.bfloat16)
-        assert hide(batch) > 20
+        assert hide(batch) > 10
         at = batch.metadata
         where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
         kv = Paged(*(each.cuda() for each in (batch.k_pages, batch.v_pages, *where)))

@@ -54,6 +54,11 @@ def batch_of(rows: Sequence[Row], page_size: int, tokens: int | None = None, pre
     return builder.build(num_tokens=tokens)
 
 
+def buffers_of(*sizes: int) -> AttentionMetadata:
+    """Buffers where batches are built."""
+    return AttentionMetadata.pads(*sizes, batch_of([([], 0, 0)], 4).seq_lens.device)
+
+
 # Slots
 
 
@@ -302,7 +307,7 @@ def test_three_decodes_padded_to_four(way: str) -> None:
 @given(st.data())
 def test_buffers_hold_what_was_copied_last(data: st.DataObject) -> None:
     sizes = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=4)
-    buffers = AttentionMetadata.pads(5, 24, 4, 4)
+    buffers = buffers_of(5, 24, 4, 4)
     for _ in range(2):
         lengths = data.draw(sizes)
         rows = [([at * 4 + page for page in range(4)], context + new, new) for at, (context, new) in enumerate(lengths)]
@@ -315,11 +320,11 @@ def test_buffers_hold_what_was_copied_last(data: st.DataObject) -> None:
 def test_buffers_take_what_they_hold() -> None:
     """Advanced, or its decodes alone: they share tensors with the buffers."""
     pad: Row = ([], 0, 0)
-    buffers = AttentionMetadata.pads(5, 34, 3, 16)
+    buffers = buffers_of(5, 34, 3, 16)
     before = buffers.copy_(batch_of(MIXED, 16, prefills=2))
     advanced: list[Row] = [([3, 5], 21, 1), ([1, 2, 4], 43, 1), ([8, 9], 18, 1), ([10, 11, 12], 34, 1)]
     equal(buffers.copy_(before.advance_step()), batch_of([*advanced, pad], 16, tokens=34))
-    buffers = AttentionMetadata.pads(4, 32, 3, 16)
+    buffers = buffers_of(4, 32, 3, 16)
     decode = buffers.copy_(batch_of(MIXED, 16, prefills=2)).decode_metadata
     assert decode is not None
     equal(buffers.copy_(decode), batch_of([([8, 9], 17, 1), MIXED[3], pad, pad], 16, tokens=32))
