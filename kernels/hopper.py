@@ -28,6 +28,7 @@ _DIMS = (64, 128)
 _WIDTH = 64  # channels: 128 bytes, the widest row that TMA swizzles, and so that wgmma reads without conflicts
 _SMALLEST_PAGE = 8  # tokens: as many rows as a swizzle repeats after
 _ROWS = 64  # of a tile of the other kernel: with fewer, reading keys is what takes time
+_LONG = 4096  # tokens of a sequence, of small heads: exponentials are then all that takes time, and the other kernel makes more
 _KEPT = 1 << 10  # bytes of shared memory for barriers, and for sums over warps
 
 
@@ -93,6 +94,8 @@ def prepare(
     """
     tiles = launch.tiles
     cut = cut_of(spec, tiles, size.page_size, limits[0])
+    if spec.head_dim < _DIMS[-1] and size.tokens_each() > _LONG:  # measured: 744 to 756 us for 8192 tokens, and 654 to 657
+        return None
     if cut is None or launch.few > 0 or launch.in_parts or tiles.block_m < _ROWS or tiles.block_q == 1:
         return None
     rows = cut.groups * cut.rows

@@ -213,6 +213,17 @@ def test_steps_of_few_tokens_fall_back(sequences: list[tuple[int, int]], threads
 
 
 @interpreted
+@pytest.mark.parametrize(("dim", "each", "served"), [(64, 44, 0), (64, 45, 1), (128, 44, 1)])
+def test_long_prompts_of_small_heads_fall_back(
+    dim: int, each: int, served: int, threads: list[hopper.Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper, "_LONG", each)
+    spec = replace(CAUSAL, head_dim=dim, head_dim_v=dim)
+    check(paged_batch(spec, [(0, 40), (3, 50)], page_size=16, dtype=torch.float16))
+    assert len(threads) == served
+
+
+@interpreted
 def test_tensors_that_tma_cannot_describe_fall_back(threads: list[hopper.Prepared]) -> None:
     batch = paged_batch(CAUSAL, PROMPTS, page_size=16, dtype=torch.float16)
     expected = batch.attend([], "general")
