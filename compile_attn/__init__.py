@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compile_attn.answers import Output
-    from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache
+    from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache, StalePrefix
     from compile_attn.calibrating import calibrate
     from compile_attn.drafting import Drafter, PromptLookup
     from compile_attn.explaining import explain
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "answers": ("Output",),
-    "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache"),
+    "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache", "StalePrefix"),
     "calibrating": ("calibrate",),
     "drafting": ("Drafter", "PromptLookup"),
     "explaining": ("explain",),
@@ -48,6 +48,7 @@ __all__ = [
     "Report",
     "Rewritten",
     "Sampling",
+    "StalePrefix",
     "calibrate",
     "explain",
 ]

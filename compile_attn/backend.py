@@ -20,6 +20,7 @@ from torch import fx
 
 from compile_attn.cache import PagedKVCache
 from compile_attn.options import Inner, Options
+from compile_attn.passes.graph import placeholders
 from compile_attn.passes.pipeline import PagedGeometry, Rewriting, rewrite_paged, rewrite_stateless
 from compile_attn.passes.report import RefusedError, Rejected, Report
 
@@ -96,9 +97,9 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
         max_positions=report.max_positions,
         max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
         kernels=[(site.kernel, site.spec) for site in report.sites],
-        fingerprint=_fingerprint([x for place, x in enumerate(examples) if place not in places]),
     )
     cache.report = report
+    numbers, tensors = _what_makes_keys(gm, examples, [place for place in places if place is not None])
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
     parameters = [place for place, x in enumerate(examples) if isinstance(x, torch.nn.Parameter)]
@@ -112,8 +113,10 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
             )
         _check_length(options, cache)
         cache.check_inputs(args[places[0]], None if places[1] is None else args[places[1]])
+        joined = weights(args)  # before they are compared: it moves what was replaced back to where it was
+        cache.proof.check((compiled, *[_value(args[place]) for place in numbers]), [args[place] for place in tensors])
         with torch.no_grad():
-            return compiled(*args, *cache.step_inputs(), *cache.pools.kept, *weights(args))
+            return compiled(*args, *cache.step_inputs(), *cache.pools.kept, *joined)
 
     return step
 
@@ -199,16 +202,24 @@ def _owner(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[int, ...]:
     return tuple(sorted(x.data_ptr() for x in examples if isinstance(x, torch.nn.Parameter)))
 
 
-def _fingerprint(examples: Sequence[Any]) -> Callable[[], object]:
-    """Tells whether keys that were computed before are those that the model would compute now: addresses and changes in place."""
-    tensors = [weakref.ref(x) for x in examples if isinstance(x, torch.Tensor)]
+def _what_makes_keys(gm: fx.GraphModule, examples: Sequence[Any], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The places of inputs that are numbers, and of those that are tensors, without the batch's own and their sizes.
 
-    def stands(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-        if tensor is None:
-            return None
-        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # an inference tensor counts no changes
+    A float that Dynamo has not made a constant comes as a new 0-dim tensor on the CPU with every call: it is a number, too.
+    """
+    inputs = [node.meta["example_value"] for node in placeholders(gm.graph)]
+    lengths = {size.node.expr for place in tokens for size in inputs[place].shape if isinstance(size, torch.SymInt)}
+    numbers, tensors = list[int](), list[int]()
+    for place, x in enumerate(examples):
+        if place in tokens or (isinstance(x, torch.SymInt) and x.node.expr in lengths):
+            continue
+        is_number = not isinstance(x, torch.Tensor) or (x.dim() == 0 and x.device.type == "cpu")
+        (numbers if is_number else tensors).append(place)
+    return numbers, tensors
 
-    return lambda: [stands(tensor()) for tensor in tensors]
+
+def _value(number: Any) -> Any:
+    return number.item() if isinstance(number, torch.Tensor) else number
 
 
 def _refused(why: str, cure: str) -> RefusedError:

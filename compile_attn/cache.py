@@ -6,7 +6,7 @@ place into buffers whose addresses never change. Shape letters as in `kernels/sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +15,11 @@ import torch
 from compile_attn.host_plans import HostPlans
 from compile_attn.kv_dtype import Scales
 from compile_attn.modes import in_own_modes
+from compile_attn.origin import StalePrefix
 from compile_attn.pages import OutOfPages, PageAllocator, at_least_one, page_count
 from compile_attn.pools import Pools, indexed
 from compile_attn.prefixes import Salt
+from compile_attn.proving import Proof
 from compile_attn.sequences import CachedSequence, Found, Sequences, Tokens
 from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from compile_attn.passes.pipeline import LayerKV
     from compile_attn.passes.report import Report
 
-__all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache"]
+__all__ = ["Batch", "CachedSequence", "Chunk", "OutOfPages", "PageAllocator", "PagedKVCache", "StalePrefix"]
 
 
 class PagedKVCache:
@@ -72,6 +74,7 @@ class PagedKVCache:
         self.compilations = 0  # of the model against this cache
         self._seqs = Sequences(self.page_size, self.pools)
         self._in_batch: tuple[CachedSequence, ...] = ()
+        self.proof = Proof(self._seqs, self._no_batch)  # that what sequences begin with is what the model would make
         self._longest = 0  # tokens of a sequence in the batch
         self._advances = False  # it was run, decodes, and holds all its pages
         self._host_plans = HostPlans(self.page_size)
@@ -134,6 +137,10 @@ class PagedKVCache:
         tokens: what it will hold first, as far as that is known, or what `find` found of it. It begins with what the cache knows of
         them, so `length` tells how many need not be run: whole pages, or all but the last one. salt: only what was kept under the
         same salt is met.
+
+        What it finds was made by the model as it was at the last step. Its own first step proves that this is the model still, or
+        raises StalePrefix (see `forget_prefixes`). Nothing is found of a model that has tensors of which torch counts no changes:
+        made in inference mode, or of a class of their own.
         """
         self._check_open()
         return self._seqs.add(tokens if isinstance(tokens, Found) else self._seqs.find(tokens, salt))
@@ -145,7 +152,8 @@ class PagedKVCache:
 
     def pages_wanted(self, seq: CachedSequence, count: int) -> int:
         """How many of the free pages so many more tokens take, a copy of a page that others hold included."""
-        self._check_mine(seq)
+        self._check_open()
+        self._seqs.check_mine(seq)
         return self._seqs.pages_wanted(seq, count)
 
     def keep(self, seq: CachedSequence, tokens: Tokens, start: int = 0) -> None:
@@ -153,39 +161,46 @@ class PagedKVCache:
 
         Nothing is kept of one that has begun before prefixes were forgotten. start: these are the tokens after `kept(seq)` ones.
         """
-        self._check_usable(seq)
+        self._check_open()
+        self._seqs.check_usable(seq)
         self._seqs.keep(seq, tokens, start)
 
     def kept(self, seq: CachedSequence) -> int:
         """How many tokens of the sequence `keep` need not be told any more: those that are known, or all where nothing is kept."""
-        self._check_mine(seq)
+        self._check_open()
+        self._seqs.check_mine(seq)
         return self._seqs.kept(seq)
 
     def forget_prefixes(self) -> None:
         """Let no later sequence begin with what was computed so far.
 
-        This is done without asking when the model is compiled anew, and when weights of the last compilation have moved or been
-        changed as torch counts it. Call it after every other change of the model: a parameter or module that was replaced, a
-        Python attribute, a change through `.data` or in inference mode.
+        This is done without asking when a step is run by another compiled graph than before (a Python attribute was changed) or
+        with other tensors (a parameter, buffer or module was replaced), and when tensors have moved or been changed in place, which
+        is looked at whenever a sequence is added with its tokens. A sequence that has found some by then and has not been run is
+        refused (StalePrefix): free it, and add it again. Call this after a change that torch does not count, as one through
+        `.data`, through NumPy or from a CUDA graph, and after one that torch.compile has no guard for.
         """
         self._check_open()
         self._seqs.forget()
 
     def fork(self, seq: CachedSequence, length: int | None = None) -> CachedSequence:
         """A second sequence that begins with the first `length` tokens of this one (default: all), in the same pages."""
-        length = self._check_length(seq, length)
+        self._check_open()
+        length = self._seqs.check_length(seq, length)
         self._advances = False
         return self._seqs.fork(seq, length)
 
     def truncate(self, seq: CachedSequence, length: int) -> None:
         """Take back all tokens after the first `length`, and the pages that this empties."""
-        length = self._check_length(seq, length)
+        self._check_open()
+        length = self._seqs.check_length(seq, length)
         self._advances = False
         self._seqs.truncate(seq, length)
 
     def free(self, seq: CachedSequence) -> None:
         """End a sequence; pages that nobody else holds can be taken at once by others."""
-        self._check_mine(seq)
+        self._check_open()
+        self._seqs.check_mine(seq)
         self._advances = False
         self._seqs.free(seq)
 
@@ -213,7 +228,7 @@ class PagedKVCache:
         """Take pages for the new tokens, advance the sequences, and write the step's inputs in place.
 
         One logits row comes back for the last token of each chunk (see `Chunk.logits`), in the order of the chunks.
-        The tensors of the batch are overwritten by the next one. Raises OutOfPages, with nothing changed.
+        The tensors of the batch are overwritten by the next one. Raises OutOfPages or StalePrefix, with nothing changed.
 
         recorded: the sizes of a CUDA graph that replays the step; width: the least pages a row of the block table.
         """
@@ -227,6 +242,7 @@ class PagedKVCache:
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
         self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, recorded or LEAST)
         self._in_batch = tuple(chunk.seq for chunk in chunks)
+        self.proof.begin(zip(self._in_batch, starts, strict=True))
         self._longest = max(seq.length for seq in self._in_batch)
         self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=recorded is not None)
         return self.current
@@ -269,6 +285,7 @@ class PagedKVCache:
         self._check_open()
         self.current = self.buffers.write([], [], [], [], width, least=sizes)
         self._in_batch, self._advances = (), False
+        self.proof.begin()
         self._host_plans.plan(self.current, [], self.buffers.views(self.current)[0], captured=True)
         return self.current
 
@@ -277,6 +294,7 @@ class PagedKVCache:
         self._check_open()
         for seq in self._in_batch:
             seq.unrun = False
+        self.proof.ran()
         self._advances = self.current is not None and self.current.num_tokens == len(self._in_batch) > 0
         self.steps_run += 1
 
@@ -310,15 +328,13 @@ class PagedKVCache:
         max_positions: int | None = None,
         max_tokens: int | None = None,
         kernels: Sequence[tuple[str, AttentionSpec]] = (),
-        fingerprint: Callable[[], object] | None = None,
     ) -> None:
         """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers.
 
-        kernels: by site, the kernel and what it computes; fingerprint: another value where the weights are others.
+        kernels: by site, the kernel and what it computes.
         """
         self._check_open()
         self.pools.bind(layers, owner, self.num_pages)
-        self._seqs.bind(fingerprint)
         self.compilations += 1
         self.max_positions = min(filter(None, (self.max_positions, max_positions)), default=None)
         self.max_tokens = min(filter(None, (self.max_tokens, max_tokens)), default=None)
@@ -330,32 +346,14 @@ class PagedKVCache:
         if self._closed:
             raise ValueError("this PagedKVCache is closed; make a new one")
 
+    def _no_batch(self) -> None:
+        self.current, self._in_batch = None, ()
+
     def _current(self) -> Batch:
         self._check_open()
         if self.current is None:
             raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
         return self.current
-
-    def _check_mine(self, seq: CachedSequence) -> None:
-        self._check_open()
-        if seq.freed:
-            raise ValueError(f"{seq!r} was freed and has no pages; start a new one with cache.add()")
-        if seq not in self._seqs.alive:
-            raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
-
-    def _check_usable(self, seq: CachedSequence) -> None:
-        self._check_mine(seq)
-        if seq.unrun:
-            raise ValueError(
-                f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "
-                "call the compiled model once a batch, or free the sequence"
-            )
-
-    def _check_length(self, seq: CachedSequence, length: int | None) -> int:
-        self._check_usable(seq)
-        if length is not None and not (type(length) is int and 0 <= length <= seq.length):
-            raise ValueError(f"length={length!r} of {seq!r}; it has 0 to {seq.length} tokens")
-        return seq.length if length is None else length
 
     def _check_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         if not 1 <= len(chunks) <= self.max_seqs:
@@ -365,7 +363,7 @@ class PagedKVCache:
         tokens = [token_array(chunk.tokens) for chunk in chunks]
         limit = self.length_limit
         for chunk, new in zip(chunks, tokens, strict=True):
-            self._check_usable(chunk.seq)
+            self._seqs.check_usable(chunk.seq)
             if chunk.seq.length + len(new) > limit:
                 raise ValueError(
                     f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "

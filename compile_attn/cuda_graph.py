@@ -69,7 +69,8 @@ class StepGraphs:
     On a CPU a step is run anew where a GPU replays it.
 
     forward   runs the model on the cache's current batch and returns one row of logits a row
-    model     a graph holds the addresses of its parameters and buffers, and is recorded anew where one has changed
+    model     a graph holds the addresses of its parameters and buffers, and is recorded anew where one has changed, or where a step
+              without a graph was run by other code or with other tensors (`Origin`)
     budget    most new tokens in one step
     drafts    whether steps may verify drafts
     """
@@ -141,8 +142,7 @@ class StepGraphs:
         """
         if not again:
             self._tensors = [*self._model.parameters(), *self._model.buffers()]
-        stands = (self._cache.compilations, self._cache.buffers, [*map(torch.Tensor.data_ptr, self._tensors)])
-        if stands != self._stands:
+        if (stands := self._standing()) != self._stands:
             self._forget()
             self._stands = stands
         if kind in self._steps:
@@ -154,9 +154,11 @@ class StepGraphs:
             batch = self._cache.dead_batch(kind.sizes, kind.width)
             _check_is(kind, batch)
             step = self._body(batch, kind.random)
-            self._steps[kind] = self._record(step) if self._on_gpu else step
+            self._steps[kind] = self._record(step)
         finally:  # also where the step ran but could not be recorded: the next one goes on from these tokens
             buffers.recent[: kind.wanted].copy_(recent)
+        if len(self._steps) == 1:  # recording has called the model, so what it stands on now is what the graph stands on
+            self._stands = self._standing()
         seconds, bytes_ = time.perf_counter() - begin, self._reserved() - held
         tokens = kind.width * self._cache.page_size
         self.recorded.append(Recorded(*kind.sizes, tokens, kind.random, seconds, bytes_))
@@ -188,6 +190,10 @@ class StepGraphs:
         self._steps.clear()
         self.recorded.clear()
 
+    def _standing(self) -> tuple[object, ...]:
+        """What the graphs there are stand on."""
+        return self._cache.proof.origin, self._cache.buffers, [*map(torch.Tensor.data_ptr, self._tensors)]
+
     def _body(self, batch: Batch, random: bool) -> Callable[[], None]:
         """The step, reading and writing nothing but buffers whose addresses stay."""
         (rows, new_tokens, wanted), buffers = batch.shape, self._cache.buffers
@@ -207,6 +213,9 @@ class StepGraphs:
         return step
 
     def _record(self, step: Callable[[], None]) -> Callable[[], None]:
+        if not self._on_gpu:
+            step()
+            return step
         graph = torch.cuda.CUDAGraph()
         here: Any = torch.cuda.current_stream(self._cache.device)
         self._stream.wait_stream(here)

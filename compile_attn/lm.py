@@ -18,7 +18,7 @@ from torch import nn
 
 from compile_attn.answers import Output, streamed
 from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step, work_of
-from compile_attn.cache import Chunk
+from compile_attn.cache import Chunk, StalePrefix
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
 from compile_attn.drafting import Drafter, Drafting, verified
@@ -32,7 +32,7 @@ from compile_attn.pages import at_least_one
 from compile_attn.passes.report import RefusedError, Report
 from compile_attn.prefixes import Salt, check_salt
 from compile_attn.progress import bar_if
-from compile_attn.requests import Request
+from compile_attn.requests import Plan, Request
 from compile_attn.running import Runner, Sent
 from compile_attn.sampling import NOT_FINITE, Sampling
 from compile_attn.scheduler import Scheduler
@@ -210,10 +210,12 @@ class PagedLM:
         """
         self._check_open()
         try:
-            plan = self._scheduler.plan()
-            if plan is not None:
-                self._sent.append(self._runner.send(plan))
-                self._scheduler.sent(plan)
+            try:
+                plan = self._send()
+            except StalePrefix:  # nothing is known now: every request starts over, and none begins with what was known
+                self._sent.clear()
+                self._scheduler.abandon()
+                plan = self._send()
             if plan is not None and len(self._sent) <= self._ahead:
                 return []
             return self._read(self._sent.popleft()) if self._sent else []
@@ -221,6 +223,14 @@ class PagedLM:
             self._sent.clear()
             self._scheduler.abandon()
             raise
+
+    def _send(self) -> Plan | None:
+        """Hand the next step to the device, if there is one."""
+        plan = self._scheduler.plan()
+        if plan is not None:
+            self._sent.append(self._runner.send(plan))
+            self._scheduler.sent(plan)
+        return plan
 
     def _read(self, sent: Sent) -> list[Output]:
         accepted, tokens = verified(sent.plan, sent.read())

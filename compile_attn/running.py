@@ -146,6 +146,8 @@ class Runner:
         assert self.graphs is not None
         again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
         batch = self._cache.advance() if again else self._cache.batch(plan.chunks, recorded=kind.sizes)
+        if not again:
+            self._cache.proof.ask(lambda: self._run(batch.input_ids, batch.position_ids))
         if kind.random and not again:
             self.graphs.set_sampling(SamplingRows.of(plan.how, plan.draws))
         self.graphs.replay(kind, batch)

@@ -8,13 +8,14 @@ before one of them writes (copy-on-write). A sequence whose pages change, other 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
 import torch
 
+from compile_attn.origin import Origin, StalePrefix
 from compile_attn.pages import OutOfPages, PageAllocator
 from compile_attn.pools import Pools
 from compile_attn.prefixes import Node, PrefixIndex, Salt, check_salt
@@ -26,11 +27,12 @@ Tokens = Sequence[int] | torch.Tensor
 class CachedSequence:
     """One growing sequence: its pages in order and how many of its tokens have been handed to a step."""
 
-    __slots__ = ("_epoch", "_known", "_node", "_pages", "_salt", "freed", "length", "unrun")
+    __slots__ = ("_epoch", "_found", "_known", "_node", "_pages", "_salt", "freed", "length", "unrun")
 
     def __init__(self, salt: Salt = None, epoch: int = 0) -> None:
         self._pages = array("i")
-        self._salt, self._epoch = salt, epoch
+        self._salt, self._epoch = salt, epoch  # when its first key was made, or found
+        self._found = False  # it begins with keys that it found, and no step of its own has shown that it would make the same
         self._known = 0  # how many of its first pages are known,
         self._node: Node | None = None  # and where that ends
         self.length = 0
@@ -68,9 +70,7 @@ class Sequences:
         self.page_size = page_size
         self.alive: set[CachedSequence] = set()
         self.hits = self.hit_tokens = 0
-        self._bound = False
-        self._fingerprint: Callable[[], object] | None = None  # of the weights that make keys
-        self._stands: object = None  # its value when prefixes were asked for last: under another one keys would be others
+        self.origin: Origin | None = None  # of all that is known
         self._pools = pools
         self._epoch = 0  # how often all prefixes were forgotten
         self.resize(0)
@@ -84,14 +84,31 @@ class Sequences:
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def bind(self, fingerprint: Callable[[], object] | None) -> None:
-        """By what the weights are told apart from now on."""
-        if self._bound:  # compiled anew: the model may have changed in other ways
-            self.forget()
-        self._bound, self._fingerprint = True, fingerprint
-        self._stands = None if fingerprint is None else fingerprint()
-
     # Prefixes
+
+    def check_origin(
+        self, code: object, tensors: Sequence[torch.Tensor], begun: Sequence[tuple[CachedSequence, int]]
+    ) -> CachedSequence | None:
+        """By what the next step is run; `begun`: its sequences, unless it repeats the last one, and their tokens before it.
+
+        If it is not what has made all that is known, that is forgotten. A sequence that has begun with some of it, if there is one.
+        """
+        found = [seq for seq, _ in begun if seq._found]
+        if self.origin is None:
+            self.origin = Origin(code, tensors)
+            return None
+        same = self.origin.same(code, tensors)
+        if same and not (found and not self.origin.stands()):
+            return None
+        self.forget()
+        for seq, length in begun:
+            if not length:
+                seq._epoch = self._epoch
+        if same:
+            self.origin.renew()
+        else:
+            self.origin = Origin(code, tensors)
+        return found[0] if found else None
 
     def find(self, tokens: Tokens | None, salt: Salt) -> Found:
         pages, length = self._known(tokens, salt)
@@ -107,7 +124,7 @@ class Sequences:
         for page in found._pages:
             self.pages.share(page)
         seq._pages.extend(found._pages)
-        seq.length = found.length
+        seq.length, seq._found = found.length, found.length > 0
         seq._known, seq._node = len(found._pages), found._last
         self._known_up_to(seq, found.length)
         self.alive.add(seq)
@@ -140,7 +157,7 @@ class Sequences:
             seq._known, seq._node = seq._known - 1, seq._node.before
 
     def forget(self) -> None:
-        """Know no prefix any more, nor any that begins in a sequence there is now."""
+        """Know no prefix any more, nor any that begins in a sequence there is now. Who has found one must have run to run on."""
         self._epoch += 1
         self._poison([page for page in self._index.clear() if self.pages.lose(page)])
 
@@ -151,7 +168,13 @@ class Sequences:
         return self._pages_for(seq.length + count) - len(seq._pages) + len(self._shared(self._guarded([seq])))
 
     def grow(self, growing: Sequence[tuple[CachedSequence, int]]) -> None:
-        """Make each sequence so many tokens longer, in pages that it may write. Raises OutOfPages, with nothing changed."""
+        """Make each sequence so many tokens longer, in pages that it may write.
+
+        Raises OutOfPages or StalePrefix, with nothing changed.
+        """
+        for seq, _ in growing:
+            if seq._found and seq._epoch != self._epoch:
+                raise stale(seq)
         size = self.page_size
         counts = [-(-(seq.length + count) // size) - len(seq._pages) for seq, count in growing]
         guarded = self._guarded(seq for seq, _ in growing)
@@ -170,6 +193,8 @@ class Sequences:
         for (seq, count), more in zip(growing, counts, strict=True):
             if more:
                 seq._pages.extend(islice(pages, more))
+            if not seq.length:
+                seq._epoch = self._epoch
             seq.length += count
             seq.unrun = True
         try:
@@ -180,7 +205,7 @@ class Sequences:
     def fork(self, seq: CachedSequence, length: int) -> CachedSequence:
         other = CachedSequence(seq._salt, seq._epoch)
         other._pages = seq._pages[: self._pages_for(length)]
-        other.length = length
+        other.length, other._found = length, seq._found and length > 0
         other._known, other._node = seq._known, seq._node
         self._known_up_to(other, length)
         for page in other._pages:
@@ -193,7 +218,7 @@ class Sequences:
         dropped = seq._pages[kept:]
         if dropped:
             seq._pages = seq._pages[:kept]
-        seq.length = length
+        seq.length, seq._found = length, seq._found and length > 0
         self._known_up_to(seq, length)
         self._give_back(reversed(dropped))
 
@@ -201,7 +226,31 @@ class Sequences:
         pages, seq._pages = seq._pages, array("i")
         self._give_back(reversed(pages))
         self.alive.discard(seq)
-        seq.length, seq.unrun, seq.freed = 0, False, True
+        seq.length, seq._found, seq.unrun, seq.freed = 0, False, False, True
+
+    # Checks
+
+    def check_mine(self, seq: CachedSequence) -> None:
+        if seq.freed:
+            raise ValueError(f"{seq!r} was freed and has no pages; start a new one with cache.add()")
+        if seq not in self.alive:
+            raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
+
+    def check_usable(self, seq: CachedSequence) -> None:
+        self.check_mine(seq)
+        if seq.unrun:
+            raise ValueError(
+                f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "
+                "call the compiled model once a batch, or free the sequence"
+            )
+
+    def check_length(self, seq: CachedSequence, length: int | None) -> int:
+        self.check_usable(seq)
+        if length is not None and not (type(length) is int and 0 <= length <= seq.length):
+            raise ValueError(f"length={length!r} of {seq!r}; it has 0 to {seq.length} tokens")
+        return seq.length if length is None else length
+
+    # Pages
 
     def _known(self, tokens: Tokens | None, salt: Salt) -> tuple[list[int], int]:
         """The pages that hold the first of these tokens, and how many. Never the last token: its logits are wanted."""
@@ -209,9 +258,8 @@ class Sequences:
         if tokens is None:
             return [], 0
         ids = token_array(tokens)
-        stands = None if self._fingerprint is None else self._fingerprint()
-        if stands != self._stands:
-            self._stands = stands
+        if self.origin is not None and not self.origin.stands():
+            self.origin.renew()
             self.forget()
         pages = self._index.match(ids, salt)
         length = min(len(pages) * self.page_size, len(ids) - 1)
@@ -267,3 +315,11 @@ class Sequences:
     def _poison(self, freed: list[int]) -> None:
         if freed and self._pools.poisoned:
             self._pools.poison(freed)
+
+
+def stale(seq: CachedSequence) -> StalePrefix:
+    """Why it must not run on."""
+    return StalePrefix(
+        f"{seq!r} begins with keys that it found, and the model has changed since these were made: a weight, an attribute, or how "
+        "it is compiled; they are known no longer, and the batch was not run: free the sequence, add its tokens again, batch anew"
+    )

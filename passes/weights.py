@@ -58,6 +58,7 @@ def join(weights: Sequence[torch.Tensor], joined: torch.Tensor | None = None) ->
         if one_block(weights) == list(range(len(weights))):
             whole, strides = torch.Size((sum(rows), *first.shape[1:])), (math.prod(first.shape[1:]), *first.stride()[1:])
             return first.detach().as_strided(whole, strides, first.storage_offset())  # a single row may have any stride
+        replaced = joined is not None
         if joined is None:
             joined = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
         pairs = zip(weights, torch.split(joined, rows), strict=True)
@@ -70,6 +71,8 @@ def join(weights: Sequence[torch.Tensor], joined: torch.Tensor | None = None) ->
             part.copy_(weight)
         for weight, part in moving:
             weight.data = part
+            if replaced:  # what a user has put there is now where the old values were: whoever compares addresses must see a change
+                torch.autograd.graph.increment_version(weight)
     if first.is_cuda:
         torch.cuda.empty_cache()  # else the allocator keeps what became free, which no larger tensor fits into
     return joined

@@ -233,7 +233,7 @@ def test_every_method_of_a_closed_cache_is_refused(name: str) -> None:
                 lm._runner.logits([Chunk(seq, [1])])
         use = getattr(cache, name)
         fitting = {
-            "resize": [64], "pages_to_admit": [[1]], "pages_wanted": [seq, 1], "keep": [seq, [1]], "fork": [seq],
+            "resize": [64], "find": [[1]], "kept": [seq], "pages_wanted": [seq, 1], "keep": [seq, [1]], "fork": [seq],
             "truncate": [seq, 0], "free": [seq], "batch": [[Chunk(seq, [1])]], "width_of": [[Chunk(seq, [1])]],
             "dead_batch": [(2, 2), 4], "check_inputs": [None, None], "bind": [[], None],
         }  # fmt: skip
@@ -260,7 +260,7 @@ def test_what_can_be_read_of_a_closed_one() -> None:
 def test_every_method_of_a_closed_server_is_refused(name: str) -> None:
     with PagedLM(tiny(), **SMALL) as lm:
         request = lm.submit([1, 2])
-    fitting = {"generate": [[[1]]], "stream": [[[1]]], "submit": [[1]], "cancel": [request]}
+    fitting = {"generate": [[[1]]], "stream": [[[1]]], "submit": [[1]], "cancel": [request], "fork": [request]}
     with pytest.raises(ValueError, match="this PagedLM is closed; make a new one"):
         getattr(lm, name)(*fitting.get(name, []))
 

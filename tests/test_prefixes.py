@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache
+from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache, StalePrefix
 from compile_attn.pages import PageAllocator
 from compile_attn.prefixes import PrefixIndex
 from tests.tiny import layer_kv
@@ -344,33 +344,70 @@ def test_what_was_found_is_used_at_once() -> None:
 
 
 def test_other_weights_make_other_keys() -> None:
-    cache, weights = cache_of(), [1]
-    cache.bind([layer_kv()], owner=0, fingerprint=lambda: weights[0])
+    cache, weight = cache_of(), torch.zeros(1)
+    cache.proof.check("graph", [weight])
     old = cache.add()
     run(cache, Chunk(old, [1] * 8))
     cache.keep(old, [1] * 8)
     assert cache.add([1] * 9).length == 8
-    weights[0] = 2
+    weight.add_(1)
     assert cache.add([1] * 9).length == 0
     cache.keep(old, [1] * 8)  # it has begun with the weights from before
     assert cache.add([1] * 9).length == cache.find([1] * 9).pages_to_admit - 3 == 0
     known(cache, [1] * 8)
-    assert cache.add([1] * 9).length == 8
-    cache.bind([layer_kv()], owner=0, fingerprint=lambda: weights[0])
-    assert cache.add([1] * 9).length == 0, "compiled anew"
+    hit = cache.add([1] * 9)
+    assert hit.length == 8
+    cache.proof.check("compiled anew", [weight])
+    assert cache.add([1] * 9).length == 0
+    with pytest.raises(StalePrefix, match=r"length=8, pages=2\) begins with keys that it found, and the model has changed"):
+        cache.batch([Chunk(hit, [1])])
 
 
-def test_a_sequence_that_began_before_the_first_compilation_is_known() -> None:
-    """The first call compiles, in the middle of its first batch; what a later compilation finds is of another model."""
-    cache = cache_of()
-    for known_after in (True, False):
-        seq = cache.add([1] * 8)
-        cache.batch([Chunk(seq, [1] * 8)])
-        cache.bind([layer_kv()], owner=0, fingerprint=lambda: 5)
+def test_a_sequence_in_the_batch_that_is_the_first_of_a_model_is_known() -> None:
+    """What compiles the model, or notices that it is another one, is a step: all that it computes is of the new one."""
+    cache, weight = cache_of(), torch.zeros(1)
+    earlier, empty = cache.add(), cache.add()
+    for graph in ("first", "second", "first"):
+        seq = cache.add()
+        cache.batch([Chunk(seq, [1] * 8), Chunk(earlier, [1] * 4)])
+        cache.proof.check(graph, [weight])
         cache.step_inputs()
+        cache.keep(earlier, [1] * earlier.length)
+        assert (cache.add([1] * 9).length > 0) == (earlier.length == 4), "it was begun under the first model"
         cache.keep(seq, [1] * 8)
-        assert (cache.add([1] * 9).length == 8) == known_after
-        cache.free(seq)
+        assert cache.add([1] * 9).length == 8
+    run(cache, Chunk(empty, [2] * 4))
+    cache.keep(empty, [2] * 4)
+    assert cache.add([2] * 9).length == 4, "it was added long ago, and has begun now"
+
+
+def test_a_batch_that_must_not_run_is_taken_back() -> None:
+    cache, weight = cache_of(poison=True), torch.zeros(1)
+    cache.bind([layer_kv()], owner=0)
+    cache.proof.check("graph", [weight])
+    other = cache.add()
+    run(cache, Chunk(other, [1] * 6))
+    cache.keep(other, [1] * 6)
+    hit, new, gone = cache.add([1] * 6), cache.add(), cache.add()
+    before, free = other.pages, cache.free_pages
+    cache.batch([Chunk(hit, [1] * 2), Chunk(other, [2] * 3), Chunk(new, [3] * 5), Chunk(gone, [4])])
+    cache.free(gone)
+    weight.add_(1)
+    with pytest.raises(StalePrefix):
+        cache.proof.check("graph", [weight])
+    assert [(seq.length, seq.unrun) for seq in (hit, other, new)] == [(4, False), (6, False), (0, False)]
+    assert other.pages == before and cache.free_pages == free and cache.current is None and gone.pages == ()
+    with pytest.raises(ValueError, match="before any batch was made"):
+        cache.step_inputs()
+    for made_by in (hit, cache.fork(hit), cache.fork(hit, 2)):
+        with pytest.raises(StalePrefix, match="begins with keys that it found"):
+            cache.batch([Chunk(new, [3] * 5), Chunk(made_by, [1])])
+    cache.truncate(hit, 0)
+    cache.batch([Chunk(other, [2]), Chunk(new, [3] * 5), Chunk(hit, [1] * 5)])
+    cache.proof.check("graph", [weight])
+    cache.step_inputs()
+    cache.keep(hit, [1] * 5)
+    assert cache.add([1] * 5).length == 4
 
 
 def test_a_resized_cache_knows_nothing() -> None:

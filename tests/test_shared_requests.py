@@ -306,13 +306,18 @@ def test_a_fork_goes_on_from_what_is_there(lm: PagedLM) -> None:
 # Failures
 
 
+def of_requests(lm: PagedLM) -> bool:
+    """Whether this is a step of requests, and not one of pads that is recorded."""
+    return lm.cache.current is not None and lm.cache.current.num_tokens > 0
+
+
 def unwritten(lm: PagedLM, at: int) -> None:
     """From now on the step with this number runs without writing a key, and says nothing that could be used."""
     whole, left = lm._runner._run, [at]
 
     def failing(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        left[0] -= 1
-        if left[0]:
+        left[0] -= of_requests(lm)
+        if left[0] or not of_requests(lm):
             return whole(ids, positions)
         rows = lm.cache.step_inputs()[3]
         return torch.full((1, len(rows), VOCAB), torch.nan)
@@ -325,8 +330,8 @@ def interrupted(lm: PagedLM, at: int) -> None:
     whole, left = lm._runner._run, [at]
 
     def failing(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        left[0] -= 1
-        if not left[0]:
+        left[0] -= of_requests(lm)
+        if not left[0] and of_requests(lm):
             raise KeyboardInterrupt
         return whole(ids, positions)
 

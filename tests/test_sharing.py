@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache
+from compile_attn.cache import CachedSequence, Chunk, OutOfPages, PagedKVCache, StalePrefix
 from compile_attn.kernels.batch import advance_step, build_metadata
 from tests.tiny import layer_kv
 
@@ -35,6 +35,8 @@ class Told:
     salt: str | None
     tokens: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+    found: bool = False  # its keys are another's, and it has not run yet
+    changes: int = 0  # of the model when it began
 
 
 class Play:
@@ -42,8 +44,8 @@ class Play:
 
     def __init__(self, kv_tokens: int, page_size: int, max_seqs: int = 4) -> None:
         self.cache = PagedKVCache(kv_tokens=kv_tokens, page_size=page_size, max_seqs=max_seqs, max_seq_len=24, poison=True)
-        self.weights = 0
-        self.cache.bind([layer_kv(), layer_kv()], owner=0, fingerprint=lambda: self.weights)
+        self.graph, self.weight, self.changes = "first", torch.zeros(1), 0
+        self.cache.bind([layer_kv(), layer_kv()], owner=0)
         self.told: list[Told] = []
         self.in_batch: list[Told] = []
         self.numbers: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -52,7 +54,12 @@ class Play:
     # What must be there
 
     def key(self, tokens: list[int]) -> int:
-        return self.numbers.setdefault((self.weights, tuple(tokens)), len(self.numbers) + 1)
+        """A number for each text, under each graph and value of the weight."""
+        model = hash((self.graph, self.weight.item()))
+        return self.numbers.setdefault((model, tuple(tokens)), len(self.numbers) + 1)
+
+    def keys_of(self, tokens: list[int]) -> list[int]:
+        return [self.key(tokens[: end + 1]) for end in range(len(tokens))]
 
     def extend(self, one: Told, new: list[int]) -> None:
         for token in new:
@@ -66,6 +73,22 @@ class Play:
         state = self.cache._seqs
         pages = [page for page in range(1, self.cache.num_pages + 1) if state.pages.references(page) > 1 or page in state._index]
         return {page: self.cache.k_pages[0][page].clone() for page in pages}
+
+    def proven(self, chunks: list[tuple[Told, list[int]]]) -> None:
+        """As a step does first. Where it is not refused, what was found is what this model makes."""
+        self.cache.proof.check(self.graph, [self.weight])
+        for one, _ in chunks:
+            assert not one.found or one.keys == self.keys_of(one.tokens), "the keys of another model"
+            one.found = False
+
+    def refused(self, chunks: list[tuple[Told, list[int]]], before: list[int]) -> None:
+        """Not without a reason; and nothing was changed."""
+        assert before == [one.seq.length for one in self.told] and not any(one.seq.unrun for one in self.told)
+        stale = [one for one, _ in chunks if one.found and (one.changes < self.changes or one.keys != self.keys_of(one.tokens))]
+        assert stale, "the model is what it was"
+        for one in stale:
+            self.free(one)
+        self.counted["refused"] += 1
 
     def written(self) -> None:
         """As a model does: keys of the new tokens, through the block table on the device."""
@@ -94,8 +117,12 @@ class Play:
         wanted, free = self.wanted(growing), cache.free_pages
         assert wanted <= sum(cache.pages_wanted(*each) for each in growing)
         before = [(one.seq.pages, one.seq.length) for one in self.told]
+        lengths = [one.seq.length for one in self.told]
         try:
             cache.batch([Chunk(one.seq, new) for one, new in chunks])
+        except StalePrefix:
+            self.refused(chunks, lengths)
+            return
         except OutOfPages:
             assert wanted > free and before == [(one.seq.pages, one.seq.length) for one in self.told], "nothing was changed"
             self.counted["out of pages"] += 1
@@ -104,6 +131,11 @@ class Play:
         self.counted["copies"] += sum(
             one.seq.pages[: len(old)] != old for one, (old, _) in zip(self.told, before, strict=True) if old
         )
+        try:
+            self.proven(chunks)
+        except StalePrefix:
+            self.refused(chunks, lengths)
+            return
         kept = self.protected()
         self.in_batch = [one for one, _ in chunks]
         for one, new in chunks:
@@ -127,6 +159,7 @@ class Play:
             for buffer, old in zip((buffers.input_ids, buffers.position_ids, buffers.seq_lens), before, strict=True):
                 buffer.copy_(old)
             return
+        self.cache.proof.check(self.graph, [self.weight])
         kept = self.protected()
         for row, one in enumerate(self.in_batch):
             self.extend(one, [int(sampled[row])])
@@ -142,8 +175,8 @@ class Play:
         cache = self.cache
         free, wanted = cache.free_pages, None if tokens is None else cache.find(tokens, salt=salt).pages_to_admit
         seq = cache.add(tokens, salt=salt)
-        one = Told(seq, salt, [] if tokens is None else tokens[: seq.length])
-        one.keys = [self.key(one.tokens[: end + 1]) for end in range(seq.length)]  # with the weights there are now
+        one = Told(seq, salt, [] if tokens is None else tokens[: seq.length], found=seq.length > 0, changes=self.changes)
+        one.keys = self.kept_in(seq)
         if tokens is not None:
             assert free - cache.free_pages + cache.pages_wanted(seq, len(tokens) - seq.length) == wanted
         self.told.append(one)
@@ -158,11 +191,27 @@ class Play:
 
     def fork(self, one: Told, length: int) -> None:
         seq = self.cache.fork(one.seq, length)
-        self.told.append(Told(seq, one.salt, one.tokens[:length], one.keys[:length]))
+        found = one.found and length > 0
+        self.told.append(Told(seq, one.salt, one.tokens[:length], one.keys[:length], found, one.changes))
 
     def truncate(self, one: Told, length: int) -> None:
         self.cache.truncate(one.seq, length)
         del one.tokens[length:], one.keys[length:]
+        one.found = one.found and length > 0
+
+    def change(self, what: str) -> None:
+        """The model: another compiled graph, or the first one again; another tensor; or this one, changed in place."""
+        if what == "graph":
+            self.graph = "second" if self.graph == "first" else "first"
+        elif what == "tensor":
+            self.weight = self.weight + 1
+        else:
+            self.weight.add_(1)
+        self.changes += 1
+
+    def forget(self) -> None:
+        self.cache.forget_prefixes()
+        self.changes += 1
 
     def free(self, one: Told) -> None:
         self.told.remove(one)
@@ -192,8 +241,13 @@ class Play:
         seq, size = one.seq, self.cache.page_size
         assert seq.length == len(one.tokens) and len(seq.pages) == self.cache.pages_for(seq.length)
         for pool in (self.cache.k_pages[1], self.cache.v_pages[0]):
-            found = pool[list(seq.pages)].flatten(0, 1)[: seq.length, 0, 0].tolist()
-            assert found == one.keys, f"{seq!r} of pages of {size} tokens"
+            assert self.kept_in(seq, pool) == one.keys, f"{seq!r} of pages of {size} tokens"
+
+    def kept_in(self, seq: CachedSequence, pool: torch.Tensor | None = None) -> list[int]:
+        found: list[int] = (
+            (self.cache.k_pages[1] if pool is None else pool)[list(seq.pages)].flatten(0, 1)[: seq.length, 0, 0].tolist()
+        )
+        return found
 
 
 class Sharing(RuleBasedStateMachine):
@@ -201,7 +255,10 @@ class Sharing(RuleBasedStateMachine):
 
     @initialize(size=st.sampled_from([1, 2, 4]), pages=st.integers(4, 14))
     def begin(self, size: int, pages: int) -> None:
-        self.play = Play(size * pages, size)
+        self.play = self.make(size * pages, size)
+
+    def make(self, kv_tokens: int, page_size: int) -> Play:
+        return Play(kv_tokens, page_size)
 
     def one(self, seed: int) -> Told:
         return random.Random(seed).choice(self.play.told)
@@ -266,11 +323,11 @@ class Sharing(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        self.play.cache.forget_prefixes()
+        self.play.forget()
 
-    @rule()
-    def other_weights(self) -> None:
-        self.play.weights += 1
+    @rule(what=st.sampled_from(["graph", "tensor", "in place"]))
+    def another_model(self, what: str) -> None:
+        self.play.change(what)
 
     @invariant()
     def sound(self) -> None:
@@ -301,7 +358,7 @@ def test_long_plays(page_size: int) -> None:
 
 def one_of_a_day(play: Play, draw: random.Random) -> None:
     told: list[Any] = play.told
-    what = draw.choices(["add", "batch", "steady", "fork", "truncate", "keep", "end", "weights"], [4, 6, 6, 2, 2, 3, 4, 0.1])[0]
+    what = draw.choices(["add", "batch", "steady", "fork", "truncate", "keep", "end", "model"], [4, 6, 6, 2, 2, 3, 4, 0.1])[0]
     one = draw.choice(told) if told else None
     limit = play.cache.length_limit
     if what == "add" or one is None:
@@ -323,5 +380,5 @@ def one_of_a_day(play: Play, draw: random.Random) -> None:
         if one.tokens:
             play.cache.keep(one.seq, one.tokens)
         play.free(one)
-    elif what == "weights":
-        play.weights += 1
+    elif what == "model":
+        play.change(draw.choice(("graph", "tensor", "in place")))
