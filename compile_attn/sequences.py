@@ -213,6 +213,14 @@ class Sequences:
         self.alive.add(other)
         return other
 
+    def restore(self, length: int, salt: Salt, epoch: int, found: bool) -> CachedSequence:
+        """A sequence that was there before, in other pages, which the caller fills. Raises OutOfPages, with nothing changed."""
+        seq = CachedSequence(salt, epoch)
+        seq._pages.extend(self.pages.take(self._pages_for(length)))
+        seq.length, seq._found = length, found
+        self.alive.add(seq)
+        return seq
+
     def truncate(self, seq: CachedSequence, length: int) -> None:
         kept = self._pages_for(length)
         dropped = seq._pages[kept:]

@@ -271,6 +271,11 @@ class Sharing(RuleBasedStateMachine):
     def add(self, stem: int, length: int, salt: str | None) -> None:
         self.play.begin(STEMS[stem][:length], salt)
 
+    @rule(stem=st.integers(0, 2), length=st.integers(1, 13), salt=st.sampled_from(SALTS))
+    def find(self, stem: int, length: int, salt: str | None) -> None:
+        """What is known, without running the rest."""
+        self.play.add(STEMS[stem][:length], salt)
+
     @rule(salt=st.sampled_from(SALTS))
     def add_unknown(self, salt: str | None) -> None:
         self.play.add(None, salt)
@@ -353,16 +358,21 @@ def test_long_plays(page_size: int) -> None:
                 play.free(draw.choice(play.told))
         counted += play.counted
     assert counted["hits"] > 100 and counted["steady"] > 100 and counted["out of pages"] > 50
+    assert counted["refused"] > 0
     assert (counted["copies"] > 100) == (page_size > 1), "pages of one token are full, and never copied"
 
 
 def one_of_a_day(play: Play, draw: random.Random) -> None:
     told: list[Any] = play.told
-    what = draw.choices(["add", "batch", "steady", "fork", "truncate", "keep", "end", "model"], [4, 6, 6, 2, 2, 3, 4, 0.1])[0]
+    what = draw.choices(
+        ["add", "find", "batch", "steady", "fork", "truncate", "keep", "end", "model"], [4, 0.5, 6, 6, 2, 2, 3, 4, 0.3]
+    )[0]
     one = draw.choice(told) if told else None
     limit = play.cache.length_limit
     if what == "add" or one is None:
         play.begin(draw.choice(STEMS)[: draw.randint(1, 12)], draw.choice(SALTS))
+    elif what == "find":
+        play.add(draw.choice(STEMS)[: draw.randint(1, 12)], draw.choice(SALTS))
     elif what == "batch":
         chosen = [each for each in draw.sample(told, min(4, len(told))) if each.seq.length < limit]
         if chosen:
