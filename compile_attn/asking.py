@@ -12,8 +12,11 @@ from compile_attn.cache import PagedKVCache
 from compile_attn.calling import device_of, dtype_of
 from compile_attn.kv_dtype import Scales
 from compile_attn.pages import at_least_one
+from compile_attn.preempting import Preempting
 from compile_attn.sampling import Sampling
 from compile_attn.step import token_array
+from compile_attn.swap_cost import SwapCost
+from compile_attn.swapping import SwapSpace
 
 Prompts = Sequence[Sequence[int] | torch.Tensor] | torch.Tensor
 # A step of so many tokens takes long enough to keep every core busy, and decodes that share it do not wait much longer.
@@ -34,6 +37,13 @@ def graphs_wanted(asked: str | bool, device: torch.device) -> str | bool:
     if asked is True and device.type != "cuda":
         raise ValueError(f"cuda_graphs=True, but the model is on {device}; move it to a GPU, or choose 'auto'")
     return device.type == "cuda" and asked
+
+
+def preempting_for(model: nn.Module, cache: PagedKVCache, swap_tokens: int) -> Preempting:
+    """Host memory for so many tokens of a cache that is bound to the model."""
+    space = SwapSpace(cache, swap_tokens)
+    parameters = sum(each.numel() for each in model.parameters())
+    return Preempting(space, SwapCost.estimated(space.bytes_a_token, parameters, cache.device.type))
 
 
 def cache_for(

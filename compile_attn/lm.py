@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from compile_attn.answers import Output, streamed
-from compile_attn.asking import Prompts, cache_for, graphs_wanted, tokens_a_step, work_of
+from compile_attn.asking import Prompts, cache_for, graphs_wanted, preempting_for, tokens_a_step, work_of
 from compile_attn.cache import Chunk, StalePrefix
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
@@ -28,7 +28,7 @@ from compile_attn.memory import tokens_that_fit
 from compile_attn.modes import in_own_modes
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
-from compile_attn.pages import at_least_one
+from compile_attn.pages import at_least_one, page_count
 from compile_attn.passes.report import RefusedError, Report
 from compile_attn.prefixes import Salt, check_salt
 from compile_attn.progress import bar_if
@@ -58,6 +58,8 @@ class PagedLM:
                       they hold stays until the pages are needed
     drafter           guesses how requests go on, such as PromptLookup(). A step verifies up to draft_tokens guesses a request: the
                       tokens stay what they were, right guesses save steps
+    swap_tokens       whole pages of host memory for so many tokens: who must make room for older requests is moved there and back
+                      where that is estimated to take less time than computing it again. 0: it is always computed again
     memory_fraction   with kv_tokens=None the cache takes what a full step leaves of this much of the GPU's memory
 
     The model is compiled here: one that cannot be paged soundly raises RefusedError. `report` says what was done.
@@ -83,6 +85,7 @@ class PagedLM:
         prefix_cache: bool = True,
         drafter: Drafter | None = None,
         draft_tokens: int = 4,
+        swap_tokens: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
@@ -90,6 +93,8 @@ class PagedLM:
         check_no_dropout(self._model)
         device = device_of(self._model)
         budget, graphs = tokens_a_step(max_batch_tokens, device), graphs_wanted(cuda_graphs, device)
+        if swap_tokens != 0:
+            page_count(swap_tokens, at_least_one("page_size", page_size), "swap_tokens")
         drafting = None if drafter is None else Drafting(drafter, draft_tokens)
         options = Options(kernel=kernel, inner=inner, merge_linears=merge_linears, block_sparse=block_sparse)
         cache = cache_for(
@@ -118,6 +123,8 @@ class PagedLM:
             drafting.vocabulary = self._vocabulary
         if kv_tokens is None:
             self._take_the_rest(memory_fraction)
+        if swap_tokens:
+            self._scheduler.preempting = preempting_for(self._model, cache, swap_tokens)
 
     # Requests
 
@@ -188,8 +195,14 @@ class PagedLM:
 
     @property
     def preemptions(self) -> int:
-        """How often a request lost its pages to an older one and had to be recomputed."""
+        """How often a request lost its pages to an older one, and was computed again or had them moved to host memory."""
         return self._scheduler.preemptions
+
+    @property
+    def swaps(self) -> int:
+        """How many of the preemptions moved pages to host memory."""
+        preempting = self._scheduler.preempting
+        return 0 if preempting is None else preempting.swaps
 
     @property
     def num_draft_tokens(self) -> int:
@@ -294,6 +307,8 @@ class PagedLM:
         self._closed = True
         self._sent.clear()
         self._runner.close()
+        if self._scheduler.preempting is not None:
+            self._scheduler.preempting.space.close()
         self.cache.close()
 
     def __enter__(self) -> Self:

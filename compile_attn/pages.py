@@ -96,9 +96,9 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def page_count(kv_tokens: int, page_size: int) -> int:
-    """Pages that hold exactly so many tokens."""
-    if at_least_one("kv_tokens", kv_tokens) % page_size:
-        near = max(1, round(kv_tokens / page_size)) * page_size
-        raise ValueError(f"kv_tokens={kv_tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
-    return kv_tokens // page_size
+def page_count(tokens: int, page_size: int, name: str = "kv_tokens") -> int:
+    """Pages that hold exactly so many tokens; name: what they are called where they were asked for."""
+    if at_least_one(name, tokens) % page_size:
+        near = max(1, round(tokens / page_size)) * page_size
+        raise ValueError(f"{name}={tokens} is not a multiple of page_size={page_size}; the nearest is {near}")
+    return tokens // page_size

@@ -10,6 +10,7 @@ from typing import Literal
 from compile_attn.cache import CachedSequence, Chunk
 from compile_attn.prefixes import Salt
 from compile_attn.sampling import Sampling, draw_seed
+from compile_attn.swapping import Swapped
 
 Reason = Literal["stop", "length", "cancelled"]
 
@@ -30,6 +31,7 @@ class Request:
     seq: CachedSequence | None = None
     pending: int = 0  # tokens sampled by steps that were sent, and not read yet; at most 1 when a step is planned
     row: int = 0  # among the sampled rows of the step that made the last one
+    swapped: Swapped | None = None  # its pages, while they wait in host memory
     salt: Salt = None
     sample: int = 0  # which of the samples
     samples: tuple[Request, ...] = field(default=(), repr=False)

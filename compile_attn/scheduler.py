@@ -1,7 +1,8 @@
 """Which tokens of which requests run in the next step?
 
 Continuous batching on the host, no tensor in sight: requests join and leave between steps, long prompts are cut into
-chunks under a token budget, and the youngest request gives its pages back (to be recomputed) when they run out.
+chunks under a token budget, and the youngest request gives its pages back when they run out: it is computed again later, or its
+pages wait in host memory (`Preempting`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from compile_attn.cache import OutOfPages, PagedKVCache
 from compile_attn.cuda_graph import MOST_ROWS, MOST_TOKENS
 from compile_attn.drafting import Drafting
+from compile_attn.preempting import Preempting
 from compile_attn.prefixes import Salt, check_salt
 from compile_attn.requests import Plan, Reason, Request, asked
 from compile_attn.sampling import NOT_FINITE, Sampling
@@ -32,6 +34,7 @@ class Scheduler:
     ) -> None:
         self.cache, self.drafting = cache, drafting
         self._sharing = Sharing(cache, prefix_cache)
+        self.preempting: Preempting | None = None  # without it, who is preempted is computed again
         self.preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[Request] = deque()
@@ -188,12 +191,13 @@ class Scheduler:
         self._last, self._unread = None, 0
         self.cache.forget_prefixes()
         while self._running:
-            self._preempt_youngest()
+            self._preempt_youngest(trusted=False)
         self._waiting.extendleft(reversed(self._ending))
         self._ending.clear()
         self._waiting = deque(request for request in self._waiting if not request.finished)
         for request in self._waiting:
             request.pending = 0
+            self._release(request)
 
     def _admit(self, picked: list[tuple[Request, int]], budget: int, free: int) -> None:
         """Let waiting requests in while their known tokens fit beside what the running ones still have to load."""
@@ -207,7 +211,8 @@ class Scheduler:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
                 break
-            pages, make = self._sharing.beginning(request)
+            out = self.preempting if request.swapped is not None else None
+            pages, make = self._sharing.beginning(request) if out is None else out.beginning(request)
             if pages > free - len(self._running):  # each running one keeps a page to grow into
                 break
             self._waiting.popleft()
@@ -264,11 +269,16 @@ class Scheduler:
                     self._end(request)
                 yield request, token
 
-    def _preempt_youngest(self) -> int:
-        """Send the youngest running request back to wait; returns the pages that this frees."""
+    def _preempt_youngest(self, trusted: bool = True) -> int:
+        """Send the youngest running request back to wait; returns the pages that this frees.
+
+        trusted: what its pages hold is what was to be computed
+        """
         request = self._running.pop()
         before = self.cache.free_pages
-        self._release(request)
+        self._sharing.keep([request])
+        if not trusted or self.preempting is None or not self.preempting.out(request):
+            self._release(request)
         self._waiting.appendleft(request)
         self.preemptions += 1
         return self.cache.free_pages - before
@@ -293,6 +303,8 @@ class Scheduler:
         return min(request.sampling.max_new_tokens - made, self.cache.length_limit + 1 - request.length)
 
     def _release(self, request: Request) -> None:
+        if self.preempting is not None:
+            self.preempting.drop(request)
         if request.seq is not None:
             self._sharing.keep([request])
             self.cache.free(request.seq)

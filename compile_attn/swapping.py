@@ -46,7 +46,7 @@ class SwapSpace:
     """
 
     def __init__(self, cache: PagedKVCache, tokens: int) -> None:
-        pages = page_count(tokens, cache.page_size)
+        pages = page_count(tokens, cache.page_size, "tokens")
         if not cache.k_pages:
             raise ValueError("the cache has no pages yet, so it is not known how large they are; run the model on it once")
         self._cache = cache
@@ -67,6 +67,10 @@ class SwapSpace:
     def bytes_a_token(self) -> float:
         """That move for each token, one way."""
         return sum(pool[0].nbytes for pool in self._pools) / self._cache.page_size
+
+    def pages_for(self, tokens: int) -> int:
+        """Of the cache, for so many tokens."""
+        return self._cache.pages_for(tokens)
 
     @in_own_modes
     def out(self, seq: CachedSequence) -> Swapped | None:

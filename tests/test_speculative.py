@@ -26,7 +26,7 @@ from tests.test_by_step_gpu import SMALL, check_greedy, model_on, needs
 from tests.test_by_step_gpu import prompts_of as words
 from tests.test_fuzz import GEOMETRIES, cases, play
 from tests.test_fuzz_shared import GEOMETRIES as SHARED
-from tests.test_fuzz_shared import MODEL
+from tests.test_fuzz_shared import MODELS
 from tests.test_fuzz_shared import Play as Watched
 from tests.test_general import interpreted
 from tests.tiny import POSITIONS, VOCAB, alone, as_on_a_gpu, prompts_of, tiny
@@ -461,7 +461,7 @@ class Greedily:
 
     def next(self, tokens: tuple[int, ...]) -> int:
         if tokens not in self.known:
-            self.known[tokens] = int(MODEL(torch.tensor([tokens]))[0, -1].argmax())
+            self.known[tokens] = int(MODELS["all keys"](torch.tensor([tokens]))[0, -1].argmax())
         return self.known[tokens]
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
@@ -475,7 +475,7 @@ class Greedily:
 @pytest.mark.parametrize("at", range(len(SHARED)))
 def test_any_schedule_of_shared_pages(at: int, way: Way) -> None:
     """Every write is watched, steps fail, and the pages are too few."""
-    with PagedLM(MODEL, inner="eager", poison=True, drafter=Greedily(), **SHARED[at]) as lm:  # type: ignore[arg-type]
+    with PagedLM(MODELS["all keys"], inner="eager", poison=True, drafter=Greedily(), **SHARED[at]) as lm:  # type: ignore[arg-type]
         watched = Watched(as_on_a_gpu(lm) if way == "as on a GPU" else lm)
         for seed in range(12):
             try:
