@@ -154,7 +154,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=r"came back or was dropped already"):
             use(waiting)
     assert space.free_tokens == 64
-    with pytest.raises(ValueError, match=r"kv_tokens=6 is not a multiple of page_size=4"):
+    with pytest.raises(ValueError, match=r"tokens=6 is not a multiple of page_size=4"):
         SwapSpace(cache, 6)
     with pytest.raises(ValueError, match="run the model on it once"):
         SwapSpace(PagedKVCache(kv_tokens=8, page_size=4), 8)
