@@ -179,12 +179,16 @@ class PagedLM:
 
         It is sampled anew, as `submit` does; while the first one runs, both hold the same pages.
         """
+        self._scheduler.check_mine(request)
         [(tokens, how)] = self._checked([[*request.prompt, *request.new_tokens]], sampling, None, request.salt)
         return self._scheduler.submit(tokens, how, request.salt, request)
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """End a request with all its samples now, or one of them alone; the pages come back at once."""
         self._check_open()
+        self._scheduler.check_mine(request)
+        if sample is not None and sample not in range(len(request.samples)):
+            raise ValueError(f"sample={sample!r} of request {request.id}, which has samples 0 to {len(request.samples) - 1}")
         for one in request.samples[::-1] if sample is None else [request.samples[sample]]:
             self._scheduler.cancel(one)
 

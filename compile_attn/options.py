@@ -29,7 +29,8 @@ class Options:
     block_sparse  a `BlocksparseParams`: queries see no other keys than its mask shows them, which the model need not have been
                  written with. A model for which that cannot be done is an error, whatever on_rejected says, and so is one with
                  sums over tokens without a softmax, such as linear attention, unless `layers` says where the mask is meant. What
-                 mixes tokens without a product (a cumulative sum, a loop, a convolution) is no attention, and stays as it is.
+                 mixes tokens without one product over all of them (a cumulative sum, a loop, a convolution, a sum in parts) is not
+                 seen as attention, and stays as it is.
     """
 
     kernel: str = "auto"

@@ -31,6 +31,7 @@ class Request:
     seq: CachedSequence | None = None
     pending: int = 0  # tokens sampled by steps that were sent, and not read yet; at most 1 when a step is planned
     row: int = 0  # among the sampled rows of the step that made the last one
+    server: object = field(default=None, repr=False)  # the scheduler that serves it
     swapped: Swapped | None = None  # its pages, while they wait in host memory
     salt: Salt = None
     sample: int = 0  # which of the samples

@@ -62,9 +62,18 @@ class Scheduler:
         self.check_length(len(prompt))
         check_salt(salt)
         request = asked(self._count, prompt, sampling, salt, source)
+        for one in request.samples:
+            one.server = self
         self._count += 1
         self._waiting.append(request)
         return request
+
+    def check_mine(self, request: Request) -> None:
+        """Refuse what is no request of this server."""
+        if not isinstance(request, Request):
+            raise ValueError(f"{request!r} is a {type(request).__name__}; pass a request that submit() has made")
+        if request.server is not self:
+            raise ValueError(f"request {request.id} belongs to another PagedLM; pass it to the one whose submit() has made it")
 
     def check_length(self, length: int) -> None:
         """Refuse a prompt that can never fit."""

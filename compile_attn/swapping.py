@@ -49,7 +49,7 @@ class SwapSpace:
         pages = page_count(tokens, cache.page_size, "tokens")
         if not cache.k_pages:
             raise ValueError("the cache has no pages yet, so it is not known how large they are; run the model on it once")
-        self._cache = cache
+        self._cache, self._closed = cache, False
         self._free = list(range(pages))
         self._pools = self._made(pages)
 
@@ -79,7 +79,7 @@ class SwapSpace:
         Pages that others hold, or that are known as a prefix, stay as they are, and are copied too. ValueError for a sequence that
         was freed, that is another cache's, or whose last batch was not run.
         """
-        self._cache._check_open()
+        self._check_open()
         self._cache._seqs.check_usable(seq)
         count = len(seq.pages)
         if count > len(self._free):
@@ -97,7 +97,7 @@ class SwapSpace:
 
         ValueError where it was used already, or is longer than the cache allows since it was resized; it can be dropped then.
         """
-        self._cache._check_open()
+        self._check_open()
         pages = self._check(swapped)
         if swapped.length > self._cache.length_limit:
             raise ValueError(
@@ -115,12 +115,18 @@ class SwapSpace:
 
     def drop(self, swapped: Swapped) -> None:
         """Let go of what was kept. ValueError where it was used already."""
+        self._check_open()
         self._check(swapped)
         self._give_back(swapped)
 
     def close(self) -> None:
         """Let go of the memory. Nothing that was swapped can come back."""
-        self._pools, self._free = [], []
+        self._pools, self._free, self._closed = [], [], True
+
+    def _check_open(self) -> None:
+        self._cache._check_open()
+        if self._closed:
+            raise ValueError("this SwapSpace is closed; make a new one")
 
     def _made(self, pages: int) -> list[torch.Tensor]:
         pinned = self.device.type == "cuda"

@@ -286,6 +286,19 @@ def test_the_next_sample_runs_the_prompt_if_the_first_is_cancelled() -> None:
 # Forks
 
 
+def test_requests_of_another_server_are_refused(lm: PagedLM) -> None:
+    """Its fork was taken in once, and no step ran ever after."""
+    with lm_of() as other:
+        theirs, mine = other.submit(TEXT[:9], GREEDY), lm.submit(TEXT[:9], GREEDY)
+        for asked, why in ((theirs, "request 0 belongs to another PagedLM"), ([1, 2], "pass a request that submit")):
+            for refused in (lm.fork, lm.cancel):
+                with pytest.raises(ValueError, match=why):
+                    refused(asked)  # type: ignore[operator]
+        with pytest.raises(ValueError, match="which has samples 0 to 0"):
+            lm.cancel(mine, 1)
+        assert run(lm, mine) == run(other, theirs) == [alone(tiny(), TEXT[:9], GREEDY)]
+
+
 def test_a_fork_goes_on_from_what_is_there(lm: PagedLM) -> None:
     first = lm.submit(TEXT[:10], Sampling(max_new_tokens=20))
     while len(first.new_tokens) < 6:

@@ -159,6 +159,12 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="run the model on it once"):
         SwapSpace(PagedKVCache(kv_tokens=8, page_size=4), 8)
     cache.free(unrun)
+    kept = space.out(filled(cache, [4] * 5))
+    assert kept is not None
+    space.close()
+    for use in (space.back, space.drop, lambda _: space.out(cache.add())):
+        with pytest.raises(ValueError, match="this SwapSpace is closed"):
+            use(kept)
     cache.close()
     for refused in (lambda: space.out(unrun), lambda: space.back(waiting)):
         with pytest.raises(ValueError, match="this PagedKVCache is closed"):
