@@ -259,8 +259,8 @@ class PagedKVCache:
 
         Only new pages are sent. For when `advanced_width()` is the batch's own. Raises OutOfPages, with nothing changed.
         """
-        self._check_open()
-        assert self.current is not None and self.advanced_width() == self.current.width
+        width = self.advanced_width()
+        assert self.current is not None and width == self.current.width
         seqs, size = self._in_batch, self.page_size
         full = [row for row, seq in enumerate(seqs) if seq.length % size == 0]
         for row, page in zip(full, self._seqs.pages.take(len(full)), strict=True):

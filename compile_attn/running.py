@@ -63,8 +63,9 @@ class Runner:
     def send(self, plan: Plan) -> Sent:
         """Hand the step to the device."""
         kind = self._kind(plan)
-        if kind is not None and self._prepared(kind, self._repeats(plan, kind)):
-            self._replay(plan, kind)
+        before, again = self._cache.current, kind is not None and self._repeats(plan, kind)
+        if kind is not None and self._prepared(kind, again):
+            self._replay(plan, kind, again and self._cache.current is before)  # not if a graph was recorded meanwhile
         else:
             self._run_once(plan)
         tokens = self._cache.buffers.recent[: plan.shape[2]]
@@ -142,9 +143,8 @@ class Runner:
             return False
         return True
 
-    def _replay(self, plan: Plan, kind: Kind) -> None:
+    def _replay(self, plan: Plan, kind: Kind, again: bool) -> None:
         assert self.graphs is not None
-        again = self._repeats(plan, kind)  # not if a graph was recorded meanwhile
         batch = self._cache.advance() if again else self._cache.batch(plan.chunks, recorded=kind.sizes)
         if not again:
             self._cache.proof.ask(lambda: self._run(batch.input_ids, batch.position_ids))

@@ -126,7 +126,7 @@ def test_a_steady_step_takes_one_call_a_row() -> None:
                 lm.step()
         finally:
             sys.setprofile(None)
-        assert 10 * rows < len(calls) < 10 * (rows + 70)  # an Output a row, whatever the number of rows
+        assert 10 * rows < len(calls) < 10 * (rows + 60)  # an Output a row, whatever the number of rows
 
 
 def test_when_a_batch_can_be_advanced() -> None:
