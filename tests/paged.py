@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 import compile_attn.kernels.ops  # noqa: F401  registers the ops
+from compile_attn.kernels.backend import Paged
 from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
+from compile_attn.kernels.reference import ReferenceBackend
 from compile_attn.kernels.spec import AttentionSpec
 from tests.oracle import attend_row
 
@@ -43,6 +45,15 @@ class PagedBatch:
                 token += 1
         return out
 
+    def reference(self, captured: Sequence[torch.Tensor]) -> torch.Tensor:
+        """By the reference in float64, on the host, where it reads a row's keys once and not for every token."""
+        pools = (pages.cpu().double() for pages in (self.k_pages, self.v_pages))
+        at = self.metadata
+        where = (each.cpu() for each in (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq))
+        exact = [each.double() if each.is_floating_point() else each for each in (given.cpu() for given in captured)]
+        out = ReferenceBackend().attend(self.q.cpu().double(), Paged(*pools, *where), exact, self.spec)
+        return out.to(self.q.device)
+
 
 def paged_batch(
     spec: AttentionSpec,
@@ -71,17 +82,18 @@ def paged_batch(
         metadata.block_table[row, count:] = len(counts)  # another's, or a free page: never to be read as a value
 
     def random_of(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=make).to(dtype).to(device)
+        return torch.randn(shape, generator=make).to(dtype)
 
     k = [random_of(length, spec.num_kv_heads, spec.head_dim) for length in lengths]
     v = [random_of(length, spec.num_kv_heads, spec.head_dim_v) for length in lengths]
     pages = (sum(counts) + 3, page_size, spec.num_kv_heads)
-    k_pages = torch.full((*pages, spec.head_dim), torch.nan, dtype=dtype, device=device)
-    v_pages = torch.full((*pages, spec.head_dim_v), torch.nan, dtype=dtype, device=device)
-    for row, table in enumerate(tables):
-        for place in range(lengths[row]):
-            k_pages[table[place // page_size], place % page_size] = k[row][place]
-            v_pages[table[place // page_size], place % page_size] = v[row][place]
+    k_pages = torch.full((*pages, spec.head_dim), torch.nan, dtype=dtype)
+    v_pages = torch.full((*pages, spec.head_dim_v), torch.nan, dtype=dtype)
+    for pool, held in ((k_pages, k), (v_pages, v)):
+        for table, tokens in zip(tables, held, strict=True):
+            for page, part in zip(table, tokens.split(page_size), strict=False):  # of no tokens, one part
+                pool[page, : len(part)] = part
     q = random_of(metadata.positions.shape[0], spec.num_q_heads, spec.head_dim)
     q[sum(new for _, new in sequences) :] = torch.nan
-    return PagedBatch(spec, metadata, k, v, q, k_pages, v_pages)
+    k, v = ([each.to(device) for each in held] for held in (k, v))
+    return PagedBatch(spec, metadata, k, v, q.to(device), k_pages.to(device), v_pages.to(device))
