@@ -3,7 +3,7 @@
 compute-sanitizer watches every access while the tests of the Triton kernels run on the device, after it has shown that it sees a
 planted one. Every tensor has an allocation of its own then, of the driver's pool, so that what lies behind it belongs to nobody.
 
-    python -m bench.memcheck [--jobs 5] [--wave 75] [--limit 500] [--tool memcheck] [--out DIR] [tests, default: Triton's kernels']
+    python -m bench.memcheck [--jobs 8] [--wave 400] [--limit 500] [--tool memcheck] [--out DIR] [tests, default: Triton's kernels']
 
 Under the tool the memory of a process that launches kernels only grows, so that processes serve a wave of tests and end.
 """
@@ -36,8 +36,11 @@ PLACES = (
     shutil.which("compute-sanitizer"),
     *(f"/usr/local/cuda/{folder}/compute-sanitizer" for folder in ("bin", "compute-sanitizer")),
 )
-# The tool holds device memory for every launch it watches that was not waited for. PyTorch's own kernels are not asked about.
-LESS_MEMORY = ("--force-synchronization-limit", "16", "--kernel-name-exclude", "kernel_substring=at::")
+WHAT = (
+    *("--target-processes", "all", "--require-cuda-init", "no"),
+    *("--force-synchronization-limit", "16"),  # the tool holds device memory for every launch that was not waited for
+    *("--kernel-name-exclude", "kernel_substring=at::"),  # PyTorch's own
+)
 MOST_OF_A_LOG = 4 << 20  # characters that are kept
 PLANTED = """
 import torch, triton, triton.language as tl
@@ -62,7 +65,7 @@ def watched(tool: str, command: Sequence[str], limit: float) -> tuple[int | None
     """Run under the tool: the exit code (None: cut off), and the log of every process that used the device."""
     env = {**os.environ, "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
     with tempfile.TemporaryDirectory() as logs:
-        how = ["--tool", tool, "--target-processes", "all", "--require-cuda-init", "no", *LESS_MEMORY, "--log-file", f"{logs}/%p.log"]
+        how = ["--tool", tool, *WHAT, "--log-file", f"{logs}/%p.log"]
         code = run_apart([sanitizer(), *how, *command], limit, env)
         texts = [file.read_text(errors="replace") for file in sorted(Path(logs).iterdir())]
     return code, [text for text in texts if "ERROR SUMMARY" in text]
@@ -76,8 +79,8 @@ def errors(logs: Sequence[str]) -> int:
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", default=[*(f"tests/test_{name}.py" for name in TESTS), *FEW])
-    parser.add_argument("--jobs", type=int, default=5, help="processes at once")
-    parser.add_argument("--wave", type=int, default=75, help="tests, until processes begin anew")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at once")
+    parser.add_argument("--wave", type=int, default=400, help="tests, until processes begin anew")
     parser.add_argument("--limit", type=float, default=500.0, help="seconds for the tests")
     parser.add_argument("--tool", default="memcheck", help="or racecheck, initcheck, synccheck")
     parser.add_argument("--out", type=Path, default=RESULTS)
