@@ -245,7 +245,8 @@ class Sequences:
             raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
 
     def check_usable(self, seq: CachedSequence) -> None:
-        self.check_mine(seq)
+        if seq.freed or seq not in self.alive:
+            self.check_mine(seq)
         if seq.unrun:
             raise ValueError(
                 f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "
