@@ -20,6 +20,9 @@ hypothesis.settings.load_profile("steady")
 gc.set_threshold(100_000, 50, 100)
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
+# Workers share the cores: where each takes all of them, products of float64 wait for each other.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it decides when a kernel is defined
 
