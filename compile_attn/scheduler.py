@@ -108,7 +108,9 @@ class Scheduler:
         running = self._running
         if len(running) <= min(self.budget, self.cache.free_pages) and all(one.missing == 1 for one in running):
             picked, preempted = [(one, 1) for one in running], False  # what follows would say the same, in more time
-            left = self.cache.free_pages - sum(self._pages_wanted(one, 1) for one in running) if self._waiting else 0
+            left = self.cache.free_pages
+            if self._waiting:
+                left -= sum(self._pages_wanted(one, 1) for one in running)
         else:
             picked, preempted, left = self._pick_running()
         if not preempted:
@@ -221,8 +223,9 @@ class Scheduler:
         if not self._waiting or len(self._running) >= most:
             return
         self._sharing.keep(self._running)
-        free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
-        free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
+        for request, count in picked:
+            if count < request.missing:
+                free -= self._pages_wanted(request, request.missing) - self._pages_wanted(request, count)
         while self._waiting and len(self._running) < most and budget > 0:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
@@ -343,5 +346,5 @@ class Scheduler:
         ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
         chunks = [request.chunk(count, drafts.get(request, ())) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits != "none"]
-        settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
+        settled = all(chunk.carried == row and len(chunk.tokens) == 1 for row, chunk in enumerate(chunks))
         return Plan(chunks, sampled, settled, drafts)

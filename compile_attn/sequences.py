@@ -43,6 +43,11 @@ class CachedSequence:
     def pages(self) -> tuple[int, ...]:
         return tuple(self._pages)
 
+    @property
+    def known_pages(self) -> int:
+        """How many of its first pages later sequences may begin with."""
+        return self._known
+
     def __repr__(self) -> str:
         return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
 
