@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdRef
 
 from compile_attn.cache import PagedKVCache
 from compile_attn.options import Inner, Options
@@ -93,7 +94,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     weights(examples)
     cache.bind(
         rewriting.layers,
-        owner=_owner(gm, examples),
+        owner=_owner(examples),
         max_positions=report.max_positions,
         max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
         kernels=[(site.kernel, site.spec) for site in report.sites],
@@ -197,9 +198,13 @@ def _check_length(options: Options, cache: PagedKVCache) -> None:
         )
 
 
-def _owner(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[int, ...]:
-    """What makes two compilations the same model: the storages of its parameters."""
-    return tuple(sorted(x.data_ptr() for x in examples if isinstance(x, torch.nn.Parameter)))
+def _owner(examples: Sequence[Any]) -> frozenset[WeakIdRef]:
+    """What makes two compilations the same model: the Parameters themselves, held weakly.
+
+    Not where their data lie: `.data` may have been set between the two. Whether keys of before are still the model's is not asked
+    here, but of their `Origin`, and another compilation is another origin.
+    """
+    return frozenset(WeakIdRef(x) for x in examples if isinstance(x, torch.nn.Parameter))
 
 
 def _what_makes_keys(gm: fx.GraphModule, examples: Sequence[Any], tokens: Sequence[int]) -> tuple[list[int], list[int]]:

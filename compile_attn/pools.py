@@ -90,7 +90,8 @@ class Pools:
         if first != owner:
             raise ValueError(
                 f"this cache already serves a model with {len(held)} attention sites, and a cache serves one model; "
-                "make another PagedKVCache for the second one"
+                "make another PagedKVCache for the second one. If it is the first one with other weights, it has other Parameters, "
+                "and so may be any model: keep those it had, and write into them, as load_state_dict does, or set their .data"
             )
         if held != layers:
             raise ValueError(

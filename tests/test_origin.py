@@ -154,6 +154,35 @@ def test_a_change_that_torch_counts_is_seen_when_a_text_is_added(name: str, merg
         assert (served.hits(), served.hits()) == (0, 12)
 
 
+@pytest.mark.parametrize("serve", [by_lm, by_hand], ids=["PagedLM", "torch.compile"])
+@pytest.mark.parametrize("name", list(COUNTED))
+def test_the_same_parameters_with_other_data_are_the_same_model(name: str, serve: Callable[[Varied], Served]) -> None:
+    """Compiled again, which a number asks for, and by then their data lie elsewhere: none of the old keys is found."""
+    model = varied()
+    served = serve(model)
+    assert (served.hits(), served.hits(), served.cache.compilations) == (0, 12, 1)
+    for compilations in (2, 2, 2):
+        stale = served.begin()
+        COUNTED[name](model)
+        REPLACED["a number"](model)
+        with pytest.raises(StalePrefix):
+            served.go_on(stale)
+        served.cache.free(stale)
+        assert (served.hits(), served.hits(), served.cache.compilations) == (0, 12, compilations)
+
+
+@pytest.mark.parametrize("serve", [by_lm, by_hand], ids=["PagedLM", "torch.compile"])
+def test_other_parameters_are_another_model_when_it_is_compiled_again(serve: Callable[[Varied], Served]) -> None:
+    """One of them was replaced: with one graph that is seen, with another it is told from a second model by nothing."""
+    model = varied()
+    served = serve(model)
+    assert served.hits() == 0
+    REPLACED["a parameter"](model)
+    REPLACED["a number"](model)
+    with pytest.raises(ValueError, match=r"it has other Parameters, and so .*: keep those it had, and write into them"):
+        served.hits()
+
+
 @pytest.mark.parametrize("name", list(REPLACED))
 def test_what_was_computed_in_part_by_another_model_is_not_kept(name: str) -> None:
     """The first chunk by the model, the second by another one, and then it is the first one again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +172,20 @@ def test_a_cache_still_knows_its_model() -> None:
             torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(ValueError, match="this cache already serves a model"):
         torch.compile(other, backend="paged_attn", options=options)(cache.batch([ca.Chunk(cache.add(), [1, 2])]).input_ids)
+
+
+@pytest.mark.parametrize("as_served", [lambda lm: lm, as_on_a_gpu], ids=["as on a CPU", "as on a GPU"])
+def test_replaced_data_and_a_compilation_anew(as_served: Callable[[ca.PagedLM], ca.PagedLM]) -> None:
+    """Two graphs of one model, one with merged linears and one with the replaced one apart, to and fro."""
+    model = llama()
+    key = model.blocks[0].attention.k_proj.weight
+    with as_served(lm_of(model)) as lm, torch.no_grad():
+        assert lm.generate(PROMPTS, max_new_tokens=6) == expected(model)
+        for theta in (10.0, 100.0, 10.0):
+            key.data = key.data.flip(0)
+            model.shape = replace(model.shape, theta=theta)
+            assert lm.generate(PROMPTS, max_new_tokens=6) == expected(model)
+        assert lm.cache.compilations == 2
 
 
 def test_stateless_only_when_asked() -> None:
