@@ -18,13 +18,14 @@ from compile_attn.kernels.mask import Bidirectional, Mask
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.anchors import Anchor, find_anchors
 from compile_attn.passes.axes import Frame, Rows, frames
-from compile_attn.passes.contractions import is_contraction
+from compile_attn.passes.contractions import is_contraction, operands
 from compile_attn.passes.graph import Location, downstream, is_tensor, location, placeholders
 from compile_attn.passes.heads import Operand
-from compile_attn.passes.indices import op_name
+from compile_attn.passes.indices import op_name, shape_of
 from compile_attn.passes.masks import classify, sees_itself
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.outputs import OutputReader
+from compile_attn.passes.pointwise import RULES
 from compile_attn.passes.products import read_product
 from compile_attn.passes.proof import implies
 from compile_attn.passes.report import Rejected
@@ -131,19 +132,47 @@ class _SiteReader:
     def _refuse(self, anchor: Anchor, why: tuple[str, str]) -> None:
         """What resembles a softmax and is none: nothing to do with attention unless a product of queries and keys is in it."""
         index = tuple(self.reader.bounds.symbol(f"a{dim}", size) for dim, size in enumerate(anchor.shape))
-        if anchor.score_at(self.reader, index).has(Dot):
+        value = anchor.score_at(self.reader, index)
+        if value.has(Dot) or (not self.paged and self._unread(anchor, value) is not None):
             raise unreadable(anchor.softmax, *why)
 
     def _no_product(self, anchor: Anchor, frame: Frame, value: sympy.Basic) -> None:
-        """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence."""
-        if frame.keys.size.is_Integer:
+        """A softmax without q.k: a router, a gate, a vocabulary. Rejected if it runs over an axis as long as the sequence, and,
+        where lengths are constants, if a product of queries and keys leads to it all the same."""
+        stop = self._unread(anchor, value)
+        if frame.keys.size.is_Integer and (stop is None or self.paged):
             return
         why = "a softmax over tokens whose score is not one product of queries and keys"
-        leaves = (self.reader.captured[int(load.args[0])] for load in value.atoms(Load))
-        stop = next((leaf for leaf in leaves if leaf in self.data and leaf.op != "placeholder" and _holds_product(leaf)), None)
         if stop is not None:
+            stop = stop if op_name(stop) else stop.all_input_nodes[0]  # of several outputs it is one
             why = f"{why}: between the two stands {stop.name} ({op_name(stop)}), an op that cannot be read"
         raise unreadable(anchor.softmax, why, "write the score as q @ k.transpose(-1, -2) with elementwise terms")
+
+    def _unread(self, anchor: Anchor, value: sympy.Basic) -> fx.Node | None:
+        """The op at which reading the score has ended, where a product of queries and keys stands before it."""
+        leaves = [self.reader.captured[int(load.args[0])] for load in value.atoms(Load)]
+        leaves += [self.reader.opaque[int(opaque.args[0])] for opaque in value.atoms(Opaque)]
+        behind = (leaf for leaf in leaves if leaf in self.data and self._from_product(leaf, anchor.shape[anchor.dim]))
+        return next(behind, None)
+
+    def _from_product(self, node: fx.Node, keys: sympy.Expr) -> bool:
+        """Whether a product of two tensors of the call leads to this node, and no layer of weights makes something new of it.
+
+        So a router after an attention is none. Weights that mix heads leave pairs of tokens as they are: two axes of keys, or one
+        of their square.
+        """
+        seen, todo = {node}, [node]
+        while todo:
+            node = todo.pop()
+            data = [source for source in node.all_input_nodes if source in self.data and op_name(source) != "sym_size"]
+            if is_contraction(node) and self.data.issuperset(operands(node)):
+                return True
+            weighted = any(is_tensor(source) and source not in self.data for source in node.all_input_nodes)
+            if weighted and op_name(node) not in RULES:
+                data = [source for source in data if _has_pairs(node, keys) and _has_pairs(source, keys)]
+            todo.extend(source for source in data if source not in seen)
+            seen.update(data)
+        return False
 
     def _check_pageable(self, anchor: Anchor, rows: Rows) -> None:
         if self.paged and rows.keys != rows.queries:
@@ -239,14 +268,8 @@ class _SiteReader:
         return found
 
 
-def _holds_product(node: fx.Node) -> bool:
-    """Whether a product of two tensors of data leads to this node."""
-    seen, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if is_contraction(source) and op_name(source) != "linear":
-                return True
-            if source not in seen:
-                seen.add(source)
-                todo.append(source)
-    return False
+def _has_pairs(node: fx.Node, keys: sympy.Expr) -> bool:
+    """Of tokens: a symbol may be written in several ways, but what it stands for are tokens."""
+    shape = shape_of(node) if is_tensor(node) else ()
+    tokens = [size for size in shape if (size == keys if keys.is_Integer else not size.is_Integer)]
+    return len(tokens) > 1 or keys**2 in shape

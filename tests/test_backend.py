@@ -84,6 +84,23 @@ def test_a_rejected_site_as_an_error() -> None:
         assert rejected.where.source.endswith("seen = (q @ k.mT).softmax(-1)")
 
 
+def test_attention_that_cannot_be_read_is_told_of_at_the_first_call() -> None:
+    """At which torch.compile takes all sizes for constants."""
+
+    class Unread(TinyAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.atan(x @ x.mT).softmax(-1) @ x
+
+    with pytest.warns(
+        UserWarning, match=r"left 1 attention site.*\n  softmax, .*: .*stands atan \(atan\), an op that cannot be read"
+    ):
+        found = _compiled(Unread())(X)
+    torch.testing.assert_close(found, Unread()(X))
+    torch._dynamo.reset()
+    with pytest.raises(ca.RefusedError, match=r"stands atan \(atan\)"):
+        _compiled(Unread(), on_rejected="error")(X)
+
+
 def test_wrong_options_reach_the_user_as_they_are() -> None:
     with pytest.raises(ValueError, match=r"^paged_attn: unknown option 'kernle'"):
         _compiled(tiny(), kernle="auto")(torch.arange(4)[None])

@@ -166,6 +166,67 @@ def test_the_op_that_stops_the_reader_is_named() -> None:
     assert "atan" in (why := refused(run, *qkv()).reason) and "an op that cannot be read" in why
 
 
+@torch.library.custom_op("tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_OVER_HEADS, _BY_CONV = nn.Linear(H, H, bias=False), nn.Conv2d(H, H, 1)
+_UNREAD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "atan": (torch.atan, "atan"),
+    "special": (torch.special.i0e, "special_i0e"),
+    "custom": (twice, "tests::twice"),
+    "two outputs": (lambda s: torch.frexp(s).mantissa, "frexp"),
+    "sorted": (lambda s: s.sort(-1).values, "sort"),
+    "summed on": (lambda s: s.cumsum(-1), "cumsum"),
+    "best": (lambda s: s.topk(3, -1).values, "topk"),
+    "normalised": (lambda s: F.layer_norm(s, (s.shape[-1],)), "layer_norm"),
+    "heads by linear": (lambda s: _OVER_HEADS(s.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), "linear"),
+    "heads by conv": (_BY_CONV, "conv2d"),
+    "masked before": (lambda s: twice(torch.where(s.new_ones(s.shape[-2:]).tril() > 0, s, -9.0)), "tests::twice"),
+}
+
+
+@pytest.mark.parametrize("every_size", [False, None], ids=["constants", "a symbol"])
+@pytest.mark.parametrize("name", _UNREAD)
+def test_an_unread_op_is_named_whether_lengths_are_constants_or_not(name: str, every_size: bool | None) -> None:
+    """As constants, which they are at a first call, they looked like a router's, and the site was passed over in silence."""
+    op, called = _UNREAD[name]
+
+    def run(x: Tensor) -> Tensor:
+        weights = F.softmax(op(x @ x.mT), -1)
+        return weights @ x[:, :, : weights.shape[-1]]
+
+    assert f"({called}), an op that cannot be read" in refused(run, qkv()[0], every_size=every_size).reason
+
+
+def test_an_exponential_of_an_unread_score_is_no_secret() -> None:
+    for every_size in (False, None):
+        why = refused(lambda q, k, v: twice(q @ k.mT).exp() @ v, *qkv(), every_size=every_size).reason
+        assert "never divided by its sum" in why
+
+
+@pytest.mark.parametrize("experts", [5, T])
+def test_a_router_behind_an_attention_is_none(experts: int) -> None:
+    """Weights stand between the two, so what its softmax is over are no keys, however many experts there are."""
+    out, gate = nn.Linear(H * D, H * D), nn.Linear(H * D, experts)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = F.softmax(q @ k.mT * SCALE + additive(T), -1) @ v
+        x = out(x.transpose(1, 2).reshape(B, T, H * D))
+        shares = F.softmax(torch.atan(gate(x)), -1)
+        every = x[:, :, None] * torch.arange(1, experts + 1)[:, None]
+        return (shares[..., None] * torch.atan(every)).sum(2) + gate(x).exp().sum(-1, True)
+
+    sites, rejected = read(run, *qkv(), every_size=False)
+    assert rejected == [] and [site.spec.mask for site in sites] == [Causal()]
+
+
 def test_an_unread_op_of_positions_is_not_called_data() -> None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
