@@ -1,4 +1,4 @@
-"""Does any Triton kernel read or write memory that is not its own?
+"""Does a Triton kernel read or write memory that is not its own?
 
 compute-sanitizer watches every access while the tests of the Triton kernels run on the device, after it has shown that it sees a
 planted one. Every tensor has an allocation of its own then, of the driver's pool, so that what lies behind it belongs to nobody.
