@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.interpreter import quicken
+
 # The same examples at every run, so that a failure is one of the change; --hypothesis-profile=search draws others.
 hypothesis.settings.register_profile("steady", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
@@ -25,6 +27,11 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it decides when a kernel is defined
+    quicken()
+
+# Small models fill the cache of fake tensors and hardly ask it: it took a quarter of each compilation. Processes that tests start
+# have it.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
