@@ -210,7 +210,7 @@ def _moe() -> list[Family]:
         Family("olmoe", "olmoe", _llama(num_experts=4, num_experts_per_tok=2)),
         Family("granitemoe", "granitemoe", _llama(**_MOE)),
         Family("phimoe", "phimoe", _llama(**_MOE)),
-        Family("gpt_oss", "gpt_oss", _llama(**_MOE, **_HEAD, **_WINDOW, **_FOUR, count=4), forms=_EAGER),
+        Family("gpt_oss", "gpt_oss", _llama(**_MOE, **_HEAD, **_WINDOW, **_ALTERNATING), forms=_EAGER),
         Family("jetmoe", "jetmoe", _jetmoe()),
         Family("dbrx", "dbrx", {**dbrx, **dbrx_parts}, refused="one graph"),
         Family("deepseek_v2", "deepseek_v2", _llama(**{**_DEEPSEEK_MOE, **_MLA})),
