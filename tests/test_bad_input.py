@@ -13,6 +13,7 @@ from torch import nn
 from compile_attn.cache import CachedSequence, Chunk, PagedKVCache
 from compile_attn.lm import PagedLM
 from compile_attn.passes.report import RefusedError
+from compile_attn.requests import Request
 from compile_attn.sampling import Sampling
 from tests.tiny import POSITIONS, VOCAB, TinyDecoder, alone, by_hand, layer_kv, prompts_of, tiny
 
@@ -222,23 +223,29 @@ def public(owner: type, kind: type) -> list[str]:
 ARITHMETIC = {"pages_for"}  # says nothing about the cache
 
 
-@pytest.mark.parametrize("name", sorted({*public(PagedKVCache, FunctionType)} - {"close", *ARITHMETIC}))
-def test_every_method_of_a_closed_cache_is_refused(name: str) -> None:
-    """Of a cache that has sequences and a batch which was run, and of an empty one."""
+@pytest.fixture(scope="module")
+def closed_caches() -> list[tuple[PagedKVCache, CachedSequence]]:
+    """One that has sequences and a batch which was run, and an empty one. What is refused changes neither."""
+    found = []
     for kept in (True, False):
         with PagedLM(tiny(), **SMALL) as lm:
-            cache, seq = lm.cache, CachedSequence()
+            seq = lm.cache.add() if kept else CachedSequence()
             if kept:
-                seq = cache.add()
                 lm._runner.logits([Chunk(seq, [1])])
-        use = getattr(cache, name)
+        found.append((lm.cache, seq))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted({*public(PagedKVCache, FunctionType)} - {"close", *ARITHMETIC}))
+def test_every_method_of_a_closed_cache_is_refused(name: str, closed_caches: list[tuple[PagedKVCache, CachedSequence]]) -> None:
+    for cache, seq in closed_caches:
         fitting = {
             "resize": [64], "find": [[1]], "kept": [seq], "pages_wanted": [seq, 1], "keep": [seq, [1]], "fork": [seq],
             "truncate": [seq, 0], "free": [seq], "batch": [[Chunk(seq, [1])]], "width_of": [[Chunk(seq, [1])]],
             "dead_batch": [(2, 2), 4], "check_inputs": [None, None], "bind": [[], None],
         }  # fmt: skip
         with pytest.raises(ValueError, match="this PagedKVCache is closed; make a new one"):
-            use(*fitting.get(name, []))
+            getattr(cache, name)(*fitting.get(name, []))
         cache.close()
 
 
@@ -256,10 +263,16 @@ def test_what_can_be_read_of_a_closed_one() -> None:
             getattr(lm.cache, name)
 
 
-@pytest.mark.parametrize("name", sorted({*public(PagedLM, FunctionType)} - {"close"}))
-def test_every_method_of_a_closed_server_is_refused(name: str) -> None:
+@pytest.fixture(scope="module")
+def closed_server() -> tuple[PagedLM, Request]:
+    """With a request that was not answered."""
     with PagedLM(tiny(), **SMALL) as lm:
-        request = lm.submit([1, 2])
+        return lm, lm.submit([1, 2])
+
+
+@pytest.mark.parametrize("name", sorted({*public(PagedLM, FunctionType)} - {"close"}))
+def test_every_method_of_a_closed_server_is_refused(name: str, closed_server: tuple[PagedLM, Request]) -> None:
+    lm, request = closed_server
     fitting = {"generate": [[[1]]], "stream": [[[1]]], "submit": [[1]], "cancel": [request], "fork": [request]}
     with pytest.raises(ValueError, match="this PagedLM is closed; make a new one"):
         getattr(lm, name)(*fitting.get(name, []))
