@@ -5,7 +5,7 @@ planted one. Every tensor has an allocation of its own then, of the driver's poo
 
     python -m bench.memcheck [--jobs 8] [--wave 400] [--limit 500] [--tool memcheck] [--out DIR] [tests, default: Triton's kernels']
 
-Under the tool the memory of a process that launches kernels only grows, so that processes serve a wave of tests and end.
+Under the tool what a process has allocated on the device and freed is not there again: processes serve a wave of tests and end.
 """
 
 from __future__ import annotations
