@@ -21,7 +21,7 @@ from compile_attn.pools import Pools, indexed
 from compile_attn.prefixes import Salt
 from compile_attn.proving import Proof
 from compile_attn.sequences import CachedSequence, Found, Sequences, Tokens
-from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, token_array
+from compile_attn.step import LEAST, Batch, Chunk, Sizes, StepBuffers, packed_tokens
 
 if TYPE_CHECKING:
     from compile_attn.kernels.spec import AttentionSpec
@@ -233,15 +233,15 @@ class PagedKVCache:
         recorded: the sizes of a CUDA graph that replays the step; width: the least pages a row of the block table.
         """
         self._check_open()
-        tokens = self._check_chunks(chunks)
-        growing = [(chunk.seq, len(new)) for chunk, new in zip(chunks, tokens, strict=True)]
-        starts, self._advances = [chunk.seq.length for chunk in chunks], False  # also if what follows fails half-way
-        self._seqs.grow(growing)
-        tables = [chunk.seq._pages for chunk in chunks]
+        tokens, counts = self._check_chunks(chunks)
+        seqs = [chunk.seq for chunk in chunks]
+        starts, self._advances = [seq.length for seq in seqs], False  # also if what follows fails half-way
+        self._seqs.grow(list(zip(seqs, counts, strict=True)))
+        tables = [seq._pages for seq in seqs]
         width = self.buffers.width(max(width, *map(len, tables)), self.page_size)
         logits, carried = [chunk.logits for chunk in chunks], [chunk.carried for chunk in chunks]
-        self.current = self.buffers.write(tables, starts, tokens, logits, width, carried, recorded or LEAST)
-        self._in_batch = tuple(chunk.seq for chunk in chunks)
+        self.current = self.buffers.write(tables, starts, tokens, counts, logits, width, carried, recorded or LEAST)
+        self._in_batch = tuple(seqs)
         self.proof.begin(zip(self._in_batch, starts, strict=True))
         self._longest = max(seq.length for seq in self._in_batch)
         self._host_plans.plan(self.current, chunks, self.buffers.views(self.current)[0], captured=recorded is not None)
@@ -283,7 +283,7 @@ class PagedKVCache:
     def dead_batch(self, sizes: Sizes, width: int) -> Batch:
         """A batch of pad rows alone: what it runs writes nothing and means nothing. For recording a CUDA graph."""
         self._check_open()
-        self.current = self.buffers.write([], [], [], [], width, least=sizes)
+        self.current = self.buffers.write([], [], *packed_tokens([]), [], width, least=sizes)
         self._in_batch, self._advances = (), False
         self.proof.begin()
         self._host_plans.plan(self.current, [], self.buffers.views(self.current)[0], captured=True)
@@ -355,22 +355,22 @@ class PagedKVCache:
             raise ValueError("the paged model was called before any batch was made; call cache.batch([...]) first")
         return self.current
 
-    def _check_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    def _check_chunks(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[int]]:
+        """All their new tokens, and how many of each."""
         if not 1 <= len(chunks) <= self.max_seqs:
             raise ValueError(f"a batch of {len(chunks)} chunks; from 1 to max_seqs={self.max_seqs} fit in one step")
         if len({id(chunk.seq) for chunk in chunks}) < len(chunks):
             raise ValueError("a sequence occurs twice in one batch; give all its new tokens in one Chunk")
-        tokens = [token_array(chunk.tokens) for chunk in chunks]
+        tokens, counts = packed_tokens(chunk.tokens for chunk in chunks)
         limit = self.length_limit
-        for chunk, new in zip(chunks, tokens, strict=True):
+        for chunk, count in zip(chunks, counts, strict=True):
             self._seqs.check_usable(chunk.seq)
-            if chunk.seq.length + len(new) > limit:
+            if chunk.seq.length + count > limit:
                 raise ValueError(
-                    f"{chunk.seq!r} with {len(new)} new tokens exceeds the limit of {limit} tokens "
+                    f"{chunk.seq!r} with {count} new tokens exceeds the limit of {limit} tokens "
                     f"(max_seq_len {self.max_seq_len}, position table {self.max_positions or 'unlimited'}); "
                     "pass fewer tokens or make the cache larger"
                 )
-        total = sum(map(len, tokens))
-        if self.max_tokens is not None and total > self.max_tokens:
-            raise ValueError(f"a batch of {total} new tokens; this model takes at most {self.max_tokens} a step: split")
-        return tokens
+        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+            raise ValueError(f"a batch of {len(tokens)} new tokens; this model takes at most {self.max_tokens} a step: split")
+        return tokens, counts

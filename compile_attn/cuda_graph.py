@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,9 @@ from compile_attn.cache import Batch, PagedKVCache
 from compile_attn.kernels.batch import advance_step
 from compile_attn.sampling import SamplingRows, sample
 from compile_attn.step import Sizes
+from compile_attn.step_sizes import MOST_DRAFTED, decode_size, mixed_size, mixed_sizes, with_logits, worth_recording
 
 Forward = Callable[[Batch], torch.Tensor]
-# New tokens of a step with prompts, and its sequences. Up to so many tokens, reading the weights takes longer than multiplying with
-# them, so that pad tokens cost little; attention skips pad rows.
-_TOKENS = (16, 32, 64, 128, 256)
-_ROWS = (2, 16, 128)
-MOST_TOKENS, MOST_ROWS = _TOKENS[-1], _ROWS[-1]
 
 
 class Kind(NamedTuple):
@@ -63,8 +60,8 @@ class Recorded:
 
 
 class StepGraphs:
-    """Decodes of 2, 4, 8, 16, 32, 48, ... rows, and steps with prompts, or with drafts to verify, of up to 256 new tokens of up
-    to 128 sequences, each in block tables of up to 256, 1024, ... tokens (`StepBuffers.width`).
+    """Decodes, and steps with prompts or with drafts to verify, of the sizes of `step_sizes`, each in block tables of up to 256,
+    1024, ... tokens (`StepBuffers.width`).
 
     On a CPU a step is run anew where a GPU replays it.
 
@@ -77,7 +74,7 @@ class StepGraphs:
 
     def __init__(self, forward: Forward, cache: PagedKVCache, model: nn.Module, budget: int, drafts: bool = False) -> None:
         self._forward, self._cache, self._model, self._drafts = forward, cache, model, drafts
-        self.most_tokens = min(budget, MOST_TOKENS)  # of a step with prompts
+        self._budget, self._prompts = budget, True
         self._tensors: list[torch.Tensor] = []
         self._stands: tuple[object, ...] | None = None  # what the graphs were recorded against
         self._steps: dict[Kind, Callable[[], None]] = {}
@@ -85,33 +82,27 @@ class StepGraphs:
         self._on_gpu = cache.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(cache.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
-        self._how = SamplingRows.idle(max(2, cache.max_seqs, self.most_tokens)).to(cache.device)
+        self._how = SamplingRows.idle(max(self._most_rows, min(budget, MOST_DRAFTED))).to(cache.device)
 
     def sizes(self, rows: int, new_tokens: int, wanted: int) -> Sizes | None:
         """Of the graph that serves such a step: a decode if all three are alike; None where it is too large for any."""
         if rows == new_tokens == wanted:
-            size = self._decode_size(rows)
-            return None if size is None else (size, size, size)
-        found = self._mixed_size(rows, new_tokens)
-        return None if found is None else (*found, found[0] if wanted <= rows else found[1])
+            size, limit = decode_size(rows, self._most_rows), self._cache.max_tokens
+            return (size, size, size) if limit is None or size <= limit else None
+        found = mixed_size(rows, new_tokens, self._most_rows, self.most_tokens)
+        return None if found is None else with_logits(found, wanted > rows)
 
-    def _decode_size(self, rows: int) -> int | None:
-        """None where the model takes fewer tokens a step."""
-        steps = (2, 4, 8, 16)
-        size = next((step for step in steps if rows <= step), -(-rows // 16) * 16 if rows <= 128 else -(-rows // 32) * 32)
-        size = min(size, self._most_rows)
-        limit = self._cache.max_tokens
-        return size if limit is None or size <= limit else None
-
-    def _mixed_size(self, rows: int, new_tokens: int) -> tuple[int, int] | None:
-        """Rows and new tokens."""
+    @property
+    def most_tokens(self) -> int:
+        """New tokens of a step with prompts."""
+        if not self._prompts:
+            return 0
         cache = self._cache
-        most = min(self.most_tokens, cache.buffers.input_ids.shape[0], cache.max_tokens or MOST_TOKENS)
-        if new_tokens > most or rows > MOST_ROWS:
-            return None
-        size = min(next(step for step in _ROWS if rows <= step), self._most_rows)
-        tokens = min(next((step for step in _TOKENS if new_tokens <= step and size < step), most), most)
-        return (size, tokens) if size < tokens else None
+        return min(self._budget, self._worth, cache.buffers.input_ids.shape[0], cache.max_tokens or self._budget)
+
+    @cached_property
+    def _worth(self) -> int:
+        return worth_recording(self._model, len(self._cache.k_pages))
 
     def kinds(self, rows: int, tokens: int, random: bool) -> list[Kind]:
         """All that steps of up to so many rows, of up to so many tokens each, ask for; `random`: those that draw, too.
@@ -119,12 +110,10 @@ class StepGraphs:
         The largest come first: the others then find room in its memory.
         """
         cache = self._cache
-        counts = range(1, min(rows, cache.num_pages) + 1)  # every row has a page
-        decodes = [self.sizes(count, count, count) for count in counts]
-        least = [1, *(size + 1 for size in _TOKENS)]  # of each size
-        mixed = [self.sizes(count, max(count, new), 0) for count in counts for new in least if new <= count * tokens]
-        if self._drafts:
-            mixed += [(size[0], size[1], size[1]) for size in filter(None, mixed)]
+        rows = min(rows, cache.num_pages)  # every row has a page
+        decodes = [self.sizes(count, count, count) for count in range(1, rows + 1)]
+        pairs = mixed_sizes(rows, tokens, self._most_rows, self.most_tokens)
+        mixed = [with_logits(size, each) for size in pairs for each in {False, self._drafts}]
         sizes = sorted(filter(None, {*decodes, *mixed}), key=lambda size: (size[1], size[0], size[2]), reverse=True)
         widths = cache.buffers.widths(cache.pages_for(tokens), cache.page_size)
         ways = (True, False) if random else (False,)
@@ -165,7 +154,7 @@ class StepGraphs:
 
     def forget_prompts(self) -> None:
         """Steps with prompts have no graphs from now on."""
-        self.most_tokens = 0
+        self._prompts = False
         self._steps = {kind: step for kind, step in self._steps.items() if kind.decodes}
         self.recorded = [one for one in self.recorded if one.rows == one.new_tokens]
 

@@ -35,7 +35,7 @@ from compile_attn.progress import bar_if
 from compile_attn.requests import Plan, Request
 from compile_attn.running import Runner, Sent
 from compile_attn.sampling import NOT_FINITE, Sampling
-from compile_attn.scheduler import Scheduler
+from compile_attn.scheduler import Made, Scheduler
 from compile_attn.warming import full_step, mixed_step
 
 # Length of the first call, which compiles: any length serves, but torch.compile specialises sizes 0 and 1.
@@ -146,9 +146,11 @@ class PagedLM:
         most = sum(how.max_new_tokens * how.n for _, how in work)
         with self._submitted(work, salt) as asked, bar_if(progress, most) as advance:
             requests = [one for request in asked for one in request.samples]
-            shown, left = 0, requests
-            while left := [one for one in left if one.reason is None]:
-                self.step()
+            shown, left = 0, requests[::-1]
+            while left:
+                self._advance()
+                while left and left[-1].finished:
+                    left.pop()
                 if advance is not None:
                     unused = sum(one.sampling.max_new_tokens - len(one.new_tokens) for one in requests if one.reason is None)
                     advance(most - unused - shown)
@@ -218,13 +220,18 @@ class PagedLM:
         """Those of them that came out, and so took no step of their own."""
         return self._scheduler.num_accepted_tokens
 
-    @in_own_modes
     def step(self) -> list[Output]:
         """Run one batch; tokens that were made. After an error every request starts over with the next step.
 
         On a GPU the tokens are those of the batch before, so that it never waits for the host: the first call returns none. With
         a drafter they are the batch's own, on a GPU too.
         """
+        made = zip(*self._advance(), strict=True)
+        return [Output(one.id, token, reason is not None, reason, one.sample) for one, token, reason in made]
+
+    @in_own_modes
+    def _advance(self) -> Made:
+        """`step()`, for who reads the tokens from the requests."""
         self._check_open()
         try:
             try:
@@ -233,9 +240,9 @@ class PagedLM:
                 self._sent.clear()
                 self._scheduler.abandon()
                 plan = self._send()
-            if plan is not None and len(self._sent) <= self._ahead:
-                return []
-            return self._read(self._sent.popleft()) if self._sent else []
+            if not self._sent or (plan is not None and len(self._sent) <= self._ahead):
+                return Made([], [], [])
+            return self._read(self._sent.popleft())
         except BaseException:
             self._sent.clear()
             self._scheduler.abandon()
@@ -249,7 +256,7 @@ class PagedLM:
             self._scheduler.sent(plan)
         return plan
 
-    def _read(self, sent: Sent) -> list[Output]:
+    def _read(self, sent: Sent) -> Made:
         accepted, tokens = verified(sent.plan, sent.read())
         for request, token in zip(sent.plan.sampled, tokens, strict=True) if NOT_FINITE in tokens else ():
             if token == NOT_FINITE and not request.finished and request not in accepted:  # drafts may be to blame
@@ -257,8 +264,7 @@ class PagedLM:
                     f"the logits of request {request.id} after {request.length - 1} tokens are not finite; "
                     "look for overflow in the model (a half-precision dtype?) or NaN in its weights"
                 )
-        made = self._scheduler.commit(sent.plan, tokens, accepted)
-        return [Output(one.id, token, reason is not None, reason, one.sample) for one, token, reason in made]
+        return self._scheduler.commit(sent.plan, tokens, accepted)
 
     # Life
 
@@ -371,7 +377,7 @@ class PagedLM:
 
     def _stream(self, work: list[tuple[list[int], Sampling]], salt: Salt) -> Iterator[Output]:
         with self._submitted(work, salt) as requests:
-            yield from streamed(requests, self.step)
+            yield from streamed(requests, self._advance)
 
     # Checks
 

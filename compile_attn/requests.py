@@ -64,10 +64,13 @@ class Request:
         drafts: guesses at what follows the newest token, which then is the only one; what comes out after each is asked for.
         """
         assert self.seq is not None
-        start = self.seq.length
-        last = count == self.length - start
+        start, read = self.seq.length, len(self.prompt) + len(self.new_tokens)
+        last = start + count == read + self.pending
         carried = self.row if last and self.pending else None
-        tokens = [*self.ids(start, start + count), *([] if carried is None else [0]), *drafts]
+        tokens = self.ids(start, start + count) if start < read else []
+        if carried is not None:
+            tokens.append(0)
+        tokens += drafts
         return Chunk(self.seq, tokens, "all" if drafts else "last" if last else "none", carried)
 
 

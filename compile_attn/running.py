@@ -62,8 +62,7 @@ class Runner:
 
     def send(self, plan: Plan) -> Sent:
         """Hand the step to the device."""
-        kind = self._kind(plan)
-        before, again = self._cache.current, kind is not None and self._repeats(plan, kind)
+        before, (kind, again) = self._cache.current, self._kind(plan)
         if kind is not None and self._prepared(kind, again):
             self._replay(plan, kind, again and self._cache.current is before)  # not if a graph was recorded meanwhile
         else:
@@ -106,24 +105,20 @@ class Runner:
         """Let go of the graphs and their memory."""
         self.graphs = self._steady = None
 
-    def _kind(self, plan: Plan) -> Kind | None:
-        """The graph that runs this step; None where none can."""
+    def _kind(self, plan: Plan) -> tuple[Kind | None, bool]:
+        """The graph that runs this step, None where none can; whether the device has brought the buffers to it by itself."""
         if self.graphs is None:
-            return None
-        if self._steady is not None and self._steady[1] is plan:
-            width = self._cache.advanced_width()
-            if width is not None:
-                return self._steady[0]._replace(width=width)
+            return None, False
+        last, before, batch = self._steady or (None, None, None)
+        if last is not None and before is plan and (width := self._cache.advanced_width()) is not None:
+            kind = last._replace(width=width)
+            return kind, kind == last and batch is self._cache.current
         sizes = self.graphs.sizes(*plan.shape)
-        return None if sizes is None else Kind(*sizes, self._cache.width_of(plan.chunks), plan.random)
-
-    def _repeats(self, plan: Plan, kind: Kind) -> bool:
-        """Whether the device has brought the buffers from the last step to this one by itself."""
-        if self._steady is None:
-            return False
-        last, before, batch = self._steady
-        same = last == kind and before.sampled == plan.sampled and batch is self._cache.current
-        return same and self._cache.advanced_width() == kind.width
+        if sizes is None:
+            return None, False
+        kind = Kind(*sizes, self._cache.width_of(plan.chunks), plan.random)
+        same = kind == last and before is not None and before.sampled == plan.sampled and batch is self._cache.current
+        return kind, same and self._cache.advanced_width() == kind.width
 
     def _prepared(self, kind: Kind, again: bool) -> bool:
         if self.graphs is None or not (kind.decodes or self.graphs.most_tokens):  # another could not be recorded

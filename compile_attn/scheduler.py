@@ -10,17 +10,24 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from compile_attn.cache import OutOfPages, PagedKVCache
-from compile_attn.cuda_graph import MOST_ROWS, MOST_TOKENS
 from compile_attn.drafting import Drafting
 from compile_attn.preempting import Preempting
 from compile_attn.prefixes import Salt, check_salt
 from compile_attn.requests import Plan, Reason, Request, asked
 from compile_attn.sampling import NOT_FINITE, Sampling
 from compile_attn.sharing import Sharing
+from compile_attn.step_sizes import MOST_DRAFTED, MOST_DRAFTED_ROWS
 
-Made = tuple[Request, int, Reason | None]  # who got which token, and why it was the last
+
+class Made(NamedTuple):
+    """Who got which token, and why it was the last; in the order of the plan's rows. Three lists, for there are many."""
+
+    requests: list[Request]
+    tokens: list[int]
+    reasons: list[Reason | None]
 
 
 class Scheduler:
@@ -101,7 +108,9 @@ class Scheduler:
         running = self._running
         if len(running) <= min(self.budget, self.cache.free_pages) and all(one.missing == 1 for one in running):
             picked, preempted = [(one, 1) for one in running], False  # what follows would say the same, in more time
-            left = self.cache.free_pages - sum(self._pages_wanted(one, 1) for one in running) if self._waiting else 0
+            left = self.cache.free_pages
+            if self._waiting:
+                left -= sum(self._pages_wanted(one, 1) for one in running)
         else:
             picked, preempted, left = self._pick_running()
         if not preempted:
@@ -171,13 +180,13 @@ class Scheduler:
                 self._end(request)
         self._spare = max(0, soonest - 1)
 
-    def commit(self, plan: Plan, tokens: Sequence[int], accepted: Mapping[Request, Sequence[int]] | None = None) -> list[Made]:
+    def commit(self, plan: Plan, tokens: Sequence[int], accepted: Mapping[Request, Sequence[int]] | None = None) -> Made:
         """Give each sampled request its token, and let go of those that end.
 
         accepted: of a plan with drafts, those that come before the token
         """
         self._unread -= 1
-        made: list[Made] = []
+        made = Made([], [], [])
         given = zip(plan.sampled, tokens, strict=True)
         for request, token in self._accepting(given, plan, accepted, made) if accepted else given:
             if request.reason is not None:  # stopped or cancelled after this step was sent
@@ -188,11 +197,11 @@ class Scheduler:
                 request.reason = "stop"
             elif not request.pending and request in self._ending:
                 request.reason = "length"
-            else:
-                made.append((request, token, None))
-                continue
-            made.append((request, token, request.reason))
-            self._drop(request)
+            made.requests.append(request)
+            made.tokens.append(token)
+            made.reasons.append(request.reason)
+            if request.reason is not None:
+                self._drop(request)
         return made
 
     def abandon(self) -> None:
@@ -214,8 +223,9 @@ class Scheduler:
         if not self._waiting or len(self._running) >= most:
             return
         self._sharing.keep(self._running)
-        free -= sum(self._pages_wanted(request, request.missing) for request in self._running)
-        free += sum(self._pages_wanted(request, count) for request, count in picked)  # counted in `free` already
+        for request, count in picked:
+            if count < request.missing:
+                free -= self._pages_wanted(request, request.missing) - self._pages_wanted(request, count)
         while self._waiting and len(self._running) < most and budget > 0:
             request = self._waiting[0]
             if request.pending:  # preempted in the plan before this one: its newest token is still being read
@@ -237,9 +247,9 @@ class Scheduler:
 
         In steps that a graph holds: up to about so many tokens, those of drafts cost little.
         """
-        if self.drafting is None or len(picked) > MOST_ROWS:
+        if self.drafting is None or len(picked) > MOST_DRAFTED_ROWS:
             return {}
-        room = min(self.budget, MOST_TOKENS) - sum(count for _, count in picked)
+        room = min(self.budget, MOST_DRAFTED) - sum(count for _, count in picked)
         assert not self._unread, "drafts follow a token that was read"
         free = self.cache.free_pages - sum(self.cache.pages_wanted(one.seq, count) for one, count in picked if one.seq is not None)
         drafts: dict[Request, list[int]] = {}
@@ -254,7 +264,7 @@ class Scheduler:
         return drafts
 
     def _accepting(
-        self, given: Iterable[tuple[Request, int]], plan: Plan, accepted: Mapping[Request, Sequence[int]], made: list[Made]
+        self, given: Iterable[tuple[Request, int]], plan: Plan, accepted: Mapping[Request, Sequence[int]], made: Made
     ) -> Iterator[tuple[Request, int]]:
         """Give requests the drafts that came out, and from the cache take back all others; what is still to be given."""
         assert self.drafting is not None
@@ -264,7 +274,9 @@ class Scheduler:
                 yield request, token
                 continue
             request.new_tokens.extend(drafts)
-            made.extend((request, draft, None) for draft in drafts)
+            made.requests.extend([request] * len(drafts))
+            made.tokens.extend(drafts)
+            made.reasons.extend([None] * len(drafts))
             self.num_draft_tokens += len(plan.drafts[request])
             self.num_accepted_tokens += len(drafts)
             spoilt = token == NOT_FINITE  # by keys of wrong drafts: they are hidden, but 0 times NaN is NaN
@@ -309,7 +321,7 @@ class Scheduler:
     def _left(self, request: Request) -> int:
         """How many tokens it has still to make; one past the length limit could not be fed back."""
         made = len(request.new_tokens) + request.pending
-        return min(request.sampling.max_new_tokens - made, self.cache.length_limit + 1 - request.length)
+        return min(request.sampling.max_new_tokens - made, self.cache.length_limit + 1 - len(request.prompt) - made)
 
     def _release(self, request: Request) -> None:
         if self.preempting is not None:
@@ -334,5 +346,5 @@ class Scheduler:
         ordered = sorted(picked, key=lambda one: one[1] == 1)  # stable: prefills first, then decodes
         chunks = [request.chunk(count, drafts.get(request, ())) for request, count in ordered]
         sampled = [request for (request, _), chunk in zip(ordered, chunks, strict=True) if chunk.logits != "none"]
-        settled = all(one.pending == 1 and one.missing == 1 and one.row == row for row, (one, _) in enumerate(ordered))
+        settled = all(chunk.carried == row and len(chunk.tokens) == 1 for row, chunk in enumerate(chunks))
         return Plan(chunks, sampled, settled, drafts)

@@ -43,6 +43,11 @@ class CachedSequence:
     def pages(self) -> tuple[int, ...]:
         return tuple(self._pages)
 
+    @property
+    def known_pages(self) -> int:
+        """How many of its first pages later sequences may begin with."""
+        return self._known
+
     def __repr__(self) -> str:
         return f"CachedSequence(length={self.length}, pages={len(self._pages)}{', freed' if self.freed else ''})"
 
@@ -245,7 +250,8 @@ class Sequences:
             raise ValueError(f"{seq!r} belongs to another cache; use a sequence made by this cache's add()")
 
     def check_usable(self, seq: CachedSequence) -> None:
-        self.check_mine(seq)
+        if seq.freed or seq not in self.alive:
+            self.check_mine(seq)
         if seq.unrun:
             raise ValueError(
                 f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "

@@ -54,10 +54,9 @@ class Sharing:
             seq = request.seq
             if seq is None:
                 continue
-            full = min(seq.length, len(request.prompt) + len(request.new_tokens)) // size * size
-            known = cache.kept(seq)
-            if known < full:
-                cache.keep(seq, request.ids(known, full), known)
+            full = min(seq.length, len(request.prompt) + len(request.new_tokens)) // size
+            if seq.known_pages < full and (known := cache.kept(seq)) < full * size:
+                cache.keep(seq, request.ids(known, full * size), known)
 
 
 def _length(found: tuple[int, object]) -> int:

@@ -7,7 +7,7 @@ here waits for the device: what is written comes from pinned memory that torch's
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,7 +26,7 @@ Sizes = tuple[int, int, int]  # B, T and R
 # Sizes 0 and 1 are specialised by torch.compile, so a step never has them.
 LEAST: Sizes = (2, 2, 2)
 _LOGITS = get_args(Logits)
-_NO_TOKENS = np.zeros(0, dtype=np.int64)
+_ZERO: array[int] = array("i", [0])
 _NO_PAGES: array[int] = array("i")
 
 
@@ -105,29 +105,30 @@ class StepBuffers:
         self,
         tables: Sequence[array[int]],
         starts: list[int],
-        tokens: list[Ints],
+        tokens: Ints,
+        counts: list[int],
         logits: list[Logits],
         width: int,
         carried: Sequence[int | None] = (),
         least: Sizes = LEAST,
     ) -> Batch:
-        """Write one batch: per sequence its pages, the tokens it had before, its new tokens, the rows wanted.
+        """Write one batch: per sequence its pages, the tokens it had before, the rows wanted; all new tokens, and how many of each.
 
         width: pages a row of the block table; see `width()`. least: with pads.
         """
-        lengths = np.array([len(new) for new in tokens], dtype=np.int64)
-        ends, before, real = np.cumsum(lengths), np.array(starts, dtype=np.int64), int(lengths.sum())
+        lengths, before = np.array(counts, dtype=np.int64), np.array(starts, dtype=np.int64)
+        ends, real = np.cumsum(lengths), len(tokens)
         rows = _wanted_rows(ends, lengths, logits)
-        seqs, total, wanted = map(max, (len(tokens), real, len(rows)), least)
+        seqs, total, wanted = map(max, (len(counts), real, len(rows)), least)
         self.write_table(tables, width)
         self._send(self.seq_lens, before + lengths, seqs)
         self._send(self.query_lens, lengths, seqs)
-        self._send(self.input_ids, np.concatenate([_NO_TOKENS, *tokens]), total)
+        self._send(self.input_ids, tokens, total)
         self._send(self.position_ids, np.arange(real) + np.repeat(before + lengths - ends, lengths), total)
-        self._send(self.logits_rows, _repeat_last(rows, wanted), wanted)
-        self._carry([(int(end) - 1, row) for end, row in zip(ends, carried, strict=False) if row is not None])
+        self._send(self.logits_rows, rows, wanted, rows[-1] if len(rows) else 0)  # pad rows repeat a real one, or read token 0
+        self._carry(ends - 1, carried)
         ids, positions = (self._packed(buffer, total) for buffer in (self.input_ids, self.position_ids))
-        return Batch(ids, positions, real, len(rows), len(tokens), (seqs, total, wanted), width)
+        return Batch(ids, positions, real, len(rows), len(counts), (seqs, total, wanted), width)
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """block_table [B, max_pages], seq_lens [B], query_lens [B], logits_rows [R] of this batch."""
@@ -145,21 +146,25 @@ class StepBuffers:
         """The same for these rows alone, each of which has got one page more."""
         self._put(width, *self._tables[width].grown(rows))
 
-    def _put(self, width: int, places: list[int], pages: list[int]) -> None:
-        if places:
+    def _put(self, width: int, places: Ints, pages: array[int]) -> None:
+        if len(places):
             values = self._sent(np.array(pages, dtype=np.int32))
-            self._tables[width].on_device.view(-1).index_copy_(0, self._sent(np.array(places)), values)
+            self._tables[width].on_device.view(-1).index_copy_(0, self._sent(places), values)
 
-    def _carry(self, carried: list[tuple[int, int]]) -> None:
-        """Token ids that only the device knows: (place among the packed tokens, row of the step before) each."""
-        if carried:
-            places, rows = self._sent(np.array(carried).T.copy())
-            self.input_ids.index_copy_(0, places, self.recent.index_select(0, rows).clamp_(min=0))
+    def _carry(self, lasts: Ints, carried: Sequence[int | None]) -> None:
+        """Token ids that only the device knows: the last of a sequence's is what that row of the step before has sampled."""
+        rows = [row for row in carried if row is not None]
+        if rows:
+            if len(rows) < len(carried):
+                lasts = lasts[[row is not None for row in carried]]
+            places, sampled = self._sent(np.array([lasts, rows]))
+            self.input_ids.index_copy_(0, places, self.recent.index_select(0, sampled).clamp_(min=0))
 
-    def _send(self, there: torch.Tensor, values: Any, size: int) -> None:
-        """Write the values and zeros after them, up to the padded size."""
-        host = torch.zeros(size, dtype=there.dtype, device="cpu", pin_memory=self._device.type == "cuda")
-        host.numpy()[: len(values)] = values
+    def _send(self, there: torch.Tensor, values: Ints, size: int, pad: int = 0) -> None:
+        """Write the values and pads after them, up to the padded size."""
+        host = torch.empty(size, dtype=there.dtype, device="cpu", pin_memory=self._device.type == "cuda")
+        flat = host.numpy()
+        flat[: len(values)], flat[len(values) :] = values, pad
         there[:size].copy_(host, non_blocking=True)
 
     def _sent(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -188,41 +193,64 @@ class _Table:
     on_device: torch.Tensor
     held: list[tuple[array[int], int]]
 
-    def changes(self, tables: Sequence[array[int]]) -> tuple[list[int], list[int]]:
+    def changes(self, tables: Sequence[array[int]]) -> tuple[Ints, array[int]]:
         """Flat places and what they must hold from now on, to show these pages."""
         width = self.on_device.shape[1]
-        places: list[int] = []
-        pages: list[int] = []
+        firsts: list[int] = []
+        counts: list[int] = []
+        pages: array[int] = array("i")
         rows = [*tables, *[_NO_PAGES] * (len(self.held) - len(tables))]
         held = [*self.held, *[(_NO_PAGES, 0)] * (len(tables) - len(self.held))]
         for row, (table, (shown, count)) in enumerate(zip(rows, held, strict=True)):
-            size = len(table)
-            if table is shown and size == count:
+            size, same = len(table), table is shown
+            if same and size == count:
                 continue
-            begin = count if table is shown else 0
-            end = max(size, count)
-            places.extend(range(row * width + begin, row * width + end))
-            pages.extend([*table[begin:], *[0] * (end - size)])
+            begin, end = count if same else 0, max(size, count)
+            firsts.append(row * width + begin)
+            counts.append(end - begin)
+            pages.extend(table[begin:])
+            pages.extend(_ZERO * (end - size))
         self.held = [(table, len(table)) for table in tables]
-        return places, pages
+        return _runs(firsts, counts), pages
 
-    def grown(self, rows: list[int]) -> tuple[list[int], list[int]]:
+    def grown(self, rows: list[int]) -> tuple[Ints, array[int]]:
         """The same where these rows, and no others, have one page more."""
         width = self.on_device.shape[1]
         places: list[int] = []
-        pages: list[int] = []
+        pages: array[int] = array("i")
         for row in rows:
             table, count = self.held[row]
             places.append(row * width + count)
             pages.append(table[count])
             self.held[row] = table, count + 1
-        return places, pages
+        return np.array(places, dtype=np.int64), pages
+
+
+def _runs(firsts: list[int], counts: list[int]) -> Ints:
+    """first, first + 1, ..., so many of each, one run after the other."""
+    lengths = np.array(counts, dtype=np.int64)
+    before = np.cumsum(lengths) - lengths
+    runs: Ints = np.arange(lengths.sum()) + np.repeat(np.array(firsts, dtype=np.int64) - before, lengths)
+    return runs
+
+
+def packed_tokens(given: Iterable[Sequence[int] | torch.Tensor]) -> tuple[Ints, list[int]]:
+    """The token ids of several sequences, checked, one after the other, and how many of each."""
+    ids: array[int] = array("q")
+    counts: list[int] = []
+    for tokens in given:
+        if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < 1 << 63:
+            ids.append(tokens[0])  # a decode: the common case, and the checks below take ten times as long
+            counts.append(1)
+        else:
+            new = token_array(tokens)
+            ids.frombytes(new.tobytes())
+            counts.append(len(new))
+    return np.array(ids, dtype=np.int64), counts
 
 
 def token_array(tokens: Sequence[int] | torch.Tensor) -> Ints:
     """Token ids as a checked int64 vector: at least one, whole numbers, none negative."""
-    if isinstance(tokens, list) and len(tokens) == 1 and type(tokens[0]) is int and tokens[0] >= 0:
-        return np.array(tokens)  # a decode: the common case, and the checks below take ten times as long
     given = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
     if given.ndim != 1:
         raise ValueError(f"token ids of shape {given.shape}; a sequence takes a flat list of whole numbers")
@@ -235,15 +263,9 @@ def token_array(tokens: Sequence[int] | torch.Tensor) -> Ints:
     return given.astype(np.int64)
 
 
-def _wanted_rows(ends: Ints, lengths: Ints, logits: list[Logits]) -> list[int]:
+def _wanted_rows(ends: Ints, lengths: Ints, logits: list[Logits]) -> Ints:
     """Packed places of the tokens whose logits are wanted, in order."""
-    rows: list[int] = []
-    for end, length, wanted in zip(ends.tolist(), lengths.tolist(), logits, strict=True):
-        first = {"last": end - 1, "all": end - length, "none": end}[wanted]
-        rows.extend(range(first, end))
-    return rows
-
-
-def _repeat_last(rows: list[int], size: int) -> list[int]:
-    """Pad rows repeat a real one; without any they read token 0."""
-    return [*rows, *(rows[-1:] or [0]) * (size - len(rows))]
+    if logits.count("last") == len(logits):
+        return ends - 1
+    wanted = [{"last": 1, "all": length, "none": 0}[each] for each, length in zip(logits, lengths.tolist(), strict=True)]
+    return _runs((ends - np.array(wanted)).tolist(), wanted)

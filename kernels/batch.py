@@ -12,16 +12,25 @@ Whole = TypeVar("Whole", torch.Tensor, np.ndarray[Any, Any])  # whole numbers, o
 
 
 def build_metadata(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    num_tokens: int,
+    page_size: int,
+    held_lens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """cu_seqlens_q, positions, slot_mapping, token_seq: see `metadata.AttentionMetadata`. Shapes depend on num_tokens only.
 
-    A token beyond its table has no page, nor has one where the table says a number below 0: a ValueError here, slot -1 on a GPU.
+    A token beyond its table has no page, nor has one where the table says a number below 0, nor has one before the first: a
+    ValueError here; on a GPU slot -1, if it is a new one, and a position that is not beyond the table.
+
+    held_lens [B] int32: on a GPU seq_lens is written there, no row longer than its table.
     """
     if block_table.is_cuda:
         from compile_attn.kernels import batch_triton
 
-        return batch_triton.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
+        return batch_triton.build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size, held_lens)
+    _check_rows(block_table, seq_lens, query_lens, page_size)
     ends = query_lens.cumsum(0, dtype=torch.int32)
     cu_seqlens_q = torch.nn.functional.pad(ends, (1, 0))
     token = torch.arange(num_tokens, device=ends.device, dtype=torch.int32)
@@ -30,17 +39,28 @@ def build_metadata(
     real = token < ends[-1]
     # The last new token of a row stands at seq_len - 1, so a token does at seq_len - (row's end - token).
     positions = torch.where(real, (seq_lens - ends)[token_seq] + token, 0).long()
-    column = positions // page_size
-    page = block_table[token_seq, column.clamp(max=block_table.shape[1] - 1)].long()
-    lost = real & ((column >= block_table.shape[1]) | (page < 0))
-    if lost.any():
-        row, position = int(token_seq[lost][0]), int(positions[lost][0])
-        raise ValueError(
-            f"row {row}: the token at position {position} has no page of {page_size} in a block table of {block_table.shape[1]} "
-            "columns; give the row its page before it grows"
-        )
+    page = block_table[token_seq, positions // page_size].long()
     slot_mapping = torch.where(real, page * page_size + positions % page_size, -1)
     return cu_seqlens_q, positions, slot_mapping, token_seq
+
+
+def _check_rows(block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, page_size: int) -> None:
+    """That every token of a row, new or not, has a page: what is looked for behind the table is in the row behind."""
+    fewer = seq_lens < query_lens
+    if fewer.any():
+        row = int(fewer.nonzero()[0])
+        raise ValueError(
+            f"row {row}: {int(query_lens[row])} new tokens in a sequence of {int(seq_lens[row])}; seq_lens count the new ones, too"
+        )
+    columns = block_table.shape[1]
+    missing = torch.nn.functional.pad(block_table < 0, (0, 1), value=True)
+    missing &= torch.arange(columns + 1, device=missing.device) < page_bounds(seq_lens, page_size)[0][:, None]
+    if missing.any():
+        row, column = missing.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row}: the token at position {column * page_size} has no page of {page_size} in a block table of {columns} "
+            "columns; give the row its page before it grows"
+        )
 
 
 def advance_step(

@@ -17,7 +17,8 @@ _ROWS = 128  # of a program that advances
 # Not specialised: what changes from step to step would only compile the kernels again.
 @triton.jit(do_not_specialize=["table_stride", "width", "num_rows", "num_tokens"])  # type: ignore[untyped-decorator]
 def metadata(  # type: ignore[no-untyped-def]
-    table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq, table_stride, width, num_rows, num_tokens,
+    table, seq_lens, query_lens, held_lens, cu_seqlens_q, positions, slot_mapping, token_seq,
+    table_stride, width, num_rows, num_tokens,
     PAGE_SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -35,6 +36,8 @@ def metadata(  # type: ignore[no-untyped-def]
         end = total + tl.cumsum(new, 0)
         if tl.program_id(0) == 0:
             tl.store(cu_seqlens_q + 1 + b, end, mask=inside)
+            if held_lens is not None:
+                tl.store(held_lens + b, tl.minimum(length, width * PAGE_SIZE), mask=inside)
         over = (end[None, :] <= at) & inside[None, :]
         own = ((end - new)[None, :] <= at) & (at < end[None, :])
         row += tl.sum(over.to(tl.int32), 1)
@@ -43,10 +46,12 @@ def metadata(  # type: ignore[no-untyped-def]
     row = tl.minimum(row, num_rows - 1)
     real = token < total
     position = tl.where(real, token + shift, 0)
-    held = real & (position < width * PAGE_SIZE)  # on a CPU a token without a page is an error; here it is written nowhere
+    # On a CPU a token without a page is an error; here it is written nowhere.
+    held = real & (position >= 0) & (position < width * PAGE_SIZE)
     page = tl.load(table + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=held, other=-1).to(tl.int64)
     slot = tl.where(page >= 0, page * PAGE_SIZE + position % PAGE_SIZE, -1)
     wanted = token < num_tokens
+    position = tl.maximum(tl.minimum(position, width * PAGE_SIZE - 1), 0)  # by it some kernels count a token's keys
     tl.store(positions + token, position.to(tl.int64), mask=wanted)
     tl.store(slot_mapping + token, slot, mask=wanted)
     tl.store(token_seq + token, row, mask=wanted)
@@ -76,7 +81,12 @@ def _tile(rows: int, tokens: int) -> tuple[int, int]:
 
 
 def build_metadata(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor, num_tokens: int, page_size: int
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    num_tokens: int,
+    page_size: int,
+    held_lens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `batch.build_metadata`."""
     seq_lens, query_lens = seq_lens.contiguous(), query_lens.contiguous()
@@ -88,7 +98,7 @@ def build_metadata(
     tokens, at_a_time = _tile(rows, num_tokens)
     with torch.cuda.device_of(seq_lens):  # type: ignore[no-untyped-call]
         metadata[(max(1, -(-num_tokens // tokens)),)](
-            block_table, seq_lens, query_lens, cu_seqlens_q, positions, slot_mapping, token_seq,
+            block_table, seq_lens, query_lens, held_lens, cu_seqlens_q, positions, slot_mapping, token_seq,
             block_table.stride(0), block_table.shape[1], rows, num_tokens, page_size, tokens, at_a_time,
         )  # fmt: skip
     return cu_seqlens_q, positions, slot_mapping, token_seq

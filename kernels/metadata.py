@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,17 @@ class AttentionMetadata:
     held_pages: tuple[int, ...] | None = None
     is_profile_run: bool = False
 
+    def __post_init__(self) -> None:
+        rows, width = self.block_table.shape
+        if self.lengths is None or self.is_profile_run:
+            return
+        row, length = max(enumerate(seq for seq, _ in self.lengths), key=itemgetter(1), default=(0, 0))
+        if length > width * self.page_size:
+            raise ValueError(
+                f"row {row} of {rows} has {length} tokens, a block table of {width} columns room for {width} pages of "
+                f"{self.page_size}; give each row {-(-length // self.page_size)} columns"
+            )
+
     @classmethod
     def build(
         cls,
@@ -69,11 +81,14 @@ class AttentionMetadata:
     ) -> AttentionMetadata:
         """Everything else from tables and lengths, on their device, without a host read.
 
-        A token for which its row has no page, as the table ends or has a number below 0 there, is a ValueError on a CPU, and gets
-        slot -1 on a GPU, where nobody waits for lengths.
+        A token for which its row has no page, as the table ends or has a number below 0 there, is a ValueError on a CPU, and so
+        are more new tokens than tokens. On a GPU, where nobody waits for lengths, such a new token gets slot -1, and a row ends
+        with its table (`seq_lens` is another tensor than was given): no kernel reads the table of the next row. What a GPU is not
+        asked is for the caller to see to: that no number is below 0 where a row has tokens.
         """
-        derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size)
-        return cls(block_table, seq_lens, query_lens, *derived, page_size)
+        held = torch.empty(seq_lens.shape, dtype=torch.int32, device=seq_lens.device) if block_table.is_cuda else None
+        derived = build_metadata(block_table, seq_lens, query_lens, num_tokens, page_size, held)
+        return cls(block_table, seq_lens if held is None else held, query_lens, *derived, page_size)
 
     @classmethod
     def pads(cls, rows: int, tokens: int, max_pages: int, page_size: int, device: torch.device | str = "cpu") -> AttentionMetadata:

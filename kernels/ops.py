@@ -159,7 +159,11 @@ def attend(
     v_scale: Any = None,
     plan: Any = None,
 ) -> torch.Tensor:
-    """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0."""
+    """Paged: q [T, Hq, D] -> [T, Hq, Dv] contiguous; query t stands at positions[t] of token_seq[t]; pads give 0.
+
+    Pages are found by seq_lens, unasked: no row may be longer than the columns of its block table have room for, and all those that
+    it fills are numbers of pages. `AttentionMetadata` sees to the first.
+    """
     if not (k_pages.shape[0] and block_table.shape[1]):
         room = f"{k_pages.shape[0]} pages and a block table of {block_table.shape[1]}"
         raise ValueError(f"attend: {room} hold no keys; a profile run goes through attention(), on keys and values themselves")

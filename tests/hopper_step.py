@@ -51,8 +51,9 @@ def main() -> None:
         print(f"write, {name}: {resources(found[-1])}; {wide} vector accesses")
     for name, (tokens, rows) in STEPS.items():
         lengths = torch.zeros(rows, dtype=torch.int32)
-        batch_triton.build_metadata(torch.zeros(rows, 64, dtype=torch.int32), lengths, lengths, tokens, 16)
-        print(f"metadata, {name}: {resources(found[-1])}")
+        for held in (None, lengths):
+            batch_triton.build_metadata(torch.zeros(rows, 64, dtype=torch.int32), lengths, lengths, tokens, 16, held)
+            print(f"metadata, {name}{'' if held is None else ', and lengths'}: {resources(found[-1])}")
     ids = torch.zeros(64, dtype=torch.int64)
     batch_triton.advance_step(ids, ids, torch.zeros(64, dtype=torch.int32), ids)
     print(f"advance: {resources(found[-1])}")

@@ -118,11 +118,16 @@ def test_a_model_generates_through_several(kernel: str, inner: Inner, monkeypatc
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kernel", ["general", "block_sparse", "flash_attn", "flashinfer"])
-def test_prompts_from_graphs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(256, {(2, 128), (2, 256), (6, 256)}), (1024, {(2, 128), (2, 256), (6, 512), (6, 1024)})],
+    ids=["few tokens", "many tokens"],
+)
+def test_prompts_from_graphs(kernel: str, most: int, sizes: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, their chunks, and both beside decodes, of other lengths at every replay: no step runs without a graph."""
     needs(kernel)
     model = model_on("cuda")  # prompts that begin alike, and again, are computed whole
-    settings = {"kv_tokens": 8192, "max_seqs": 6, "max_batch_tokens": 256, "prefix_cache": False}
+    settings = {"kv_tokens": 8192, "max_seqs": 6, "max_batch_tokens": most, "prefix_cache": False}
     prompts = [prompts_of([3, 40, 200, 17, 130, 1]), prompts_of([250, 9, 600, 77]), prompts_of([128]), prompts_of([1200, 2])]
     with PagedLM(model, kernel=kernel, inner="eager", cuda_graphs=True, **settings) as lm:  # type: ignore[arg-type]
         monkeypatch.setattr(lm._runner, "_run_once", None)
@@ -131,7 +136,7 @@ def test_prompts_from_graphs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> No
                 check_greedy(model, some, lm.generate(some, Sampling(max_new_tokens=24)))
             recorded = {(one.rows, one.new_tokens) for one in lm.cuda_graphs if one.new_tokens > one.rows}
             prompts = [some[::-1] for some in prompts]
-        assert recorded == {(2, 128), (2, 256), (6, 256)}
+        assert recorded == sizes
 
 
 @pytest.mark.gpu
