@@ -51,10 +51,11 @@ def test_lengths_on_the_host_fit_into_the_table(device: str) -> None:
 
 def attended_beyond(at: tuple[torch.Tensor, ...], kernel: str, causal: bool) -> torch.Tensor:
     """By the new tokens of 2 rows of 2 pages of 4; what is another's page, or nobody's, is NaN."""
-    pages = torch.full((9, 4, 1, 16), torch.nan, device=at[0].device)
+    dtype = torch.float32 if at[0].device.type == "cpu" else torch.bfloat16  # FlashAttention has no other
+    pages = torch.full((9, 4, 1, 16), torch.nan, device=at[0].device, dtype=dtype)
     pages[3:7] = torch.randn(4, 4, 1, 16, generator=torch.Generator().manual_seed(0)).to(pages)
     spec = AttentionSpec(1, 1, 16, 16, m.Causal() if causal else m.Bidirectional())
-    q = torch.ones(at[3].shape[0], 1, 16, device=pages.device)
+    q = torch.ones(at[3].shape[0], 1, 16, device=pages.device, dtype=dtype)
     return torch.ops.paged_attn.attend(q, pages, pages.clone(), *at, [], spec.encode(), kernel)
 
 
