@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from compile_attn.calibrating import calibrate
     from compile_attn.drafting import Drafter, PromptLookup
     from compile_attn.explaining import explain
+    from compile_attn.exporting import export
     from compile_attn.kernels.blocksparse_params import BlocksparseParams
     from compile_attn.lm import PagedLM
+    from compile_attn.manifest import Manifest, load, save
     from compile_attn.options import Options
     from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
     from compile_attn.sampling import Sampling
@@ -26,8 +28,10 @@ _HOMES = {
     "calibrating": ("calibrate",),
     "drafting": ("Drafter", "PromptLookup"),
     "explaining": ("explain",),
+    "exporting": ("export",),
     "kernels.blocksparse_params": ("BlocksparseParams",),
     "lm": ("PagedLM",),
+    "manifest": ("Manifest", "load", "save"),
     "options": ("Options",),
     "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
     "sampling": ("Sampling",),
@@ -37,6 +41,7 @@ __all__ = [
     "BlocksparseParams",
     "Chunk",
     "Drafter",
+    "Manifest",
     "Options",
     "OutOfPages",
     "Output",
@@ -51,6 +56,9 @@ __all__ = [
     "StalePrefix",
     "calibrate",
     "explain",
+    "export",
+    "load",
+    "save",
 ]
 
 

@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def paged_attn(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Ma
             return _paged(gm, example_inputs, chosen, chosen.cache)
         return _stateless(gm, example_inputs, chosen)
     except ValueError as wrong:  # bad input: it reaches the user as it is
-        return _raise_when_called(wrong)
+        return raise_when_called(wrong)
 
 
 def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) -> Compiled:
@@ -52,7 +52,7 @@ def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) ->
     rejected = rewriting.report.rejected
     if rejected and (options.on_rejected == "error" or sparse is not None):  # what was left as it was is not sparse
         whole = "" if sparse is None else "block_sparse takes a model of which all attention can be read; "
-        return _raise_when_called(RefusedError(whole + _summary(rewriting.report), rewriting.report))
+        return raise_when_called(RefusedError(whole + _summary(rewriting.report), rewriting.report))
     _check_narrowed(options, rewriting.report)
     if options.on_rejected == "warn" and rejected:
         warnings.warn(_summary(rewriting.report), stacklevel=2)
@@ -63,18 +63,38 @@ def _stateless(gm: fx.GraphModule, examples: Sequence[Any], options: Options) ->
     return _compile_inner(rewriting.module if rewriting.report.sites else gm, examples, options.inner)
 
 
-def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Compiled:
-    """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
+@dataclass(frozen=True)
+class Paged:
+    """A model's rewritten graph, what Dynamo calls it with, and which of that is the batch's own."""
+
+    rewriting: Rewriting
+    examples: Sequence[Any]
+    ids: int
+    positions: int | None
+
+    def bind(self, cache: PagedKVCache, report: Report) -> None:
+        """Have the cache hold the pages of this model, and know its limits."""
+        rewriting = self.rewriting
+        cache.bind(
+            rewriting.layers,
+            owner=_owner(self.examples),
+            max_positions=report.max_positions,
+            max_tokens=rewriting.most_tokens(len(self.examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
+            kernels=[(site.kernel, site.spec) for site in report.sites],
+        )
+        cache.report = report
+
+
+def rewritten(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Paged:
+    """The paged form of Dynamo's graph. RefusedError where there is none, and the cache's report says why."""
     _check_length(options, cache)
     try:
-        places = _token_places(gm, examples, cache)
-        geometry = PagedGeometry(cache.page_size, cache.pools.fp8)
-        ids, positions = places
+        ids, positions = _token_places(gm, examples, cache)
         rewriting = rewrite_paged(
             gm,
             examples,
             kernel=options.kernel,
-            geometry=geometry,
+            geometry=PagedGeometry(cache.page_size, cache.pools.fp8),
             token_ids=ids,
             positions=positions,
             merge=options.merges,
@@ -84,22 +104,25 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     except RefusedError as refused:
         _emit(refused.report)
         cache.report = refused.report
-        return _raise_when_called(refused)
+        raise
+    return Paged(rewriting, examples, ids, positions)
+
+
+def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache: PagedKVCache) -> Compiled:
+    """The paged form: called with Dynamo's inputs, it adds the cache's own. A refusal is raised by the call, unwrapped."""
+    try:
+        paged = rewritten(gm, examples, options, cache)
+    except RefusedError as refused:
+        return raise_when_called(refused)
+    rewriting, places = paged.rewriting, (paged.ids, paged.positions)
     begin = time.perf_counter()
-    compiled = _compile_paged(rewriting, options.inner)
+    compiled = compile_paged(rewriting, options.inner)
     seconds = {**rewriting.report.seconds, "inner": time.perf_counter() - begin}
     report = replace(rewriting.report, seconds=seconds)
     _emit(report)
     weights = rewriting.weights
     weights(examples)
-    cache.bind(
-        rewriting.layers,
-        owner=_owner(examples),
-        max_positions=report.max_positions,
-        max_tokens=rewriting.most_tokens(len(examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
-        kernels=[(site.kernel, site.spec) for site in report.sites],
-    )
-    cache.report = report
+    paged.bind(cache, report)
     numbers, tensors = _what_makes_keys(gm, examples, [place for place in places if place is not None])
 
     # Dynamo would run this code for another model of the same class: its parameters are inputs like any other.
@@ -122,7 +145,7 @@ def _paged(gm: fx.GraphModule, examples: Sequence[Any], options: Options, cache:
     return step
 
 
-def _compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
+def compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
     """Compile for every T, B, R >= 2, apart from what Dynamo assumed about the first call."""
     assert rewriting.inputs is not None
     if inner == "eager":
@@ -234,7 +257,7 @@ def _refused(why: str, cure: str) -> RefusedError:
     return refusal(Report("paged"), [Rejected(why, Location(), cure)])
 
 
-def _raise_when_called(error: Exception) -> Compiled:
+def raise_when_called(error: Exception) -> Compiled:
     """Dynamo wraps what a backend raises; what the compiled function raises reaches the user as it is."""
 
     def refuse(*_: Any) -> Any:

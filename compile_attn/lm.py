@@ -22,11 +22,11 @@ from compile_attn.cache import Chunk, StalePrefix
 from compile_attn.calling import Call, check_no_dropout, device_of, position_cure, vocabulary_of
 from compile_attn.cuda_graph import Recorded
 from compile_attn.drafting import Drafter, Drafting, verified
+from compile_attn.exported import opened, run_of
 from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.kv_dtype import Scales
 from compile_attn.memory import tokens_that_fit
 from compile_attn.modes import in_own_modes
-from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.pages import at_least_one, page_count
 from compile_attn.passes.report import RefusedError, Report
@@ -67,7 +67,7 @@ class PagedLM:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | torch.export.ExportedProgram,
         kv_tokens: int | None = 65_536,
         page_size: int = 16,
         max_seqs: int = 64,
@@ -87,8 +87,9 @@ class PagedLM:
         draft_tokens: int = 4,
         swap_tokens: int = 0,
     ) -> None:
+        model = opened(model)
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module")
+            raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module, or what export() made of one")
         self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
         check_no_dropout(self._model)
         device = device_of(self._model)
@@ -112,7 +113,7 @@ class PagedLM:
         options = replace(options, cache=cache)
         self.cache = cache
         self._own_call = call is not None
-        self._runner = Runner(OneGraph(self._model, options, call), cache, self._model, graphs, budget, drafting is not None)
+        self._runner = Runner(run_of(self._model, options, call), cache, self._model, graphs, budget, drafting is not None)
         self._scheduler = Scheduler(cache, budget, prefix_cache, drafting)
         self._sent: deque[Sent] = deque()
         # Steps that are sent before the tokens of the oldest are read; none where drafts follow these tokens.

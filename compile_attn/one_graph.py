@@ -25,14 +25,16 @@ class OneGraph:
     A call of the user's own is compiled with the model, so that it sees packed tokens as the model does.
     """
 
-    def __init__(self, model: nn.Module, options: Options, call: Call | None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, call: Call | None, backend: Callable[..., Callable[..., Any]] | None = None
+    ) -> None:
         from compile_attn.backend import paged_attn
 
         self._call = call_of(model) if call is None else _directly
         whole = model if call is None else _Through(model, call)
         given = {field.name: getattr(options, field.name) for field in fields(options)}
         # fullgraph: code outside the graph would see packed tokens and answer wrongly
-        self._compiled = compiled_apart(whole, fullgraph=True, backend=paged_attn, options=given)
+        self._compiled = compiled_apart(whole, fullgraph=True, backend=backend or paged_attn, options=given)
 
     def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """What the model returns. RefusedError where it is not one graph; what the backend says, unwrapped."""

@@ -106,3 +106,11 @@ def downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             seen.add(node)
             todo.extend(node.users)
     return seen
+
+
+def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    """A new last placeholder."""
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name)
+    node.meta["val"] = example
+    return node

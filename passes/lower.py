@@ -18,7 +18,7 @@ from compile_attn.kernels.mask import Bidirectional, Causal
 from compile_attn.kernels.select import Choice, backend, choose
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes import emit
-from compile_attn.passes.graph import is_tensor, placeholders, same_size, val
+from compile_attn.passes.graph import add_placeholder, is_tensor, placeholders, same_size, val
 from compile_attn.passes.recognise import AttentionSite, Operand
 
 _aten = torch.ops.aten
@@ -157,14 +157,6 @@ def add_step_inputs(module: fx.GraphModule, tokens: fx.Node, examples: Sequence[
         parts.append(after)
     cu_seqlens_q, positions, slot_mapping, token_seq = parts
     return StepNodes(block_table, seq_lens, logits_rows, cu_seqlens_q, positions, slot_mapping, token_seq)
-
-
-def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
-    """A new last placeholder."""
-    with graph.inserting_after(placeholders(graph)[-1]):
-        node = graph.placeholder(name)
-    node.meta["val"] = example
-    return node
 
 
 def page(

@@ -15,9 +15,8 @@ from torch import fx
 
 from compile_attn.passes import emit
 from compile_attn.passes.alike import join_alike
-from compile_attn.passes.graph import Location, location, placeholders, val
+from compile_attn.passes.graph import Location, add_placeholder, location, placeholders, val
 from compile_attn.passes.linears import Linear, Numbering, linears, seen_as_complex, stride_bound, transposed
-from compile_attn.passes.lower import add_placeholder
 from compile_attn.passes.normalize import Normalized
 from compile_attn.passes.report import LinearMerge, counted
 from compile_attn.passes.weights import one_block, unmovable

@@ -55,6 +55,11 @@ class Rewriting:
     constants: tuple[torch.Tensor, ...] = ()  # tensors whose values a proof has read
     weights: JoinedWeights = field(default_factory=JoinedWeights)  # called with the model's inputs, it gives the last ones
 
+    @classmethod
+    def of_graph(cls, module: fx.GraphModule, report: Report, layers: tuple[LayerKV, ...]) -> Rewriting:
+        """A paged graph that was rewritten before, to be compiled."""
+        return cls(module, report, layers, FreshInputs(module.graph))
+
     def verify(self) -> None:
         """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
         assert self.inputs is not None
