@@ -68,9 +68,14 @@ class Served(nn.Module):
         return step
 
 
-def opened(model: Any) -> Any:
-    """A program as a module; a module as it is."""
-    return Served(model) if isinstance(model, torch.export.ExportedProgram) else model
+def opened(model: object) -> nn.Module:
+    """A program as a module; a module as it is, without what torch.compile has wrapped it in. ValueError for anything else."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return Served(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module, or what export() made of one")
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def run_of(model: nn.Module, options: Options, call: Call | None) -> Run:

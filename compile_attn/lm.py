@@ -87,10 +87,7 @@ class PagedLM:
         draft_tokens: int = 4,
         swap_tokens: int = 0,
     ) -> None:
-        model = opened(model)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module, or what export() made of one")
-        self._model: nn.Module = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
+        self._model = opened(model)
         check_no_dropout(self._model)
         device = device_of(self._model)
         budget, graphs = tokens_a_step(max_batch_tokens, device), graphs_wanted(cuda_graphs, device)
