@@ -6,8 +6,6 @@ works without an import. Without a cache the graph is rewritten statelessly; wit
 
 from __future__ import annotations
 
-import functools
-import logging
 import time
 import warnings
 import weakref
@@ -25,7 +23,6 @@ from compile_attn.passes.graph import placeholders
 from compile_attn.passes.pipeline import PagedGeometry, Rewriting, rewrite_paged, rewrite_stateless
 from compile_attn.passes.report import RefusedError, Rejected, Report
 
-log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
@@ -161,24 +158,9 @@ def compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
 def _compile_inner(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner) -> Compiled:
     if inner == "eager":
         return module.forward
-    # Private, fenced here: the call that torch.compile's own "inductor" backend makes.
-    from torch._inductor.compile_fx import compile_fx
+    from compile_attn.inductor import by_inductor
 
-    _teach_inductor()
-    compiled: Any = compile_fx(module, list(inputs))
-    return compiled  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _teach_inductor() -> None:
-    """`once` keeps its tensor in memory. Private, fenced here: without this lowering the op would copy the tensor."""
-    from torch._inductor.lowering import register_lowering
-
-    def keep(x: Any) -> Any:
-        x.realize()
-        return x
-
-    register_lowering(torch.ops.paged_attn.once.default, type_promotion_kind=None)(keep)
+    return by_inductor(module, inputs)
 
 
 def _token_places(gm: fx.GraphModule, examples: Sequence[Any], cache: PagedKVCache) -> tuple[int, int | None]:

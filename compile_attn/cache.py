@@ -268,6 +268,7 @@ class PagedKVCache:
         for seq in seqs:
             seq.length += 1
             seq.unrun = True
+        self.current.unrun = True
         self._longest, self._advances = self._longest + 1, False
         if full:
             self.buffers.add_pages(full, self.current.width)
@@ -295,6 +296,8 @@ class PagedKVCache:
         for seq in self._in_batch:
             seq.unrun = False
         self.proof.ran()
+        if self.current is not None:
+            self.current.unrun = False
         self._advances = self.current is not None and self.current.num_tokens == len(self._in_batch) > 0
         self.steps_run += 1
 

@@ -51,8 +51,9 @@ def explain(
         raise wrong[0]
     if not reports:
         raise RuntimeError(
-            "torch.compile captured no graph of this call, so there is nothing to explain; look for @torch.compiler.disable around "
-            "the model, for TORCH_COMPILE_DISABLE, and for Dynamo's recompile limit (torch._dynamo.reset() lifts it)"
+            "torch.compile captured no graph of this call, so there is nothing to explain; look for torch.compiler.set_stance, "
+            "@torch.compiler.disable or TORCH_COMPILE_DISABLE around the model, and for Dynamo's recompile limit "
+            "(torch._dynamo.reset() lifts it)"
         )
     return _joined(reports)
 

@@ -22,7 +22,7 @@ class Options:
                  step takes one by its shapes; a kernel that cannot serve a site is an error.
     on_rejected  what a stateless compilation does about attention it cannot rewrite: "keep" it silently in the report,
                  "warn" once (default), or raise ("error"). A paged compilation always raises.
-    cache        a `PagedKVCache`: compile the paged form of the model.
+    cache        a `PagedKVCache`: compile the paged form of the model. `Batch.rows` takes its logits.
     inner        "inductor" (default), or "eager": no inner compiler, for tests and debugging.
     merge_linears  linears that read one tensor become one; their weights become parts of one tensor, the model's parameters and
                  state_dict stay what they are. Default (None): with a cache yes, without one no.
@@ -30,7 +30,7 @@ class Options:
                  written with. A model for which that cannot be done is an error, whatever on_rejected says, and so is one with
                  sums over tokens without a softmax, such as linear attention, unless `layers` says where the mask is meant. What
                  mixes tokens without one product over all of them (a cumulative sum, a loop, a convolution, a sum in parts) is not
-                 seen as attention, and stays as it is.
+                 seen as attention, and stays as it is. What torch runs eagerly (torch.compiler.set_stance) has no mask.
     """
 
     kernel: str = "auto"

@@ -8,6 +8,7 @@ import torch
 
 from compile_attn.origin import Origin
 from compile_attn.sequences import CachedSequence, Sequences, stale
+from compile_attn.step import NOT_PAGED
 
 
 class Proof:
@@ -61,7 +62,7 @@ class Proof:
             return
         finally:
             self._only_asking = False
-        raise RuntimeError("the model ran, but not as its paged graph; look for @torch.compiler.disable around the model")
+        raise RuntimeError(NOT_PAGED)
 
     def ran(self) -> None:
         """The batch was run, so the keys that its sequences have found are theirs."""

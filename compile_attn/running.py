@@ -19,6 +19,7 @@ from compile_attn.calling import logits_of
 from compile_attn.cuda_graph import Kind, Recorded, StepGraphs
 from compile_attn.requests import Plan
 from compile_attn.sampling import SamplingRows, sample
+from compile_attn.step import NOT_PAGED
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,5 @@ class Runner:
         before = self._cache.steps_run
         logits = logits_of(self._run(batch.input_ids, batch.position_ids))
         if self._cache.steps_run == before:
-            raise RuntimeError(
-                "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
-                "look for @torch.compiler.disable or TORCH_COMPILE_DISABLE around the model"
-            )
+            raise RuntimeError(NOT_PAGED)
         return batch.all_rows(logits)

@@ -255,7 +255,7 @@ class Sequences:
         if seq.unrun:
             raise ValueError(
                 f"{seq!r} was in a batch that was never run, so its newest keys and values are missing; "
-                "call the compiled model once a batch, or free the sequence"
+                "call the compiled model once a batch, where torch does not run it eagerly, or free the sequence"
             )
 
     def check_length(self, seq: CachedSequence, length: int | None) -> int:

@@ -29,6 +29,11 @@ _LOGITS = get_args(Logits)
 _ZERO: array[int] = array("i", [0])
 _NO_PAGES: array[int] = array("i")
 
+NOT_PAGED = (
+    "the model ran, but not as its paged graph, so nothing it returned can be trusted; "
+    "look for torch.compiler.set_stance, @torch.compiler.disable or TORCH_COMPILE_DISABLE around the model"
+)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -48,7 +53,7 @@ class Chunk:
             raise ValueError(f"logits={self.logits!r}; choose one of {', '.join(map(repr, _LOGITS))}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """What to call the model with: input_ids and position_ids, both [1, T] int64; valid until the next batch."""
 
@@ -59,9 +64,16 @@ class Batch:
     num_seqs: int
     shape: Sizes  # as the model sees them
     width: int  # pages a row that the block table has room for
+    unrun: bool = True  # no paged graph has taken it yet
 
     def rows(self, logits: torch.Tensor) -> torch.Tensor:
-        """The real rows [num_rows, V] of what the model returned ([1, R, V] or [R, V])."""
+        """The real rows [num_rows, V] of what the model returned ([1, R, V] or [R, V]).
+
+        RuntimeError where torch has run the model as it is written, to which the tokens of many sequences are one: in a stance of
+        torch.compiler.set_stance, for example, or beyond Dynamo's recompile limit.
+        """
+        if self.unrun:
+            raise RuntimeError(NOT_PAGED)
         return self.all_rows(logits)[: self.num_rows]
 
     def all_rows(self, logits: torch.Tensor) -> torch.Tensor:

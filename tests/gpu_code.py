@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import compile_attn as ca
 import compile_attn.backend
+import compile_attn.inductor
 
 GPU = torch.device("cuda:0")
 H200 = types.SimpleNamespace(
@@ -56,7 +57,7 @@ def gpu_code(model: nn.Module, **options: Any) -> str:
         written.append(code if isinstance(code, str) else code.value)
         raise _Written
 
-    compile_attn.backend._teach_inductor()
+    compile_attn.inductor._teach()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(compile_attn.backend, "_compile_paged", instead))
         stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", write))

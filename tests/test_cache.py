@@ -66,6 +66,18 @@ def test_rows_asked_for() -> None:
         batch.rows(torch.zeros(1, 5, 7))
 
 
+def test_rows_of_a_batch_that_was_not_run() -> None:
+    """Each time anew: a batch that the device advances has its tokens to run again."""
+    cache, logits = cache_of(), torch.zeros(1, 2, 7)
+    batch = cache.batch([Chunk(cache.add(), [1])])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not as its paged graph"):
+            batch.rows(logits)
+        cache.step_inputs()
+        assert batch.rows(logits).shape == (1, 7)
+        batch = cache.advance()
+
+
 def test_addresses_never_change() -> None:
     cache = cache_of()
     seen = set()

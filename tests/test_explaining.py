@@ -81,7 +81,7 @@ def test_a_model_with_a_graph_break() -> None:
 
 
 def test_nothing_to_explain() -> None:
-    with pytest.raises(RuntimeError, match=r"captured no graph of this call.*look for @torch.compiler.disable"):
+    with pytest.raises(RuntimeError, match=r"captured no graph of this call.*torch.compiler.set_stance, @torch.compiler.disable"):
         ca.explain(torch.compiler.disable(lambda x: x), IDS)  # type: ignore[no-untyped-call]
 
 

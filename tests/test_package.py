@@ -51,7 +51,7 @@ def test_the_sdist_holds_the_sources(built: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"README.md", "LICENSE", "pyproject.toml", "tests/test_package.py"} <= names
+    assert {"README.md", "LICENSE", "pyproject.toml", "paged_attn.py", "tests/test_package.py"} <= names
     assert {"compile_attn/passes/pipeline.py", "compile_attn/kernels/spec.py"} <= names, "the links of the checkout are files here"
     assert not [name for name in names if "__pycache__" in name or name.startswith((".git/", "dist/"))]
 
@@ -69,6 +69,13 @@ def test_the_package_is_imported_from_the_wheel(venv: Path) -> None:
 def test_the_backend_is_found(venv: Path) -> None:
     code = "import torch, torch._dynamo as d; print(*d.list_backends()); torch.compile(abs, backend='paged_attn')"
     assert "paged_attn" in _run(venv / "bin" / "python", "-c", code, cwd=venv).split()
+
+
+def test_torch_knows_the_name_of_its_logs(venv: Path) -> None:
+    """torch refuses to be imported where TORCH_LOGS has a name that is no module's, and imports no module to find out."""
+    code = "import sys, torch, logging; print(logging.getLogger('paged_attn').level, 'compile_attn' in sys.modules)"
+    command = ("env", "TORCH_LOGS=+paged_attn", venv / "bin" / "python", "-c", code)
+    assert _run(*command, cwd=venv).split() == ["10", "False"]
 
 
 def test_the_demo_runs(venv: Path) -> None:
