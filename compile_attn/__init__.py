@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compile_attn.answers import Output
     from compile_attn.cache import Batch, Chunk, OutOfPages, PagedKVCache, StalePrefix
     from compile_attn.calibrating import calibrate
+    from compile_attn.comparing import ReportDiff, compare
     from compile_attn.drafting import Drafter, PromptLookup
     from compile_attn.explaining import explain
     from compile_attn.exporting import export
@@ -26,6 +27,7 @@ _HOMES = {
     "answers": ("Output",),
     "cache": ("Batch", "Chunk", "OutOfPages", "PagedKVCache", "StalePrefix"),
     "calibrating": ("calibrate",),
+    "comparing": ("ReportDiff", "compare"),
     "drafting": ("Drafter", "PromptLookup"),
     "explaining": ("explain",),
     "exporting": ("export",),
@@ -51,10 +53,12 @@ __all__ = [
     "RefusedError",
     "Rejected",
     "Report",
+    "ReportDiff",
     "Rewritten",
     "Sampling",
     "StalePrefix",
     "calibrate",
+    "compare",
     "explain",
     "export",
     "load",

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import difflib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+_TARGET = (
+    "MODULE:FACTORY, where FACTORY() returns a model, (model, args) or (model, args, kwargs); or a config.json of transformers, or "
+    "its folder, whose model gets random weights"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`compile-attn demo`, `compile-attn explain MODULE:FACTORY`, `compile-attn bench`; returns the exit status."""
+    """`compile-attn demo`, `explain TARGET`, `diff A B`, `bench`; returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "demo":
         from compile_attn.demo import demo
 
         return 0 if demo(options.seconds, options.inner, options.html, options.device, options.tokens) else 1
-    return _bench(options.name, options.rest) if options.command == "bench" else _explain(options)
+    if options.command == "bench":
+        return _bench(options.name, options.rest)
+    try:
+        return _diff(options) if options.command == "diff" else _explain(options)
+    except ValueError as error:
+        print(f"compile-attn: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,35 +42,35 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="cpu", help="torch device (default cpu)")
     demo.add_argument("--html", default="report.html", help="where the report is written (default report.html)")
     explain = commands.add_parser("explain", help="show what would be rewritten in a model, and why not the rest")
-    explain.add_argument(
-        "target", metavar="MODULE:FACTORY", help="FACTORY() returns a model, (model, args) or (model, args, kwargs)"
-    )
-    explain.add_argument("--paged", action="store_true", help="what a paged KV cache would do; the model alone is needed")
-    explain.add_argument(
-        "--kernel", default="auto", help="one kernel for every site, or several: 'flash_attn|general' (default auto)"
-    )
+    explain.add_argument("target", metavar="TARGET", help=_TARGET)
+    _add_how(explain)
     explain.add_argument("--html", help="write the report as one HTML page")
     explain.add_argument("--diff", action="store_true", help="print the graph diff")
+    diff = commands.add_parser("diff", help="compare two models: exit status 0 where the same is read, 1 where not")
+    diff.add_argument("before", metavar="A", help=_TARGET)
+    diff.add_argument("after", metavar="B", help="the same")
+    _add_how(diff)
+    diff.add_argument("--graphs", action="store_true", help="compare the rewritten graphs, too")
     bench = commands.add_parser("bench", help="run a measuring script of the checkout; without a name, list them")
     bench.add_argument("name", nargs="?", help="of a script in bench/")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments, such as --help")
     return parser
 
 
+def _add_how(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--paged", action="store_true", help="what a paged KV cache would do; the model alone is needed")
+    command.add_argument(
+        "--kernel", default="auto", help="one kernel for every site, or several: 'flash_attn|general' (default auto)"
+    )
+
+
 def _explain(options: argparse.Namespace) -> int:
     """Exit status 0: all attention was read; 1: some was not, or the model cannot be paged; 2: bad input."""
     from rich.console import Console
 
-    from compile_attn.explaining import explain
+    from compile_attn.targets import report_of
 
-    try:
-        model, args, kwargs = _made(options.target)
-        if not (options.paged or args or kwargs):
-            raise ValueError(f"{options.target!r} returned a model without inputs; return (model, args), or ask for --paged")
-        report = explain(model, *args, kernel=options.kernel, paged=options.paged, **kwargs)
-    except ValueError as error:
-        print(f"compile-attn: {error}", file=sys.stderr)
-        return 2
+    report = report_of(options.target, options.kernel, options.paged)
     Console().print(report)
     if options.diff:
         print(report.diff())
@@ -68,6 +78,25 @@ def _explain(options: argparse.Namespace) -> int:
         report.to_html(options.html)
         print(f"the report is in {options.html}")
     return 1 if report.rejected else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Exit status 0: nothing of what is printed differs; 1: something does; 2: bad input."""
+    from rich.console import Console
+
+    from compile_attn.comparing import compare
+    from compile_attn.stable import stable_graph
+    from compile_attn.targets import report_of
+
+    before, after = (report_of(name, options.kernel, options.paged) for name in (options.before, options.after))
+    found = compare(before, after)
+    Console().print(found)
+    if not options.graphs:
+        return int(bool(found))
+    old, new = (stable_graph(report.after or report.before) for report in (before, after))
+    lines = list(difflib.unified_diff(old, new, options.before, options.after, lineterm=""))
+    print("\n".join(lines) or "the graphs are the same")
+    return int(bool(found or lines))
 
 
 def _bench(name: str | None, rest: Sequence[str]) -> int:
@@ -84,21 +113,3 @@ def _bench(name: str | None, rest: Sequence[str]) -> int:
     elif name is not None:
         print(f"compile-attn: bench/ has no {name!r}; choose one of the above", file=sys.stderr)
     return 0 if scripts and name is None else 2
-
-
-def _made(target: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-    """What the factory returns, as model, args, kwargs. ValueError where it is not there or returns something else."""
-    module, _, name = target.partition(":")
-    cure = "name a function MODULE:FACTORY that returns (model, args), args being what the model is called with"
-    if "" not in sys.path:  # a module of the working directory, as with python -m
-        sys.path.insert(0, "")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{target!r} was not found ({error}); {cure}") from None
-    made = factory()
-    parts = made if isinstance(made, tuple) else (made,)
-    model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, None)
-    if not (callable(model) and isinstance(args, (tuple, list)) and isinstance(kwargs, dict)):
-        raise ValueError(f"{target!r} returned {type(made).__name__}, not a model with its inputs; {cure}")
-    return model, args, kwargs

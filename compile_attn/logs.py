@@ -10,7 +10,8 @@ tlparse lists.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from compile_attn.passes.report import Report
 
@@ -34,6 +35,20 @@ def _log(level: int, text: Callable[[], str]) -> None:
         if log.isEnabledFor(level):
             log.log(level, "%s", text())
             return
+
+
+@contextmanager
+def untraced_by_pytest() -> Iterator[None]:
+    """Where pytest hangs its handlers on torch's trace log, every compilation is traced, and a test that fails prints it all."""
+    logger = logging.getLogger("torch.__trace")
+    held = [handler for handler in logger.handlers if type(handler).__module__ == "_pytest.logging"]
+    for handler in held:
+        logger.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in held:
+            logger.addHandler(handler)
 
 
 def _trace(name: str, text: Callable[[], str]) -> None:

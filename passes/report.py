@@ -6,6 +6,7 @@ A Report is a value: sites rewritten, sites rejected, what was done about tokens
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -60,8 +61,24 @@ class LinearMerge:
     detail: str
 
 
+class Printed(ABC):
+    """A value that rich can print; `str` of it is the same in 140 columns, without colours."""
+
+    @abstractmethod
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What `rich.console.Console.print` shows."""
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Everything that one compilation did."""
 
     mode: str  # "stateless" or "paged"
@@ -102,24 +119,16 @@ class Report:
         yield self.summary()
         if self.sites:
             rows = [(_where(at), _meaning(site), _kernel(site)) for site, at in grouped(self.sites)]
-            yield _table("rewritten", ("where", "what it computes", "kernel"), rows)
+            yield table("rewritten", ("where", "what it computes", "kernel"), rows)
         if self.rejected:
             reasons = [(_where(at), one.reason, one.cure) for one, at in grouped(self.rejected)]
-            yield _table("rejected", ("where", "reason", "cure"), reasons)
+            yield table("rejected", ("where", "reason", "cure"), reasons)
         if self.tokens:
             changes = [(_where(at), one.kind, one.detail) for one, at in grouped(self.tokens)]
-            yield _table("tokens", ("where", "kind", "rewrite"), changes)
+            yield table("tokens", ("where", "kind", "rewrite"), changes)
         if self.linears:
             groups = [(_where(at), one.kind, one.detail) for one, at in grouped(self.linears)]
-            yield _table("linears", ("where", "kind", "what"), groups)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+            yield table("linears", ("where", "kind", "what"), groups)
 
 
 _Located = TypeVar("_Located", Rewritten, Rejected, TokenRewrite, LinearMerge)
@@ -158,16 +167,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table in which nothing is cut, nor read as markup."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_lines=True)
+    made = Table(title=title, title_justify="left", show_lines=True)
     for name in columns:
-        table.add_column(name, overflow="fold")  # a path that is too long goes on in the next line, and is not cut
+        made.add_column(name, overflow="fold")  # a path that is too long goes on in the next line, and is not cut
     for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+        made.add_row(*map(Text, row))
+    return made
 
 
 class RefusedError(RuntimeError):

@@ -74,3 +74,18 @@ def test_a_compilation_is_used_again(isolates: bool, monkeypatch: pytest.MonkeyP
     made = _graphs() - before
     ours(IDS)
     assert _graphs() == before + made and made >= 1
+
+
+@pytest.mark.parametrize("isolates", WAYS)
+def test_inputs_keep_their_names(isolates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are given by position, where a function of ours stands between Dynamo and the model."""
+    monkeypatch.setattr(apart, "CAN_ISOLATE", isolates)
+    assert "\ninput input_ids: int64[1, 9]\n" in ca.explain(tiny(), IDS).before
+
+    def mixed(x: torch.Tensor, y: torch.Tensor, *others: torch.Tensor, kwargs: float = 1.0) -> torch.Tensor:
+        return torch.stack([x, y, *others]).sum(0) * kwargs
+
+    one = torch.ones(3)
+    assert torch.equal(compiled_apart(mixed, backend="eager")(one, one, kwargs=2.0), 4 * one)
+    assert torch.equal(compiled_apart(mixed, backend="eager")(one, one, one), 3 * one)
+    assert {"input x: float32[3]", "input y: float32[3]"} <= set(ca.explain(mixed, one, 2 * one).before.splitlines())

@@ -63,7 +63,15 @@ def test_the_package_is_imported_from_the_wheel(venv: Path) -> None:
     [metadata] = venv.glob("lib/python*/site-packages/paged_attn-*.dist-info")
     assert (metadata.parent / "compile_attn" / "py.typed").exists()
     entries = importlib.metadata.Distribution.at(metadata).entry_points
-    assert {entry.value for entry in entries} == {"compile_attn.backend:paged_attn", "compile_attn.cli:main"}
+    values = {"compile_attn.backend:paged_attn", "compile_attn.cli:main", "compile_attn.pytest_plugin"}
+    assert {entry.value for entry in entries} == values
+
+
+def test_pytest_finds_the_fixture(venv: Path) -> None:
+    """By its entry point, with no word of it on the command line; who does not use it does not import torch for it."""
+    (venv / "test_unused.py").write_text("import sys\n\ndef test_light():\n    assert 'torch' not in sys.modules\n")
+    (venv / "test_used.py").write_text("def test_known(graph_diff):\n    assert callable(graph_diff)\n")
+    assert "2 passed" in _run(venv / "bin" / "python", "-m", "pytest", "-W", "error", "test_unused.py", "test_used.py", cwd=venv)
 
 
 def test_the_backend_is_found(venv: Path) -> None:
