@@ -59,7 +59,7 @@ def gpu_code(model: nn.Module, **options: Any) -> str:
 
     compile_attn.inductor._teach()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(compile_attn.backend, "_compile_paged", instead))
+        stack.enter_context(mock.patch.object(compile_attn.backend, "compile_paged", instead))
         stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", write))
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
