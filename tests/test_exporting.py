@@ -253,7 +253,7 @@ def test_the_manifest(saved: Path, program: torch.export.ExportedProgram) -> Non
     found = Manifest.attached(ca.load(saved))
     assert found == Manifest.attached(program) == Manifest.read(saved)
     assert found.format == FORMAT and found.page_size == 16 and found.vocabulary == VOCAB and found.device == "cpu"
-    assert [layer["num_kv_heads"] for layer in found.layers] == [2, 2] and found.versions["torch"] == torch.__version__
+    assert [layer["num_kv_heads"] for layer in found.layers] == [2, 2] and torch.__version__.startswith(found.versions["torch"])
     assert [site["kernel"] for site in found.sites] == ["general"] * 2 or {site["kernel"] for site in found.sites} <= {"reference"}
 
 
