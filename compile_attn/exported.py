@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from compile_attn.kernels.spec import AttentionSpec
-from compile_attn.manifest import Manifest
+from compile_attn.manifest import Manifest, stored_as
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
 from compile_attn.passes.graph import placeholders
@@ -94,7 +94,7 @@ def _check(told: Manifest, options: Options, cache: PagedKVCache, call: Call | N
             raise ValueError(f"{name}: it was chosen when the program was exported; leave it out, or export the model again")
     if cache.page_size != told.page_size:
         raise ValueError(f"page_size={cache.page_size}; the program was exported for pages of {told.page_size}")
-    stored = "auto" if cache.pools.fp8 is None else str(cache.pools.fp8).removeprefix("torch.")
+    stored = stored_as(cache)
     if stored != told.kv_dtype:
         raise ValueError(f"kv_dtype: pages would be {stored}; the program was exported for {told.kv_dtype}")
     if cache.device.type != told.device:

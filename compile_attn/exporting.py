@@ -17,6 +17,7 @@ from compile_attn.manifest import Manifest
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Options
 from compile_attn.passes.graph import add_placeholder, placeholders
+from compile_attn.passes.pipeline import STEP_INPUTS
 from compile_attn.passes.report import RefusedError
 
 if TYPE_CHECKING:
@@ -247,5 +248,4 @@ def _example(cache: PagedKVCache, dims: Mapping[str, Any]) -> tuple[dict[str, An
 
 def inputs_of(cache: PagedKVCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """A step's tensors by the names that a program has for them."""
-    names = "block_table", "seq_lens", "query_lens", "logits_rows"
-    yield from (("input_ids", input_ids), ("position_ids", position_ids), *zip(names, cache.step_inputs(), strict=True))
+    yield from (("input_ids", input_ids), ("position_ids", position_ids), *zip(STEP_INPUTS, cache.step_inputs(), strict=True))

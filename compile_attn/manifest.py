@@ -54,7 +54,7 @@ class Manifest:
         return cls(
             device=cache.device.type,
             page_size=cache.page_size,
-            kv_dtype="auto" if cache.pools.fp8 is None else _name(cache.pools.fp8),
+            kv_dtype=stored_as(cache),
             layers=tuple(layers),
             sites=tuple(sites),
             vocabulary=vocabulary,
@@ -163,6 +163,11 @@ def load(path: str | Path) -> torch.export.ExportedProgram:
         raise ValueError(f"{file}: torch.export.load cannot read it: {str(error).strip().splitlines()[0] or error!r}") from error
     manifest.attach(program)
     return program
+
+
+def stored_as(cache: PagedKVCache) -> str:
+    """The dtype of fp8 pages; "auto": the model's own."""
+    return "auto" if cache.pools.fp8 is None else _name(cache.pools.fp8)
 
 
 def _name(dtype: torch.dtype) -> str:
