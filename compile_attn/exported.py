@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,13 @@ class Served(nn.Module):
         told = self.manifest
         layers = tuple(told.layer(number, cache.device) for number in range(len(told.layers)))
         specs = [(site["kernel"], AttentionSpec.decode(site["encoded"])) for site in told.sites]
-        cache.bind(layers, self, told.max_positions, told.max_tokens, specs)
-        cache.report = Report("paged", max_positions=told.max_positions)
-        compiled = compile_paged(Rewriting.of_graph(self.graph, cache.report, layers), inner)
+        report = Report("paged", max_positions=told.max_positions)
+        rewriting = replace(Rewriting.of_graph(self.graph, report, layers), max_tokens=told.max_tokens)
+        compiled = compile_paged(rewriting, inner)
+        given = len(self.own) + 2  # the tensors, token ids and positions; then the step's inputs, as a rewritten model has them
+        most = rewriting.most_tokens(given, cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages)
+        cache.bind(layers, self, told.max_positions, most, specs)
+        cache.report = report
         pools = cache.pools
 
         def step(input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:

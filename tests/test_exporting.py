@@ -153,6 +153,19 @@ def test_the_example_serves_it(saved: Path) -> None:
     assert [list(answer) for answer in zip(*lines, strict=True)] == answers(handwritten())
 
 
+def test_what_compiling_has_assumed_bounds_a_step(program: torch.export.ExportedProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of 32 bits, say: as of a model that is compiled."""
+    from compile_attn.passes import pipeline
+
+    def bounds(inputs: Any) -> dict[Any, int]:
+        own = next(value for value in inputs.values if isinstance(value, torch.Tensor) and value.dtype == torch.int64)
+        return {own.shape[1].node.expr: 7}
+
+    monkeypatch.setattr(pipeline, "assumed_bounds", bounds)
+    with ca.PagedLM(program, 512, max_seqs=4, inner="eager") as lm:
+        assert lm.cache.max_tokens == 7
+
+
 def test_an_inner_compiler_serves_it(program: torch.export.ExportedProgram) -> None:
     assert answers(program, "inductor") == answers(handwritten())
 
