@@ -25,10 +25,10 @@ from bench.floor import measure as measure_floor
 from bench.measuring import RESULTS, Table, number, percent, ratio, said, stamp
 from bench.naive_llama import SHAPES, Shape
 from bench.processes import run_apart
-from bench.sides import SIDES
+from bench.sides import OURS, SIDES
 from bench.workload import NEW, REQUESTS, ROWS, Found, decode_work, measure, prefill_work, row_name
 
-NAMES = {"ours": "ours", "vllm": "vLLM", "transformers": "transformers"}
+NAMES = {"ours": "ours", "packaged": "ours, packaged", "vllm": "vLLM", "transformers": "transformers"}
 HEADING = f"""# A naive Llama through PagedLM, against vLLM, transformers and the floor
 
 `python -m bench.decode`: random weights, bfloat16, greedy, each side right after the other on one device. A step is
@@ -49,17 +49,17 @@ def run_side(side: str, shape: Shape, chosen: argparse.Namespace, file: Path) ->
         print(side, name, figures, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
 
-    if side == "ours" and device.type == "cuda":
+    if side in OURS and device.type == "cuda":
         found["floor"] = vars(measure_floor(device))
         torch.cuda.empty_cache()
-    options = chosen.options if side == "ours" else {}
+    options = chosen.options if side in OURS else {}
     generate, seconds = SIDES[side](shape, device, **options)
     found["start"] = {name: round(value, 2) for name, value in seconds.items()}
     plain = side == "transformers"
     rows = [row for row in ROWS if not chosen.rows or row_name(*row) in chosen.rows]
     rows, requests = (rows[:FIRST_ROWS], 0) if plain else (rows, chosen.requests)
     measure(generate, shape.vocabulary, save, rows, requests, NEW, 1 if chosen.quick else 2, warm=not plain)
-    if side == "ours" and device.type == "cuda":
+    if side in OURS and device.type == "cuda":
         save("memory", {"peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)})
     return found
 
@@ -131,7 +131,7 @@ def start_side(side: str, shape: str, chosen: argparse.Namespace) -> None:
     command += ["--device", chosen.device, "--requests", str(chosen.requests), *(["--quick"] if chosen.quick else [])]
     command += ["--rows", *chosen.rows, "--options", json.dumps(chosen.options)]
     _file(chosen.out, shape, side).unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if side == "ours" or not key.startswith("FLASHINFER_")}
+    environment = {key: value for key, value in os.environ.items() if side in OURS or not key.startswith("FLASHINFER_")}
     sites = [site.removeprefix(f"{side}=") for site in chosen.sites if site.startswith(f"{side}=")]
     environment["PYTHONPATH"] = os.pathsep.join([*sites, *filter(None, [os.environ.get("PYTHONPATH")])])
     status = run_apart(command, chosen.limit, environment)

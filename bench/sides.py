@@ -1,4 +1,4 @@
-"""How does each engine run a Llama of random weights: ours over the naive model, vLLM, and transformers?
+"""How does each engine run a Llama of random weights: ours over the naive model and over its package, vLLM, and transformers?
 
 Each function builds its engine and gives a `Generate` with the seconds that its start took, by phase. Libraries are imported there.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.naive_llama import Shape, random_llama
 from bench.workload import Generate
@@ -26,18 +27,46 @@ KV_TOKENS = 196_608  # 256 sequences of 768 tokens; 32 of 4129 are 132,128
 
 def ours(shape: Shape, device: torch.device, **options: Any) -> Made:
     """PagedLM over the naive model, without its prefix cache: its prompts must not help each other. `options` are PagedLM's."""
+    begin = time.perf_counter()
+    model = _naive(shape, device)
+    return _served(model, {"weights": time.perf_counter() - begin}, **options)
+
+
+def packaged(shape: Shape, device: torch.device, **options: Any) -> Made:
+    """The same over what AOTInductor has made of the model: exported, packaged, and loaded again."""
+    import compile_attn as ca
+
+    begin = time.perf_counter()
+    model, seconds = _naive(shape, device), {}
+    seconds["weights"] = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        program = ca.export(model, cache=ca.PagedKVCache(512, device=device), merge_linears=True)
+        seconds["export"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        ca.package(program, Path(folder) / "model.pt2")
+        seconds["package"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        loaded = ca.load_package(Path(folder) / "model.pt2")
+        seconds["load_package"] = time.perf_counter() - begin
+    return _served(loaded, seconds, **options)
+
+
+def _naive(shape: Shape, device: torch.device) -> nn.Module:
+    model = random_llama(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return model
+
+
+def _served(model: nn.Module, seconds: dict[str, Any], **options: Any) -> Made:
     from compile_attn import PagedLM, Sampling
 
     begin = time.perf_counter()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_llama(shape, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    built = time.perf_counter()
     sizes = {"kv_tokens": KV_TOKENS, "page_size": 16, "max_seqs": MOST_SEQUENCES, "max_batch_tokens": 8192}
     given = {**sizes, "prefix_cache": False, **options}
     lm = PagedLM(model, **given)
-    seconds = {"weights": built - begin, "PagedLM": time.perf_counter() - built}
+    seconds["PagedLM"] = time.perf_counter() - begin
     if lm.report is not None:
         seconds |= {f"of it {phase}": spent for phase, spent in lm.report.seconds.items()}
         print("kernels:", sorted({site.kernel for site in lm.report.sites}), flush=True)
@@ -135,4 +164,5 @@ def transformers(shape: Shape, device: torch.device) -> Made:
     return generate, seconds
 
 
-SIDES: dict[str, Callable[..., Made]] = {"ours": ours, "vllm": vllm, "transformers": transformers}
+SIDES: dict[str, Callable[..., Made]] = {"ours": ours, "packaged": packaged, "vllm": vllm, "transformers": transformers}
+OURS = "ours", "packaged"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compile_attn.lm import PagedLM
     from compile_attn.manifest import Manifest, load, save
     from compile_attn.options import Options
+    from compile_attn.packages import Package, load_package, package
     from compile_attn.passes.report import RefusedError, Rejected, Report, Rewritten
     from compile_attn.sampling import Sampling
 
@@ -35,6 +36,7 @@ _HOMES = {
     "lm": ("PagedLM",),
     "manifest": ("Manifest", "load", "save"),
     "options": ("Options",),
+    "packages": ("Package", "load_package", "package"),
     "passes.report": ("RefusedError", "Rejected", "Report", "Rewritten"),
     "sampling": ("Sampling",),
 }
@@ -47,6 +49,7 @@ __all__ = [
     "Options",
     "OutOfPages",
     "Output",
+    "Package",
     "PagedKVCache",
     "PagedLM",
     "PromptLookup",
@@ -62,6 +65,8 @@ __all__ = [
     "explain",
     "export",
     "load",
+    "load_package",
+    "package",
     "save",
 ]
 

@@ -76,7 +76,8 @@ class Paged:
             rewriting.layers,
             owner=_owner(self.examples),
             max_positions=report.max_positions,
-            max_tokens=rewriting.most_tokens(len(self.examples), cache.max_seqs, cache.max_pages_per_seq, 1 + cache.num_pages),
+            max_tokens=rewriting.max_tokens,
+            assumed=rewriting.assumed(len(self.examples)),
             kernels=[(site.kernel, site.spec) for site in report.sites],
         )
         cache.report = report

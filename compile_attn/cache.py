@@ -6,7 +6,7 @@ place into buffers whose addresses never change. Shape letters as in `kernels/sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -331,12 +331,20 @@ class PagedKVCache:
         max_positions: int | None = None,
         max_tokens: int | None = None,
         kernels: Sequence[tuple[str, AttentionSpec]] = (),
+        assumed: Mapping[str, int] | None = None,
     ) -> None:
         """Allocate pages for each attention site of `owner`; once. The same owner may come again with equal layers.
 
-        kernels: by site, the kernel and what it computes.
+        kernels: by site, the kernel and what it computes. assumed: how large sequences, max_pages, pages and tokens may be, where
+        compiling has assumed it; ValueError where this cache is larger.
         """
         self._check_open()
+        assumed = assumed or {}
+        mine = {"sequences": self.max_seqs, "max_pages": self.max_pages_per_seq, "pages": 1 + self.num_pages}
+        for name, size in mine.items():
+            if assumed.get(name, size) < size:
+                raise ValueError(f"{name}={size}; the compiled graph takes at most {assumed[name]}: make the cache smaller")
+        max_tokens = min(filter(None, (max_tokens, assumed.get("tokens"))), default=None)
         self.pools.bind(layers, owner, self.num_pages)
         self.compilations += 1
         self.max_positions = min(filter(None, (self.max_positions, max_positions)), default=None)

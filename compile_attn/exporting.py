@@ -38,6 +38,7 @@ def export(
     cache: PagedKVCache,
     dynamic_shapes: Mapping[str, Any] | None = None,
     kernel: str = "auto",
+    merge_linears: bool = False,
 ) -> torch.export.ExportedProgram:
     """The paged form of a model as an ExportedProgram.
 
@@ -47,7 +48,7 @@ def export(
     cache           its page size and kv_dtype are the program's; it is left able to run it
     dynamic_shapes  by name, of tokens, sequences, rows, max_pages and pages: torch.export.Dim.DYNAMIC with a min and a max. Each
                     is dynamic, from 1 up (pages: from 2), unless said otherwise
-    kernel          as in `Options`
+    kernel, merge_linears    as in `Options`; merged weights are tensors of the program, and bear no name of the model
 
     Inputs, T new tokens of B sequences: input_ids, position_ids [1, T] int64; block_table [B, max_pages], seq_lens, query_lens [B]
     int32; logits_rows [R] int64; k_pages, v_pages, lists by attention site of [pages, page_size, heads, dim], which are written to,
@@ -61,7 +62,8 @@ def export(
     model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
     check_no_dropout(model)
     dims = _dims(dynamic_shapes)
-    paged = _captured(model, _with_logits(_call(model, args, kwargs)), cache, kernel)
+    options = Options(kernel=kernel, cache=cache, merge_linears=merge_linears)
+    paged = _captured(model, _with_logits(_call(model, args, kwargs)), cache, options)
     program = _Program(model, paged)
     inputs, shapes = _example(cache, dims)
     with torch.no_grad():
@@ -118,7 +120,7 @@ def _with_logits(call: Call) -> Call:
     return logits
 
 
-def _captured(model: nn.Module, call: Call, cache: PagedKVCache, kernel: str) -> Paged:
+def _captured(model: nn.Module, call: Call, cache: PagedKVCache, chosen: Options) -> Paged:
     """The model's paged graph, and the cache bound to it; nothing is compiled and nothing runs."""
     from compile_attn.backend import raise_when_called, rewritten
     from compile_attn.cache import Chunk
@@ -132,7 +134,7 @@ def _captured(model: nn.Module, call: Call, cache: PagedKVCache, kernel: str) ->
             return raise_when_called(wrong)
         return raise_when_called(_Captured())
 
-    run = OneGraph(model, Options(kernel=kernel, cache=cache, merge_linears=False), call, backend=backend)
+    run = OneGraph(model, chosen, call, backend=backend)
     seq = cache.add()
     try:
         batch = cache.batch([Chunk(seq, [0] * min(_FIRST_TOKENS, cache.length_limit))])
@@ -164,13 +166,19 @@ class _Program(nn.Module):
         for place, example in enumerate(paged.examples):
             if place in (paged.ids, paged.positions):
                 self._own.append("input_ids" if place == paged.ids else "position_ids")
+            elif not nodes[place].users:
+                self._own.append(0)  # whatever it is; a weight that was merged with others, say
             elif isinstance(example, torch.Tensor):
                 self._own.append(_registered(self, names.get(id(example), f"constant_{place}"), example))
             else:
                 same = isinstance(nodes[place].meta["val"], torch.SymInt) and nodes[place].meta["val"].node.expr == length.node.expr
                 self._own.append(None if same else int(example))
 
-        self._constants = [_registered(self, node.name, value) for node, value in _handed_in(self._graph)]
+        merged = paged.rewriting.weights(paged.examples)
+        given: list[tuple[str, torch.Tensor]]
+        given = [(f"merged_{number}", nn.Parameter(weight, requires_grad=False)) for number, weight in enumerate(merged)]
+        given += [(node.name, value) for node, value in _handed_in(self._graph)]
+        self._last = [_registered(self, name, tensor) for name, tensor in given]
 
     def forward(
         self,
@@ -195,7 +203,7 @@ class _Program(nn.Module):
         sites = zip(k_pages, v_pages, *([k_scales, v_scales] if k_scales else []), strict=True)
         step = block_table, seq_lens, query_lens, logits_rows
         pools = [tensor for site in sites for tensor in site]
-        (logits,) = self._graph(*map(own, self._own), *step, *pools, *map(own, self._constants))
+        (logits,) = self._graph(*map(own, self._own), *step, *pools, *map(own, self._last))
         return logits  # type: ignore[no-any-return]
 
 

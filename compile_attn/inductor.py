@@ -1,4 +1,4 @@
-"""How is a graph given to Inductor, and what must its cache of compiled graphs know of our ops?
+"""How is a graph given to Inductor, what must its cache of compiled graphs know of our ops, and where does its native code run?
 
 Inductor finds what it has compiled by the graph, in which an op is a name. What else of our ops goes into the code (shapes, what is
 written, a lowering) is said by `kernels/ops.py` and here. So the text of both is part of the key.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +26,75 @@ def by_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., 
     # Private, fenced here: the call that torch.compile's own "inductor" backend makes.
     from torch._inductor.compile_fx import compile_fx
 
-    _teach()
-    config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=config.cache_key_tag + _what_ops_are()):
+    with _knowing_our_ops():
         compiled: Any = compile_fx(module, list(inputs))
     return compiled  # type: ignore[no-any-return]
+
+
+def ahead_of_time(module: fx.GraphModule, inputs: Sequence[torch.Tensor], path: str) -> None:
+    """The graph as AOTInductor's package, a file of native code that torch loads; all tensors are its inputs."""
+    # Private, fenced here: what torch._inductor.aoti_compile_and_package does with a program, for a graph and fake inputs.
+    from torch._inductor.compile_fx import compile_fx_aot
+    from torch._inductor.package.package import package_aoti
+
+    specs = {"aot_inductor.serialized_in_spec": "", "aot_inductor.serialized_out_spec": ""}
+    with _knowing_our_ops():
+        files: Any = compile_fx_aot(module, list(inputs), config_patches={"aot_inductor.package": True, **specs})
+    package_aoti(path, files)
+
+
+def native_code(path: str, device: torch.device) -> Callable[..., Any]:
+    """What `ahead_of_time` has written, loaded: called with its inputs, on the current stream, it gives the first output.
+
+    It waits for nothing, so that CUDA graphs can be recorded of it.
+    """
+    place = -1 if device.index is None else device.index
+    # Private, fenced here: `boxed_run`, since the package as called by torch reads how its inputs nest from JSON, at every call.
+    run = torch._inductor.aoti_load_package(path, run_single_threaded=True, device_index=place).loader.boxed_run
+    return lambda *tensors: run(list(tensors))[0]
+
+
+def needs_of_native_code(device: torch.device) -> dict[str, str]:
+    """What must be the same where native code for this device that is compiled here is run."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # private, fenced here: what the compiler is told to use
+
+    gpu = "" if device.type != "cuda" else ".".join(map(str, torch.cuda.get_device_capability(device)))
+    release = ".".join(torch.__version__.split(".")[:2])
+    return {**_machine(), "torch": release, "ops": _what_ops_are(), "vectors": str(pick_vec_isa() or ""), "gpu": gpu}
+
+
+def cannot_run(needs: Mapping[str, str]) -> str | None:
+    """Why native code that needs this cannot be run here; None where it can."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    here = {**_machine(), "torch": release}
+    for name, what in (("system", "system"), ("machine", "processor"), ("torch", "torch")):
+        if needs.get(name) != here[name]:
+            return f"its code is for {what} {needs.get(name)}, and this is {here[name]}"
+    if needs.get("ops") != _what_ops_are():
+        return "its code calls ops of another version of paged_attn"
+    missing = sorted(set(needs.get("vectors", "").split()) - _vectors())
+    if missing:
+        return f"its code uses {', '.join(missing)}, which this processor does not have"
+    gpu = needs.get("gpu")
+    found = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else ""
+    return f"its code is for GPUs of compute capability {gpu}, and this one has {found}" if gpu and gpu != found else None
+
+
+def _machine() -> dict[str, str]:
+    return {"system": sys.platform, "machine": platform.machine()}
+
+
+def _vectors() -> set[str]:
+    # Private, fenced here: Inductor's names for what the processor has, without trying its compiler.
+    from torch._inductor.cpu_vec_isa import x86_isa_checker
+
+    return set(x86_isa_checker())
+
+
+def _knowing_our_ops() -> Any:
+    _teach()
+    config: Any = torch.compiler.config
+    return config.patch(cache_key_tag=config.cache_key_tag + _what_ops_are())
 
 
 @functools.cache

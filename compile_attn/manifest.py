@@ -29,7 +29,8 @@ _KEY = "paged_attn"  # of the graph's meta, where an ExportedProgram keeps it
 @dataclass(frozen=True)
 class Manifest:
     """format, and versions of the packages that made it; the device and the page layout that it is for; by attention site, what
-    its pages hold and what is computed; the longest sequence that its position tables have, and the most new tokens of a step."""
+    its pages hold and what is computed; the longest sequence that its position tables have, and the most new tokens of a step.
+    Of a package also what its native code needs, and how large sequences, max_pages, pages and tokens may be, if it sets bounds."""
 
     device: str
     page_size: int
@@ -41,12 +42,16 @@ class Manifest:
     max_tokens: int | None = None
     format: int = FORMAT
     versions: Mapping[str, str] = field(default_factory=dict)
+    native: Mapping[str, str] | None = None
+    assumed: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rewriting: Rewriting, vocabulary: int, cache: PagedKVCache) -> Manifest:
         """Of a program that was made for a cache."""
         report = rewriting.report
-        layers = [{**{name: getattr(layer, name) for name in _SIZES}, "dtype": _name(layer.dtype)} for layer in rewriting.layers]
+        layers = [
+            {**{name: getattr(layer, name) for name in _SIZES}, "dtype": dtype_name(layer.dtype)} for layer in rewriting.layers
+        ]
         sites = [
             {"module": site.where.module, "spec": site.spec.words(), "encoded": site.spec.encode(), "kernel": site.kernel}
             for site in report.sites
@@ -63,13 +68,36 @@ class Manifest:
             versions={name: found for name in ("paged_attn", "torch", "triton") if (found := _version(name))},
         )
 
-    def layer(self, number: int, device: torch.device) -> LayerKV:
-        """What the pages of an attention site hold."""
+    def layers_on(self, device: torch.device) -> tuple[LayerKV, ...]:
+        """What the pages of each attention site hold."""
         from compile_attn.passes.pipeline import LayerKV
 
-        told = self.layers[number]
-        heads, dim, dim_v = (told[name] for name in _SIZES)
-        return LayerKV(heads, dim, dim_v, getattr(torch, told["dtype"]), device)
+        return tuple(
+            LayerKV(**{name: told[name] for name in _SIZES}, dtype=getattr(torch, told["dtype"]), device=device)
+            for told in self.layers
+        )
+
+    def inputs(self) -> dict[str, list[tuple[torch.dtype, tuple[int | str, ...]]]]:
+        """By name, in order, the dtype and shape of each tensor that a program takes for a step; sizes of one name are equal."""
+        tokens, sequence = (torch.int64, (1, "tokens")), (torch.int32, ("sequences",))
+        step = {
+            "input_ids": [tokens],
+            "position_ids": [tokens],
+            "block_table": [(torch.int32, ("sequences", "max_pages"))],
+            "seq_lens": [sequence],
+            "query_lens": [sequence],
+            "logits_rows": [(torch.int64, ("rows",))],
+        }
+        dtypes = [getattr(torch, layer["dtype"] if self.kv_dtype == "auto" else self.kv_dtype) for layer in self.layers]
+        pools = {
+            name: [
+                (dtype, ("pages", self.page_size, layer["num_kv_heads"], layer[dim]))
+                for dtype, layer in zip(dtypes, self.layers, strict=True)
+            ]
+            for name, dim in (("k_pages", "head_dim"), ("v_pages", "head_dim_v"))
+        }
+        scales = [] if self.kv_dtype == "auto" else [(torch.float32, ())] * len(self.layers)
+        return {**step, **pools, "k_scales": scales, "v_scales": scales}  # type: ignore[dict-item]
 
     def attach(self, program: torch.export.ExportedProgram) -> None:
         program.graph_module.meta[_KEY] = self
@@ -89,15 +117,16 @@ class Manifest:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Of a saved file. ValueError, naming the file, for whatever cannot be run here."""
+    def read(cls, path: Path, native: bool = False) -> Manifest:
+        """Of what `save` has written, or `package`. ValueError, naming the file, for whatever cannot be run here."""
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith(f"/{FILE}") or name == FILE]
                 if min((entry.header_offset for entry in archive.infolist()), default=1) > 0:  # a list of a part of the file
                     raise zipfile.BadZipFile("its list of contents is missing")
                 if not names:
-                    raise ValueError(f"{path}: not written by compile_attn.save, which puts {FILE} into it; see torch.export.load")
+                    by, torch_s = ("package", "torch._inductor.aoti_load_package") if native else ("save", "torch.export.load")
+                    raise ValueError(f"{path}: not written by compile_attn.{by}, which puts {FILE} into it; see {torch_s}")
                 broken = archive.testzip()
                 text = archive.read(names[0])
         except zipfile.BadZipFile as error:
@@ -119,6 +148,9 @@ class Manifest:
             found = cls(**{**raw, "layers": tuple(raw["layers"]), "sites": tuple(raw["sites"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: its {FILE} cannot be read ({error!r}); save it again") from None
+        if (found.native is not None) != native:
+            by, reader = ("save", "load") if native else ("package", "load_package")
+            raise ValueError(f"{path}: written by compile_attn.{by}; read it with compile_attn.{reader}")
         found.check(str(path))
         return found
 
@@ -134,7 +166,12 @@ class Manifest:
         if missing:
             here = ", ".join(known_kernels())
             raise ValueError(f"{path}: uses {', '.join(missing)}, which this paged_attn does not have; it has {here}")
-        if _release(self.versions.get("torch", "0")) > _release(torch.__version__):
+        if self.native is not None:
+            from compile_attn.inductor import cannot_run
+
+            if (why := cannot_run(self.native)) is not None:
+                raise ValueError(f"{path}: {why}; package the model's program again, here")
+        elif _release(self.versions.get("torch", "0")) > _release(torch.__version__):
             raise ValueError(
                 f"{path}: saved by torch {self.versions['torch']}, and this is {torch.__version__}, which need not read it; "
                 "install that torch or a later one, or export the model again with this one"
@@ -153,9 +190,7 @@ def load(path: str | Path) -> torch.export.ExportedProgram:
     """
     import compile_attn.kernels.ops  # noqa: F401  the ops that programs call
 
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file")
+    file = existing(path)
     manifest = Manifest.read(file)
     try:
         program = torch.export.load(file)
@@ -165,12 +200,21 @@ def load(path: str | Path) -> torch.export.ExportedProgram:
     return program
 
 
+def existing(path: str | Path) -> Path:
+    """FileNotFoundError where there is no such file."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file")
+    return file
+
+
 def stored_as(cache: PagedKVCache) -> str:
     """The dtype of fp8 pages; "auto": the model's own."""
-    return "auto" if cache.pools.fp8 is None else _name(cache.pools.fp8)
+    return "auto" if cache.pools.fp8 is None else dtype_name(cache.pools.fp8)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 as float32."""
     return str(dtype).removeprefix("torch.")
 
 

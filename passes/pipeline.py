@@ -65,22 +65,22 @@ class Rewriting:
         assert self.inputs is not None
         verify(self.module, self.inputs)
 
-    def most_tokens(self, own_inputs: int, max_seqs: int, max_pages: int, num_pages: int) -> int | None:
-        """The most tokens of a step: the model's own limit, and what compiling it has assumed. Rows are tokens too.
+    def assumed(self, own_inputs: int) -> dict[str, int]:
+        """How large sequences, max_pages, pages and tokens may be, where compiling has assumed it. Rows are tokens too.
 
-        `own_inputs` is how many inputs of the model stand before those of the step. ValueError where the cache is too large.
+        `own_inputs` is how many inputs of the model stand before those of the step.
         """
         assert self.inputs is not None
         bounds = assumed_bounds(self.inputs)
         block_table = self.inputs.values[own_inputs]
-        sizes = [("max_seqs", block_table.shape[0], max_seqs), ("pages of a sequence", block_table.shape[1], max_pages)]
-        if self.layers:
-            sizes.append(("pages", self.inputs.values[own_inputs + len(STEP_INPUTS)].shape[0], num_pages))
-        for name, size, asked in sizes:
-            most = bounds.pop(size.node.expr, asked)
-            if most < asked:
-                raise ValueError(f"{name}={asked}; the compiled graph takes at most {most}: make the cache smaller")
-        return min((*bounds.values(), *([] if self.max_tokens is None else [self.max_tokens])), default=None)
+        pools = [x for x in self.inputs.values[own_inputs + len(STEP_INPUTS) :] if isinstance(x, torch.Tensor) and x.dim() == 4]
+        pages = [pool.shape[0] for pool in pools if isinstance(pool.shape[0], torch.SymInt)]
+        named = {"sequences": [block_table.shape[0]], "max_pages": [block_table.shape[1]], "pages": pages}
+        found: dict[str, list[int]] = {}
+        for name, sizes in named.items():
+            found[name] = [bounds.pop(size.node.expr) for size in sizes if size.node.expr in bounds]
+        found["tokens"] = list(bounds.values())
+        return {name: min(most) for name, most in found.items() if most}
 
 
 @dataclass

@@ -96,11 +96,17 @@ def program() -> torch.export.ExportedProgram:
     return ca.export(handwritten(), cache=cache())
 
 
-def test_the_graph_is_that_of_a_compilation() -> None:
-    model, ours = handwritten(), cache()
-    ca.export(model, cache=ours)
-    how = {"merge_linears": False, "call": lambda model, ids, positions: model(ids)}  # a call of one's own is a part of the model
-    with ca.PagedLM(model, 512, max_seqs=4, inner="eager", **how) as lm:  # type: ignore[arg-type]
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_graph_is_that_of_a_compilation(merge: bool) -> None:
+    model, ours = build(next(family for family in FAMILIES if family.name == "llama")) if merge else handwritten(), cache()
+    ca.export(model, cache=ours, merge_linears=merge)
+
+    def call(model: Callable[..., Any], ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A part of the model, as the logits of an exported one are."""
+        return model(ids, use_cache=False, return_dict=True).logits if merge else model(ids)
+
+    how: dict[str, Any] = {"merge_linears": merge, "call": call}
+    with ca.PagedLM(model, 512, max_seqs=4, inner="eager", **how) as lm:
         assert ours.report is not None and lm.report is not None
         assert ours.report.after == lm.report.after and ours.report.sites == lm.report.sites
 
