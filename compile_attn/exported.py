@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.manifest import Manifest, stored_as
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
@@ -65,10 +64,9 @@ class Served(nn.Module):
         """Called with packed token ids and positions, [1, T] both, it runs the cache's batch; logits [1, R, vocabulary]."""
         told = self.manifest
         layers = told.layers_on(cache.device)
-        specs = [(site["kernel"], AttentionSpec.decode(site["encoded"])) for site in told.sites]
         compiled, assumed = self._code(layers, inner)
-        cache.bind(layers, self, told.max_positions, told.max_tokens, specs, assumed)
-        cache.report = Report("paged", max_positions=told.max_positions)
+        cache.bind(layers, self, told.max_positions, told.max_tokens, told.computed(), assumed)
+        cache.report = told.report()
         pools = cache.pools
 
         def step(input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:

@@ -18,7 +18,9 @@ import torch
 
 if TYPE_CHECKING:
     from compile_attn.cache import PagedKVCache
+    from compile_attn.kernels.spec import AttentionSpec
     from compile_attn.passes.pipeline import LayerKV, Rewriting
+    from compile_attn.passes.report import Report
 
 FORMAT = 1  # of what is read here; another one is refused
 FILE = "paged_attn.json"
@@ -76,6 +78,21 @@ class Manifest:
             LayerKV(**{name: told[name] for name in _SIZES}, dtype=getattr(torch, told["dtype"]), device=device)
             for told in self.layers
         )
+
+    def computed(self) -> list[tuple[str, AttentionSpec]]:
+        """By attention site, the kernel and what it computes."""
+        from compile_attn.kernels.spec import AttentionSpec
+
+        return [(site["kernel"], AttentionSpec.decode(site["encoded"])) for site in self.sites]
+
+    def report(self, graph: str = "") -> Report:
+        """Of the sites, and the rewritten graph where that is given; what it was before a program does not know."""
+        from compile_attn.passes.graph import Location
+        from compile_attn.passes.report import Report, Rewritten
+
+        places = [Location(module=site["module"]) for site in self.sites]
+        sites = [Rewritten(place, spec, kernel) for place, (kernel, spec) in zip(places, self.computed(), strict=True)]
+        return Report("paged", tuple(sites), after=graph, max_positions=self.max_positions)
 
     def inputs(self) -> dict[str, list[tuple[torch.dtype, tuple[int | str, ...]]]]:
         """By name, in order, the dtype and shape of each tensor that a program takes for a step; sizes of one name are equal."""
@@ -176,6 +193,23 @@ class Manifest:
                 f"{path}: saved by torch {self.versions['torch']}, and this is {torch.__version__}, which need not read it; "
                 "install that torch or a later one, or export the model again with this one"
             )
+        self._check_kernels(path)
+
+    def _check_kernels(self, path: str) -> None:
+        """Can each site's kernel serve it here? Its library may be missing, or the GPU be another."""
+        from compile_attn.kernels.select import UnsupportedError, choose
+
+        device = torch.device(self.device)
+        try:
+            stored = None if self.kv_dtype == "auto" else getattr(torch, self.kv_dtype)
+            sites = set(zip(self.computed(), (layer.dtype for layer in self.layers_on(device)), strict=True))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: what its {FILE} says of its sites cannot be read ({error!r}); save it again") from None
+        for (kernel, spec), dtype in sites:
+            try:
+                choose(spec, device, dtype, self.page_size, kernel, stored)
+            except UnsupportedError as error:
+                raise ValueError(f"{path}: {error}; export the model again, here") from None
 
 
 def save(program: torch.export.ExportedProgram, path: str | Path) -> None:

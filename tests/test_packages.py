@@ -303,7 +303,7 @@ def test_a_package_that_is_not_made_leaves_the_old_one(program: torch.export.Exp
 @pytest.mark.gpu
 def test_cuda_graphs_of_a_package(tmp_path: Path) -> None:
     """A program and its package on a GPU: tokens of the compiled model, steps replayed from graphs."""
-    model = llama().to("cuda", torch.bfloat16)
+    model = llama().to("cuda")
     program = ca.export(model, cache=ca.PagedKVCache(512, max_seqs=4, device="cuda"), merge_linears=True)
     expected = answers(model, "inductor")
     ca.save(program, tmp_path / "saved.pt2")
