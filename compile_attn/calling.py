@@ -34,6 +34,11 @@ def call_of(model: nn.Module) -> Call:
     return call
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, where torch.compile has wrapped it already."""
+    return getattr(model, "_orig_mod", model)
+
+
 def position_cure(model: nn.Module) -> str | None:
     """What to try where a model was refused that makes its positions itself, though they could be given to it."""
     accepted = _accepted(model)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from compile_attn.apart import compiled_apart
-from compile_attn.calling import Call
+from compile_attn.calling import Call, unwrapped
 from compile_attn.kernels.blocksparse_params import BlocksparseParams
 from compile_attn.passes.pipeline import rewrite_stateless
 from compile_attn.passes.report import RefusedError, Report
@@ -32,7 +32,7 @@ def explain(
     inputs are not needed. A model that cannot be paged is no error here: the report's `rejected` says why.
     Compilations that exist already are left alone.
     """
-    model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
+    model = unwrapped(model)
     if paged:
         return _explain_paged(model, kernel, call, kv_dtype, block_sparse)
     reports: list[Report] = []

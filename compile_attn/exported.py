@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from compile_attn.calling import Call, unwrapped
 from compile_attn.manifest import Manifest, stored_as
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Inner, Options
@@ -19,7 +20,6 @@ from compile_attn.passes.report import Report
 
 if TYPE_CHECKING:
     from compile_attn.cache import PagedKVCache
-    from compile_attn.calling import Call
     from compile_attn.passes.pipeline import LayerKV
 
 Run = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -85,7 +85,7 @@ def opened(model: object) -> nn.Module:
         return Served.of(model)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; PagedLM takes a torch.nn.Module, or what export() made of one")
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    inner: nn.Module = unwrapped(model)
     return inner
 
 

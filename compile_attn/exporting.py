@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from compile_attn.calling import Call, call_of, check_no_dropout, logits_of, vocabulary_of
+from compile_attn.calling import Call, call_of, check_no_dropout, logits_of, unwrapped, vocabulary_of
 from compile_attn.manifest import Manifest
 from compile_attn.one_graph import OneGraph
 from compile_attn.options import Options
@@ -59,7 +59,7 @@ def export(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; export takes a torch.nn.Module")
-    model = getattr(model, "_orig_mod", model)  # a model that torch.compile has wrapped already
+    model = unwrapped(model)
     check_no_dropout(model)
     dims = _dims(dynamic_shapes)
     options = Options(kernel=kernel, cache=cache, merge_linears=merge_linears)

@@ -99,6 +99,7 @@ def test_what_it_knows_of_itself(package: ca.Package, program: torch.export.Expo
     assert package.manifest.native is not None and package.manifest.native["torch"] in torch.__version__
     with ca.PagedLM(package, 2048, max_seqs=2) as lm:
         assert lm.cache.max_tokens == MOST
+        assert lm.report is not None and [site.where.module for site in lm.report.sites] == [one["module"] for one in told.sites]
     names = dict(package.named_parameters())
     assert [name for name in names if name.startswith("merged_")] == [f"merged_{n}" for n in range(4)], "q, k, v; gate, up"
 
