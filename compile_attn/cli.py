@@ -85,7 +85,7 @@ def _diff(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from compile_attn.comparing import compare
-    from compile_attn.stable import stable_graph
+    from compile_attn.passes.stable import stable_graph
     from compile_attn.targets import report_of
 
     before, after = (report_of(name, options.kernel, options.paged) for name in (options.before, options.after))

@@ -15,9 +15,9 @@ import sympy
 
 from compile_attn.kernels.mask import Mask
 from compile_attn.kernels.text import print_expr
+from compile_attn.passes.places import places
 from compile_attn.passes.report import Printed, Rejected, Report, Rewritten, counted, table
-from compile_attn.places import places
-from compile_attn.stable import without_numbers
+from compile_attn.passes.stable import without_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

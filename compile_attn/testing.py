@@ -16,9 +16,9 @@ from typing import Any
 
 from compile_attn.explaining import explain
 from compile_attn.logs import untraced_by_pytest
+from compile_attn.passes.places import places
 from compile_attn.passes.report import Report
-from compile_attn.places import places
-from compile_attn.stable import stable_diff, without_numbers
+from compile_attn.passes.stable import stable_diff, without_numbers
 
 _LINES, _WIDTH = 28, 150  # of a message: with what pytest prints around it, it fits a screen of 40
 _PART = re.compile(r"@@ -(\d+)")

@@ -248,10 +248,12 @@ def _fuse_all(
             refused.append(Rejected(why, site.where, "call under torch.no_grad(), or use a mask and score that SDPA takes"))
             continue
         count = len(graph.nodes)
+        lines = dict.fromkeys(location(node).source for node in graph.nodes if node in site.replaced)
         lower.fuse(graph, site, choice.kernel)
         added = len(graph.nodes) - count
         nodes = len(site.replaced), added
-        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, choice.passed_over, *nodes, choice.steps, site.asked))
+        told = (choice.passed_over, *nodes, choice.steps, site.asked, tuple(filter(None, lines)))
+        rewritten.append(Rewritten(site.where, site.spec, choice.kernel, *told))
     return tuple(rewritten[::-1]), refused[::-1]
 
 

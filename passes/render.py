@@ -1,158 +1,149 @@
-"""How does a report look as one page that needs no network?"""
+"""How does a report look as one page that needs no network?
+
+Nothing on it is a script, and its policy lets a browser load nothing: what folds is <details>, mathematics are MathML, pictures are
+SVG. Whatever comes from a model is escaped.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html as escape
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-import sympy
-import torch
-from sympy.core.relational import Relational
-
-from compile_attn.kernels.evaluate import evaluator
-from compile_attn.kernels.expr import Load
-from compile_attn.kernels.mask import BlockSparse, Mask
-from compile_attn.kernels.text import print_expr
+from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.passes.graph import Location
-from compile_attn.passes.report import Report, Rewritten, counted, grouped
+from compile_attn.passes.mask_picture import picture
+from compile_attn.passes.mathml import formula
+from compile_attn.passes.places import places
+from compile_attn.passes.report import LinearMerge, Rejected, Report, Rewritten, TokenRewrite, counted, grouped
+from compile_attn.passes.side_by_side import side_by_side
+from compile_attn.passes.source_lines import Excerpt, excerpts, short
 
-_CELLS = 32  # a picture has 32 x 32 cells
-_PIXELS = 4  # of that many pixels each
-_STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e8eb); --back: light-dark(#fff, #16181b);
-  --line: light-dark(#d8dce1, #353a40); --seen: light-dark(#2f6fde, #6ea0ff); --maybe: light-dark(#b9cff5, #2f4a7d);
-  --plus: light-dark(#e3f6e6, #16351d); --minus: light-dark(#fdeaea, #3f1a1c); --at: light-dark(#5b6570, #9aa4af); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .5rem .7rem; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; min-width: 9rem; }
-code, pre { font: 13px/1.45 ui-monospace, monospace; } pre { overflow-x: auto; padding: .5rem; border: 1px solid var(--line); }
-pre span { display: block; width: max-content; min-width: 100%; } summary { cursor: pointer; }
-.plus { background: var(--plus); } .minus { background: var(--minus); } .at { color: var(--at); }
-svg { border: 1px solid var(--line); } .seen { fill: var(--seen); } .maybe { fill: var(--maybe); } small { opacity: .75; }
-"""
+_STYLE = Path(__file__).with_name("page.css")
 
 
 def html(report: Report) -> str:
-    """The whole page."""
-    parts = [f"<h1>paged_attn</h1><p>{_text(report.summary())}</p>"]
-    if report.sites:
-        rows = [_site(site, places) for site, places in grouped(report.sites)]
-        parts.append("<h2>Rewritten</h2>" + _table(("where", "what it computes", "mask", "kernel"), rows))
-    if report.rejected:
-        rows = [(_where(places), _text(one.reason), _text(one.cure)) for one, places in grouped(report.rejected)]
-        parts.append("<h2>Rejected</h2>" + _table(("where", "reason", "cure"), rows))
-    if report.tokens:
-        rows = [(_where(places), _text(one.kind), _text(one.detail)) for one, places in grouped(report.tokens)]
-        parts.append("<h2>Tokens</h2>" + _table(("where", "kind", "rewrite"), rows))
-    if report.linears:
-        rows = [(_where(places), _text(one.kind), _text(one.detail)) for one, places in grouped(report.linears)]
-        parts.append("<h2>Linears</h2>" + _table(("where", "kind", "what"), rows))
-    parts.append(_diff(report.diff()))
-    seconds = [(_text(name), f"{value * 1e3:.1f} ms") for name, value in report.seconds.items()]
-    parts.append("<h2>Time</h2>" + _table(("phase", "time"), seconds))
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>paged_attn report</title>"
+    """The whole page. The lines around those that the report names are read from their files now."""
+    sections = [
+        ("rewritten", "Rewritten", "".join(_site(site, at) for site, at in grouped(report.sites))),
+        ("rejected", "Rejected", "".join(_rejected(one, at) for one, at in grouped(report.rejected))),
+        ("tokens", "Tokens", _table(("where", "kind", "rewrite"), _rows(grouped(report.tokens)))),
+        ("linears", "Linears", _table(("where", "kind", "what"), _rows(grouped(report.linears)))),
+        ("graph", "Graph, before and after", _graph(report)),
+        ("time", "Time", _table(("phase", "time"), _times(report.seconds), "time")),
+    ]
+    shown = [(name, title, body) for name, title, body in sections if body]
+    links = "".join(f"<a href='#{name}'>{title}</a>" for name, title, _ in shown)
+    body = "".join(f"<section><h2 id={name}>{title}</h2>{body}</section>" for name, title, body in shown)
+    limit = "" if report.max_positions is None else f"<p>Its position table ends after {report.max_positions} positions.</p>"
+    top = f"<header><h1>paged_attn</h1><p>{_text(report.summary())}</p>{limit}<nav aria-label=Sections>{links}</nav></header>"
+    return f"<!doctype html><html lang=en><head>{_head()}</head><body>{top}<main>{body}</main></body></html>"
+
+
+def _head() -> str:
+    style = _STYLE.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     # An icon of its own, empty: a browser would ask the server for one otherwise.
-    head += "<link rel=icon href='data:,'>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
-
-
-def picture(mask: Mask) -> str:
-    """An SVG of the mask for head 0: queries downwards, keys to the right. Pale where a tensor decides."""
-    step = _step(mask)
-    surely, perhaps = _cells(mask.predicate(), step)
-    size = _CELLS * _PIXELS
-    drawn = _path("seen", surely) + _path("maybe", perhaps & ~surely)
-    label = _text(f"keys to the right, queries downwards: {mask.words()}")
-    notes = ["a cell is a position" if step == 1 else f"a cell stands for {step} positions"]
-    notes += ["pale: a tensor decides"] if bool((perhaps & ~surely).any()) else []
-    notes += ["head 0"] if "h" in {symbol.name for symbol in mask.predicate().free_symbols} else []
-    svg = f"<svg width={size} height={size} viewBox='0 0 {size} {size}' role=img aria-label='{label}'>{drawn}</svg>"
-    return f"{svg}<br><small>{'; '.join(notes)}</small>"
-
-
-def _step(mask: Mask) -> int:
-    """Positions a cell stands for: as many as show the longest reach of the mask twice."""
-    if isinstance(mask, BlockSparse):
-        return mask.block_size
-    numbers = [int(number) for number in mask.predicate().atoms(sympy.Integer)]
-    reach = max([mask.window() or 0, *map(abs, numbers)])
-    return max(1, -(-2 * (reach + 1) // _CELLS))
-
-
-def _cells(predicate: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where keys are visible whatever the tensors hold, and where they are visible for some contents.
-
-    Comparisons that read a tensor are taken for free truth values.
-    """
-    places = torch.arange(_CELLS) * step
-    env = {"b": torch.tensor(0), "h": torch.tensor(0), "i": places[:, None], "j": places[None], "captured": []}
-    atoms = [atom for atom in predicate.atoms(Relational) if atom.has(Load)]
-    seen = []
-    for values in itertools.product((sympy.true, sympy.false), repeat=min(len(atoms), 6)):
-        known = predicate.xreplace(dict(zip(atoms, values, strict=False)))
-        try:
-            cells = torch.as_tensor(evaluator(known)(env)).expand(_CELLS, _CELLS)
-        except IndexError:  # a tensor is read elsewhere than in a comparison: nothing is known
-            return torch.zeros(_CELLS, _CELLS, dtype=torch.bool), torch.ones(_CELLS, _CELLS, dtype=torch.bool)
-        seen.append(cells.bool())
-    return torch.stack(seen).all(0), torch.stack(seen).any(0)
-
-
-def _path(kind: str, cells: torch.Tensor) -> str:
-    """The cells as one path: a bar for each run of a row."""
-    bars = []
-    for row, line in enumerate(cells.tolist()):
-        place = 0
-        for filled, run in itertools.groupby(line):
-            length = len(list(run))
-            if filled:
-                bars.append(f"M{place * _PIXELS} {row * _PIXELS}h{length * _PIXELS}v{_PIXELS}h-{length * _PIXELS}z")
-            place += length
-    return f"<path class={kind} d='{''.join(bars)}'/>" if bars else ""
-
-
-def _site(site: Rewritten, places: Sequence[Location]) -> tuple[str, ...]:
-    others = "".join(f"<li><b>{_text(name)}</b> {_text('; '.join(why))}</li>" for name, why in site.passed_over.items())
-    why_not = f"<details><summary>why not the others</summary><ul>{others}</ul></details>" if others else ""
-    words = "<br>".join(map(_text, filter(None, [site.spec.words(), site.asked])))
-    meaning = (
-        f"{words}<br>score <code>{_text(print_expr(site.spec.expression()))}</code>"
-        f"<br>visible where <code>{_text(print_expr(site.spec.mask.predicate()))}</code>"
+    return (
+        f'<meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">'
+        "<meta name=viewport content='width=device-width,initial-scale=1'><title>paged_attn report</title>"
+        f"<link rel=icon href='data:,'><style>{style}</style>"
     )
-    nodes = f"<small>{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added</small>"
-    kernel = f"<b>{_text(site.kernel)}</b>" + (f"<div>{_text(site.steps)}</div>" if site.steps else "")
-    return _where(places), meaning, picture(site.spec.mask), f"{kernel}{why_not}<div>{nodes}</div>"
 
 
-def _where(places: Sequence[Location]) -> str:
-    """The place of an entry; of several equal ones the first, and all behind a click."""
-    names = [_text(at.module or at.node) for at in places]
-    source = f"<br><small><code>{_text(places[0].source)}</code></small>" if places[0].source else ""
-    if len(names) == 1:
-        return f"<b>{names[0]}</b>{source}"
-    return f"<details><summary><b>{names[0]}</b> and {len(names) - 1} more</summary>{'<br>'.join(names[1:])}</details>{source}"
+def _site(site: Rewritten, at: Sequence[Location]) -> str:
+    asked = f"<p>{_text(site.asked)}</p>" if site.asked else ""
+    steps = f"<p>{_text(site.steps)}</p>" if site.steps else ""
+    nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"
+    meaning = f"<p>{_text(site.spec.words())}</p>{asked}{_formula(site.spec)}"
+    kernel = f"<h4>Kernel</h4><p><b>{_text(site.kernel)}</b> <small>{nodes}</small></p>{steps}{_others(site.passed_over)}"
+    body = f"<div class=meaning>{picture(site.spec.mask)}<div>{meaning}</div></div>{kernel}"
+    return f"<article class=good>{_title(at)}{body}{_source([at[0].source, *site.lines])}</article>"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in columns)
+def _formula(spec: AttentionSpec) -> str:
+    written = formula(spec)
+    letters = "".join(f"<div><dt><math>{letter}</math></dt><dd>{_text(words)}</dd></div>" for letter, words in written.letters)
+    # What scrolls can be reached by keyboard.
+    lines = "".join(written.lines)
+    return f"<div class=formula tabindex=0 role=group aria-label='the formula'>{lines}</div><dl class=letters>{letters}</dl>"
+
+
+def _others(passed_over: Mapping[str, Sequence[str]]) -> str:
+    """For each other kernel why it was not taken."""
+    if not passed_over:
+        return ""
+    rows = "".join(f"<li><b>{_text(name)}</b>: {_text('; '.join(reasons))}</li>" for name, reasons in passed_over.items())
+    others = "the other one" if len(passed_over) == 1 else f"the {len(passed_over)} others"
+    return f"<details><summary>Why not {others}</summary><ul>{rows}</ul></details>"
+
+
+def _rejected(one: Rejected, at: Sequence[Location]) -> str:
+    cure = f"<p><b>Cure:</b> {_text(one.cure)}</p>" if one.cure else ""
+    return f"<article class=bad>{_title(at)}<p>{_text(one.reason)}</p>{cure}{_source([at[0].source])}</article>"
+
+
+def _title(at: Sequence[Location]) -> str:
+    """All places in one line; those of several entries one by one behind a click, with their nodes."""
+    title = f"<h3><code>{_text(places(one.module for one in at))}</code></h3>"
+    if len(at) == 1:
+        return title.replace("</h3>", f" <small>{_text(at[0].node)}</small></h3>") if at[0].node else title
+    rows = "".join(f"<li><code>{_text(one.module)}</code> <small>{_text(one.node)}</small></li>" for one in at)
+    return f"{title}<details><summary><small>{len(at)} places</small></summary><ol>{rows}</ol></details>"
+
+
+def _source(recorded: Iterable[str]) -> str:
+    """The lines that it came from, marked, among those around them."""
+    found = excerpts(filter(None, recorded))
+    return "<h4>Source</h4>" + "".join(map(_excerpt, found)) if found else ""
+
+
+def _excerpt(excerpt: Excerpt) -> str:
+    first = next(number for number, _, named in excerpt.lines if named)
+    place = f"<span title='{_text(excerpt.file)}'><code>{_text(short(excerpt.file))}:{first}</code></span>"
+    note = f" <small>({_text(excerpt.missing)})</small>" if excerpt.missing else ""
+    lines = "".join(
+        f"<{tag} data-n={number}>{_text(text) or ' '}</{tag}>"
+        for number, text, named in excerpt.lines
+        for tag in ("mark" if named else "span",)
+    )
+    return f"<p>{place}{note}</p><pre tabindex=0>{lines}</pre>"
+
+
+def _rows(entries: Iterable[tuple[TokenRewrite | LinearMerge, Sequence[Location]]]) -> list[tuple[str, str, str]]:
+    return [(_where(at), _text(one.kind), _text(one.detail)) for one, at in entries]
+
+
+def _where(at: Sequence[Location]) -> str:
+    names = places(one.module or one.node for one in at)
+    source = f"<br><code class=soft>{_text(short(at[0].source))}</code>" if at[0].source else ""
+    return f"<b>{_text(names)}</b>{source}"
+
+
+def _times(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [(_text(name), f"{value * 1e3:.1f} ms") for name, value in seconds.items()]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "plain") -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th scope=col>{name}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<table class={kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _diff(text: str) -> str:
-    """The diff, folded where it is long."""
-    if not text:
-        return "<h2>Graph</h2><p>Nothing was rewritten.</p>"
-    kinds = {"+": "plus", "-": "minus", "@": "at"}
-    lines = text.splitlines()
-    body = "".join(f"<span class={kinds.get(line[:1], 'same')}>{_text(line) or ' '}</span>" for line in lines)
-    title = f"diff of the normalised graph, {counted(len(lines), 'line')}"
-    return f"<h2>Graph</h2><details{' open' if len(lines) <= 400 else ''}><summary>{title}</summary><pre>{body}</pre></details>"
+def _graph(report: Report) -> str:
+    if not report.diff():
+        return "<p>Nothing was rewritten.</p>"
+    told = (
+        "The graph of ATen ops, one a line. A value is named by its module and op; each region that is replaced is behind a click, "
+        "and so are lines that stay; layers that are alike are shown once."
+    )
+    sides = "<div class=sides aria-hidden=true><div>before</div><div>after</div></div>"
+    return f"<p class=soft>{told}</p>{sides}{side_by_side(report.before, report.after)}"
 
 
 def _text(text: str) -> str:

@@ -32,6 +32,7 @@ class Rewritten:
     nodes_added: int = 0
     steps: str = ""  # where several kernels share the steps: which serves which
     asked: str = ""  # what of its meaning is not the model's own, and who asked for it
+    lines: tuple[str, ...] = ()  # the user's lines that the nodes removed came from, each as `Location.source` has it
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import compile_attn as ca
-from compile_attn.places import places, ranges
-from compile_attn.stable import stable_diff
+from compile_attn.passes.places import places, ranges
+from compile_attn.passes.stable import stable_diff
 from compile_attn.testing import assert_graph_diff, golden_text
 from tests.tiny import tiny
 

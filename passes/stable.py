@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from compile_attn.places import NUMBER, ranges
+from compile_attn.passes.places import NUMBER, ranges
 
 _HEADER = re.compile(r"# (?P<module>[\w.]+)(?:  |$)")
 _NODE = re.compile(r"(?P<name>\w+)(?:: (?P<type>.+?))? = (?P<target>[\w.]+)(?:\((?P<arguments>.*)\))?$")
@@ -37,6 +37,8 @@ class Line:
     text: str
     type: str = field(default="", compare=False)  # follows from the op, unless it is an input's
     is_input: bool = False
+    source: str = field(default="", compare=False)  # the user's line, as a Location has it
+    spec: str = field(default="", compare=False)  # the text of an AttentionSpec among the arguments
 
     def __str__(self) -> str:
         return self.text.replace(" = ", f": {self.type} = ", 1) if self.type else self.text
@@ -46,9 +48,7 @@ def stable_diff(before: str, after: str) -> list[str]:
     """What changes between two texts of `Report.before` and `Report.after`; of equal hunks the first, and which are like it."""
     lines: list[str] = []
     groups: dict[str, tuple[list[str], list[tuple[int, ...]]]] = {}
-    for old, new in zip(_graphs(before), _graphs(after or before), strict=True):
-        names = _Names()
-        was, now = _written(old, names), _written(new, names)
+    for was, now in named_graphs(before, after or before):
         added = {_input_name(line) for line in set(now) - set(was) if line.is_input}
         for hunk in _hunks(was, now):
             shown = list(_shown(hunk))
@@ -57,6 +57,13 @@ def stable_diff(before: str, after: str) -> list[str]:
     for shown, firsts in groups.values():
         lines += [*shown, *_more(firsts)]
     return lines
+
+
+def named_graphs(before: str, after: str) -> Iterator[tuple[list[Line], list[Line]]]:
+    """The lines of each graph before and after, under names that both share."""
+    for old, new in zip(_graphs(before), _graphs(after), strict=True):
+        names = _Names()
+        yield _written(old, names), _written(new, names)
 
 
 def stable_graph(text: str) -> list[str]:
@@ -128,19 +135,20 @@ def _graphs(text: str) -> list[list[str]]:
 
 def _written(graph: Sequence[str], names: _Names) -> list[Line]:
     lines: list[Line] = []
-    module = ""
+    module = source = ""
     for line in graph:
         found = _NODE.match(line)
         if line.startswith("# "):
             header = _HEADER.match(line)
-            module = header["module"] if header else ""
+            module, source = (header["module"], line[header.end() :]) if header else ("", line[2:])
         elif line.startswith("input "):
             lines.append(Line("", line, is_input=True))
         elif not found:
-            lines.append(Line(module, names.rewritten(module, line)))
+            lines.append(Line(module, names.rewritten(module, line), source=source))
         elif names.add(module, found):
             call = "" if found["arguments"] is None else f"({names.rewritten(module, found['arguments'])})"
-            lines.append(Line(module, f"{names.known[found['name']][1]} = {found['target']}{call}", found["type"] or ""))
+            text, spec = f"{names.known[found['name']][1]} = {found['target']}{call}", _SPEC.search(line)
+            lines.append(Line(module, text, found["type"] or "", source=source, spec=spec[0][1:-1] if spec else ""))
     return lines
 
 
