@@ -1,12 +1,14 @@
 """How is an attention written as mathematics that every browser sets by itself, in MathML Core?
 
-The formula is printed from the expressions that kernels run, so that what is read on a page is what is computed.
+The formula is printed from the expressions that kernels run, so that what is read on a page is what is computed. Numbers have six
+digits.
 """
 
 from __future__ import annotations
 
 import html
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ _CALLED = {
 _CALLED |= {Trunc: "trunc", sympy.Min: "min", sympy.Max: "max"}
 _FENCES = {sympy.floor: ("⌊", "⌋"), sympy.ceiling: ("⌈", "⌉"), sympy.Abs: ("|", "|")}
 _BRACES = (("prefix", "{"), ("postfix", "}"))
+_ONE = re.compile(r"<(m[ino])>[^<]*</\1>")  # an element that needs no row around it
 _Piece = tuple[str, int]  # markup, and how tightly it holds together
 
 
@@ -56,7 +59,7 @@ def formula(spec: AttentionSpec) -> Formula:
     if spec.sinks is not None:
         weights = _exp(_print(spec.sinks, spec)[0]) + _op("+") + weights
     total = _sum(_in("j", seen), f"<mfrac>{_row(_exp(one))}{_row(weights)}</mfrac>" + _sub("v", "j"))
-    keys = "<mtext>all keys</mtext>" if visible == sympy.true else _set(_print(visible, spec)[0])
+    keys = _text("all keys") if visible == sympy.true else _set(_print(visible, spec)[0])
     lines = [(output, total), (one, _score(spec)), (seen, keys)]
     return Formula(tuple(_math(left + _op("=") + right) for left, right in lines), tuple(_letters([score, visible, sinks])))
 
@@ -148,7 +151,7 @@ def _mul(expr: Any, spec: AttentionSpec) -> _Piece:
         elif factor.is_Rational and factor.q != 1:
             above += [] if factor.p == 1 else [f"<mn>{factor.p}</mn>"]
             below.append(f"<mn>{factor.q}</mn>")
-        elif factor != 1:
+        elif factor != sympy.Float(1):  # a scale of 1.0
             above.append(_held(factor, _PRODUCT, spec))
     product = _op("·").join(above) or "<mn>1</mn>"
     if not below:
@@ -174,11 +177,11 @@ def _pow(expr: Any, spec: AttentionSpec) -> _Piece:
     return f"<msup>{_held(expr.base, _ATOM, spec)}{_row(_print(expr.exp, spec)[0])}</msup>", _POWER
 
 
-def _joined(sign: str, bound: int) -> Any:
+def _joined(sign: str, bound: int, least: int) -> Any:
     def show(expr: Any, spec: AttentionSpec) -> _Piece:
         """Short conditions first; many of them below each other."""
         parts = sorted(expr.args, key=lambda part: (part.has(Load), sympy.count_ops(part), str(part)))
-        shown = [_held(part, bound + 1, spec) for part in parts]
+        shown = [_held(part, least, spec) for part in parts]
         if sympy.count_ops(expr) <= 2 * _LONG and len(parts) < _LONG:
             return _op(sign).join(shown), bound
         first, *others = shown
@@ -193,7 +196,7 @@ def _not(expr: Any, spec: AttentionSpec) -> _Piece:
 
 
 def _mod(expr: Any, spec: AttentionSpec) -> _Piece:
-    left, right = (_held(part, _PRODUCT, spec) for part in expr.args)
+    left, right = _held(expr.args[0], _PRODUCT, spec), _held(expr.args[1], _POWER, spec)
     return f"{left}<mspace width='.25em'></mspace><mo>mod</mo><mspace width='.25em'></mspace>{right}", _SUM
 
 
@@ -216,7 +219,7 @@ def _piecewise(expr: Any, spec: AttentionSpec) -> _Piece:
         [_print(value, spec)[0], "<mtext>otherwise</mtext>" if met == sympy.true else _text("if ") + _print(met, spec)[0]]
         for value, met in cases
     ]
-    return _row("<mo stretchy=true form=prefix>{</mo>" + _table(rows)), _ATOM
+    return _row("<mo form='prefix' stretchy='true'>{</mo>" + _table(rows)), _ATOM
 
 
 def _call(name: str, args: Sequence[Any], spec: AttentionSpec) -> _Piece:
@@ -241,11 +244,11 @@ def _number(number: Any) -> _Piece:
 
 
 def _math(inside: str) -> str:
-    return f"<math display=block>{inside}</math>"
+    return f"<math display='block'>{inside}</math>"
 
 
 def _row(markup: str) -> str:
-    return f"<mrow>{markup}</mrow>"
+    return markup if _ONE.fullmatch(markup) else f"<mrow>{markup}</mrow>"
 
 
 def _op(sign: str) -> str:
@@ -278,12 +281,12 @@ def _sum(over: str, inside: str) -> str:
 
 
 def _set(condition: str) -> str:
-    left, right = (f"<mo form={form} stretchy={str('mtable' in condition).lower()}>{brace}</mo>" for form, brace in _BRACES)
+    left, right = (f"<mo form='{form}' stretchy='{str('mtable' in condition).lower()}'>{brace}</mo>" for form, brace in _BRACES)
     return _row(f"{left}<mi>j</mi>{_op(':')}{_row(condition)}{right}")
 
 
 def _fenced(left: str, inside: str, right: str) -> str:
-    return _row(f"<mo form=prefix>{left}</mo>{inside}<mo form=postfix>{right}</mo>")
+    return _row(f"<mo form='prefix'>{left}</mo>{inside}<mo form='postfix'>{right}</mo>")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -294,9 +297,9 @@ _PRINTERS: dict[Any, Any] = {
     sympy.Add: _add,
     sympy.Mul: _mul,
     sympy.Pow: _pow,
-    sympy.And: _joined("∧", _AND),
-    sympy.Or: _joined("∨", _OR),
-    sympy.Xor: _joined("⊕", _OR),
+    sympy.And: _joined("∧", _AND, _RELATION),
+    sympy.Or: _joined("∨", _OR, _AND),
+    sympy.Xor: _joined("⊕", _OR, _ATOM),
     sympy.Not: _not,
     sympy.Mod: _mod,
     Load: _load,

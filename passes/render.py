@@ -20,6 +20,7 @@ from compile_attn.passes.places import places
 from compile_attn.passes.report import LinearMerge, Rejected, Report, Rewritten, TokenRewrite, counted, grouped
 from compile_attn.passes.side_by_side import side_by_side
 from compile_attn.passes.source_lines import Excerpt, excerpts, short
+from compile_attn.passes.stable import without_numbers
 
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -28,7 +29,7 @@ def html(report: Report) -> str:
     """The whole page. The lines around those that the report names are read from their files now."""
     sections = [
         ("rewritten", "Rewritten", "".join(_site(site, at) for site, at in grouped(report.sites))),
-        ("rejected", "Rejected", "".join(_rejected(one, at) for one, at in grouped(report.rejected))),
+        ("rejected", "Rejected", "".join(_rejected(one, at) for one, at in _alike(report))),
         ("tokens", "Tokens", _table(("where", "kind", "rewrite"), _rows(grouped(report.tokens)))),
         ("linears", "Linears", _table(("where", "kind", "what"), _rows(grouped(report.linears)))),
         ("graph", "Graph, before and after", _graph(report)),
@@ -81,6 +82,15 @@ def _others(passed_over: Mapping[str, Sequence[str]]) -> str:
     return f"<details><summary>Why not {others}</summary><ul>{rows}</ul></details>"
 
 
+def _alike(report: Report) -> list[tuple[Rejected, list[Location]]]:
+    """Refusals that differ in the numbers of the nodes that they name alone, as those of equal layers do, once."""
+    groups: dict[tuple[str, str], tuple[Rejected, list[Location]]] = {}
+    for one, at in grouped(report.rejected):
+        reason = without_numbers(f"{one.reason}\n{one.cure}", report.before)
+        groups.setdefault((reason, one.where.source), (one, []))[1].extend(at)
+    return list(groups.values())
+
+
 def _rejected(one: Rejected, at: Sequence[Location]) -> str:
     cure = f"<p><b>Cure:</b> {_text(one.cure)}</p>" if one.cure else ""
     return f"<article class=bad>{_title(at)}<p>{_text(one.reason)}</p>{cure}{_source([at[0].source])}</article>"
@@ -110,7 +120,7 @@ def _excerpt(excerpt: Excerpt) -> str:
         for number, text, named in excerpt.lines
         for tag in ("mark" if named else "span",)
     )
-    return f"<p>{place}{note}</p><pre tabindex=0>{lines}</pre>"
+    return f"<p>{place}{note}</p><pre tabindex=0 role=group aria-label='lines of the model'>{lines}</pre>"
 
 
 def _rows(entries: Iterable[tuple[TokenRewrite | LinearMerge, Sequence[Location]]]) -> list[tuple[str, str, str]]:
@@ -139,8 +149,8 @@ def _graph(report: Report) -> str:
     if not report.diff():
         return "<p>Nothing was rewritten.</p>"
     told = (
-        "The graph of ATen ops, one a line. A value is named by its module and op; each region that is replaced is behind a click, "
-        "and so are lines that stay; layers that are alike are shown once."
+        "The graph of ATen ops, one a line. A value is named by its module and op. Attention that is replaced is behind a click, "
+        "and so are lines that stay. Layers that are alike are shown once."
     )
     sides = "<div class=sides aria-hidden=true><div>before</div><div>after</div></div>"
     return f"<p class=soft>{told}</p>{sides}{side_by_side(report.before, report.after)}"

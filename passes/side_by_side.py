@@ -50,11 +50,12 @@ def side_by_side(before: str, after: str) -> str:
     """Both texts of a report as HTML: a part for each layer, and of layers that are alike the first."""
     parts = []
     graphs = list(named_graphs(before, after))
+    level = "h4" if len(graphs) > 1 else "h3"
     for number, (old, new) in enumerate(graphs):
         parts += [f"<h3>Graph {number + 1} of {len(graphs)}</h3>"] if len(graphs) > 1 else []
         inputs, nodes = ([[line for line in lines if line.is_input is kind] for lines in (old, new)] for kind in (True, False))
         parts.append(_inputs(_aligned(*inputs)))
-        parts += [_part(rows, like) for rows, like in _grouped(_by_layer(_aligned(*nodes)))]
+        parts += [_part(rows, like, level) for rows, like in _grouped(_by_layer(_aligned(*nodes)))]
     return "".join(parts)
 
 
@@ -153,9 +154,9 @@ def _inputs(rows: Sequence[Row]) -> str:
     return _fold(_text(told), body, "part") if rows else ""
 
 
-def _part(rows: Sequence[Row], like: Sequence[str]) -> str:
+def _part(rows: Sequence[Row], like: Sequence[str], level: str) -> str:
     more = f" <small>and {len(like)} more like it: {_text(places(like))}</small>" if like else ""
-    title = f"<h4><code>{_text(_title(rows)) or 'the model itself'}</code>{more}</h4>"
+    title = f"<{level}><code>{_text(_title(rows)) or 'the model itself'}</code>{more}</{level}>"
     return f"<section class=part>{title}{''.join(_run(run) for run in _runs(rows))}</section>"
 
 
@@ -180,7 +181,7 @@ def _run(rows: Sequence[Row]) -> str:
     if all(row.equal for row in rows):
         return _fold(f"{len(rows)} unchanged lines", body, "same") if len(rows) > _LONG else f"<div class=rows>{body}</div>"
     fused = [(found[1], row.new.spec) for row in rows if row.new and not row.equal and (found := _FUSED.search(row.new.text))]
-    told = _counts(rows) + "".join(f": <code>{op}</code>, {_text(AttentionSpec.decode(spec).words())}" for op, spec in fused)
+    told = _counts(rows) + "".join(f": <code>{op}</code>, {_text(AttentionSpec.decode(spec).mask.words())}" for op, spec in fused)
     return _fold(told, body, "changed", opened=not fused and len(rows) <= _OPEN)
 
 

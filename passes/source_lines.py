@@ -60,7 +60,11 @@ def _missing(lines: list[str], named: dict[int, str]) -> str:
 
 def _around(lines: list[str], run: list[int]) -> tuple[tuple[int, str, bool], ...]:
     first, last = max(run[0] - _AROUND, 1), min(run[-1] + _AROUND, len(lines))
-    shown = [(number, lines[number - 1].rstrip("\n"), number in run) for number in range(first, last + 1)]
+    while first < run[0] and not lines[first - 1].strip():
+        first += 1
+    while last > run[-1] and not lines[last - 1].strip():
+        last -= 1
+    shown = [(number, lines[number - 1], number in run) for number in range(first, last + 1)]
     margin = min((len(text) - len(text.lstrip()) for _, text, _ in shown if text.strip()), default=0)
     return tuple((number, text[margin:].rstrip(), named) for number, text, named in shown)
 
