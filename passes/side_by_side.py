@@ -19,7 +19,7 @@ from compile_attn.passes.report import counted
 from compile_attn.passes.source_lines import short
 from compile_attn.passes.stable import Line, named_graphs
 
-_FUSED = re.compile(r" = (paged_attn\.(?:attend|attention))\b")
+_FUSED = re.compile(r" = (paged_attn\.(?:attend|attention)|aten\.scaled_dot_product_attention)\b")
 _WORD = re.compile(r"[A-Za-z_][\w.]*|(?<![\w.])\d[\w.]*(?=/)")
 _TURN = re.compile(r"_\d+$")
 _GAP = 2  # equal lines between two changes that are one region
@@ -181,7 +181,9 @@ def _run(rows: Sequence[Row]) -> str:
     if all(row.equal for row in rows):
         return _fold(f"{len(rows)} unchanged lines", body, "same") if len(rows) > _LONG else f"<div class=rows>{body}</div>"
     fused = [(found[1], row.new.spec) for row in rows if row.new and not row.equal and (found := _FUSED.search(row.new.text))]
-    told = _counts(rows) + "".join(f": <code>{op}</code>, {_text(AttentionSpec.decode(spec).mask.words())}" for op, spec in fused)
+    told = _counts(rows)
+    for op, spec in fused:
+        told += f": <code>{op}</code>" + (f", {_text(AttentionSpec.decode(spec).mask.words())}" if spec else "")
     return _fold(told, body, "changed", opened=not fused and len(rows) <= _OPEN)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,16 @@ def test_stateless() -> None:
     ]
     assert report.mode == "stateless" and report.rejected == () and "+scaled_dot_product_attention" in report.diff()
     assert all(site.passed_over and site.nodes_removed > site.nodes_added > 0 for site in report.sites)
+
+
+def test_the_lines_of_a_site() -> None:
+    """Those of the score, the mask and the values, in their order; the projections around them stay."""
+    for report in (ca.explain(tiny(), IDS), ca.explain(tiny(), paged=True)):
+        for site in report.sites:
+            places, codes = zip(*(re.fullmatch(r"(.*?):\d+: (.*)", line).groups() for line in site.lines), strict=True)
+            assert {Path(place).name for place in places} == {"tiny.py"}
+            assert [code.split(" = ")[0] for code in codes[:2]] == ["scores", "scores"] and len(codes) == 3
+            assert "k.transpose" in codes[0] and "masked_fill" in codes[1] and "softmax(dim=-1) @ v" in codes[2]
 
 
 def test_a_kernel_for_every_site() -> None:

@@ -73,6 +73,13 @@ def test_a_region_that_attention_replaces_is_folded() -> None:
     assert rows(page)[9][0].endswith("= aten.softmax.int(matmul)") and rows(page)[9][1] == ""
 
 
+def test_torchs_own_attention_is_attention() -> None:
+    own = layers(1, lambda at: [f"out_{at}: float32[8] = aten.scaled_dot_product_attention.default(x, x, x)"])
+    assert ("changed", False, "2 lines replaced by 1: aten.scaled_dot_product_attention") in folds(
+        side_by_side(layers(1, softmax), own)
+    )
+
+
 def test_a_short_region_is_open_and_long_equal_runs_are_folded() -> None:
     changed = layers(1, softmax).replace("softmax.int(scores_0)", "softmax.int(scores_0, -1)")
     assert folds(side_by_side(layers(1, softmax), changed)) == [
