@@ -147,7 +147,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "p
 
 def _graph(report: Report) -> str:
     if not report.diff():
-        return "<p>Nothing was rewritten.</p>"
+        return f"<p>{'Nothing was rewritten.' if report.before else 'This report holds no graph.'}</p>"
     told = (
         "The graph of ATen ops, one a line. A value is named by its module and op. Attention that is replaced is behind a click, "
         "and so are lines that stay. Layers that are alike are shown once."

@@ -98,7 +98,10 @@ class Report(Printed):
         return "\n".join(lines) if self.after else ""
 
     def to_html(self, path: str | None = None) -> str:
-        """One self-contained page: sites, masks as pictures, the diff. Written to `path` where that is given."""
+        """One self-contained page: sites with their formulas, masks and source lines, and both graphs side by side.
+
+        It is written to `path` where that is given. Source lines are read now, from the files that the report names.
+        """
         from compile_attn.passes.render import html
 
         page = html(self)

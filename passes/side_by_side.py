@@ -10,7 +10,7 @@ import difflib
 import html
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compile_attn.kernels.spec import AttentionSpec
@@ -55,7 +55,7 @@ def side_by_side(before: str, after: str) -> str:
         parts += [f"<h3>Graph {number + 1} of {len(graphs)}</h3>"] if len(graphs) > 1 else []
         inputs, nodes = ([[line for line in lines if line.is_input is kind] for lines in (old, new)] for kind in (True, False))
         parts.append(_inputs(_aligned(*inputs)))
-        parts += [_part(rows, like, level) for rows, like in _grouped(_by_layer(_aligned(*nodes)))]
+        parts += [_part(group, level) for group in _grouped(_by_layer(_aligned(*nodes)))]
     return "".join(parts)
 
 
@@ -108,30 +108,53 @@ def _by_layer(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield part
 
 
-def _grouped(parts: Iterator[list[Row]]) -> list[tuple[list[Row], list[str]]]:
-    """Parts of a graph that are alike but for the numbers in their names: the first, and the layers of the others."""
-    groups: dict[str, tuple[list[Row], list[str]]] = {}
+class _Alike:
+    """Parts of a graph in which the same stands but for numbers in names, each of which stays or grows evenly from part to part."""
+
+    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]) -> None:
+        self.rows, self.others = rows, list[Sequence[Row]]()
+        self._numbers = numbers
+        self._growth: list[int] | None = None  # of each number, when the first one grows by 1
+
+    def take(self, rows: Sequence[Row], numbers: Sequence[int]) -> bool:
+        """Whether this part is one of them."""
+        step = numbers[0] - self._numbers[0] if numbers else 0
+        grown = [now - was for was, now in zip(self._numbers, numbers, strict=True)]
+        if step < 1 or any(each < 0 or each % step for each in grown):
+            return False
+        growth = [each // step for each in grown]
+        if self._growth not in (None, growth):
+            return False
+        self._growth = growth
+        self.others.append(rows)
+        return True
+
+
+def _grouped(parts: Iterable[Sequence[Row]]) -> list[_Alike]:
+    groups: list[_Alike] = []
+    known: dict[str, list[_Alike]] = {}
     for rows in parts:
-        known = groups.setdefault(_shape(rows), (rows, []))
-        if known[0] is not rows:
-            known[1].append(_title(rows))
-    return list(groups.values())
+        text, numbers = _without_numbers(rows)
+        like = known.setdefault(text, [])
+        if not any(group.take(rows, numbers) for group in like):
+            like.append(_Alike(rows, numbers))
+            groups.append(like[-1])
+    return groups
 
 
-def _shape(rows: Sequence[Row]) -> str:
-    """The text with each number of a name replaced by its turn among the numbers of that name: equal texts have equal structure."""
-    turns: dict[str, dict[str, int]] = {}
+def _without_numbers(rows: Sequence[Row]) -> tuple[str, list[int]]:
+    """The text of both sides, with the specs, without the numbers in names; and these, that of the layer first."""
+    numbers: list[int] = []
 
-    def turn(name: str, number: str) -> str:
-        known = turns.setdefault(name, {})
-        return f"#{known.setdefault(number, len(known))}"
+    def number(found: re.Match[str]) -> str:
+        numbers.append(int(found[0].strip("_")))
+        return "#"
 
     def word(found: re.Match[str]) -> str:
-        path = NUMBER.sub(lambda number: turn(found[0][: number.start()], number[0]), found[0])
-        return _TURN.sub(lambda number: "_" + turn(path[: number.start()], number[0]), path)
+        return _TURN.sub(number, NUMBER.sub(number, found[0]))
 
     sides = ((sign, line) for row in rows for sign, line in (("-", row.old), ("+", row.new)) if line is not None)
-    return _WORD.sub(word, "\n".join(f"{sign}{line.module}/ {line} {line.spec}" for sign, line in sides))
+    return _WORD.sub(word, "\n".join(f"{sign}{line.module}/ {line} {line.spec}" for sign, line in sides)), numbers
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -140,21 +163,19 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _inputs(rows: Sequence[Row]) -> str:
-    """Each input alone, with those that are alike."""
-    groups: dict[str, tuple[Row, list[str]]] = {}
-    for row in rows:
-        names = [line.text.removeprefix("input ").partition(":")[0] for line in (row.old, row.new) if line is not None]
-        groups.setdefault(_shape([row]), (row, []))[1].append(names[0])
-    body = "".join(
-        _row(row) + (f"<p class=at>… and {len(names) - 1} more like it: {_text(places(names[1:]))}</p>" if names[1:] else "")
-        for row, names in groups.values()
-    )
+    """Each input alone, or with those that are alike."""
+    body = ""
+    for group in _grouped([row] for row in rows):
+        names = [row.line.text.removeprefix("input ").partition(":")[0] for [row] in group.others]
+        body += _row(*group.rows)
+        body += f"<p class=at>… and {len(names)} more like it: {_text(places(names))}</p>" if names else ""
     added, removed = (sum(getattr(row, side) is None for row in rows) for side in ("old", "new"))
     told = f"Inputs: {len(rows) - added} before, {len(rows) - removed} after" + (f", {added} of them new" if added else "")
     return _fold(_text(told), body, "part") if rows else ""
 
 
-def _part(rows: Sequence[Row], like: Sequence[str], level: str) -> str:
+def _part(group: _Alike, level: str) -> str:
+    rows, like = group.rows, [_title(other) for other in group.others]
     more = f" <small>and {len(like)} more like it: {_text(places(like))}</small>" if like else ""
     title = f"<{level}><code>{_text(_title(rows)) or 'the model itself'}</code>{more}</{level}>"
     return f"<section class=part>{title}{''.join(_run(run) for run in _runs(rows))}</section>"

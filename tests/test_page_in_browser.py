@@ -27,15 +27,16 @@ from tests.test_report import REJECTED, REPORT, SPEC, TOKENS
 NEEDS = "a browser: apt-get install chromium chromium-driver, and pip install selenium"
 FLAGS = (
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-    *("disable-component-update", "disable-sync"),
+    *("disable-component-update", "disable-sync", "disable-dev-shm-usage"),
 )
 WIDTHS = (1280, 400)
 EVIL = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">'\">"
 
 CUT_OFF = """
 const scrolls = e => e && (getComputedStyle(e).overflowX === 'auto' || scrolls(e.parentElement));
-return [...document.body.querySelectorAll('*')].filter(e => !scrolls(e.parentElement))
-  .filter(e => { const box = e.getBoundingClientRect(); return box.width && (box.right > innerWidth + 0.5 || box.left < -0.5); })
+const out = e => { const box = e.getBoundingClientRect(); return box.width && (box.right > innerWidth + 0.5 || box.left < -0.5); };
+const spills = e => e.clientWidth && e.scrollWidth > e.clientWidth + 1;
+return [...document.body.querySelectorAll('*')].filter(e => !scrolls(e) && (out(e) || spills(e)))
   .map(e => e.outerHTML.slice(0, 200));
 """
 UNSET = """

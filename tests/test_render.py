@@ -140,6 +140,7 @@ def test_many_equal_layers_are_one() -> None:
 
 def test_nothing_rewritten() -> None:
     assert "Nothing was rewritten." in html(Report("stateless", rejected=REPORT.rejected, before="a"))
+    assert "This report holds no graph." in html(Report("paged", REPORT.sites)), "as that of a program that was loaded"
 
 
 def test_the_page_is_written(tmp_path: Path) -> None:
