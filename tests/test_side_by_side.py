@@ -104,7 +104,7 @@ def test_layers_that_are_alike_are_shown_once() -> None:
         lambda at: [line.replace("sdpa", "general" if at == 4 else "sdpa") for line in fused(at)],
         lambda at: [line.replace("float32", "bfloat16" if at == 4 else "float32") for line in fused(at)],
         lambda at: [line.replace(", x,", f", relu_{24 if at == 4 else 6 * at + 5},") for line in fused(at)],
-        lambda at: [line.replace(f"blocks.{at}.w", f"blocks.{2 if at == 4 else at}.w") for line in fused(at)],
+        lambda at: [line.replace(f"blocks.{at}.w", f"blocks.{1 if at == 4 else at}.w") for line in fused(at)],
     ],
     ids=["spec", "kernel", "dtype", "operand", "another layer's weight"],
 )
