@@ -32,7 +32,7 @@ def html(report: Report) -> str:
         ("rejected", "Rejected", "".join(_rejected(one, at) for one, at in _alike(report))),
         ("tokens", "Tokens", _table(("where", "kind", "rewrite"), _rows(grouped(report.tokens)))),
         ("linears", "Linears", _table(("where", "kind", "what"), _rows(grouped(report.linears)))),
-        ("graph", "Graph, before and after", _graph(report)),
+        ("graph", "Graph, before and after" if report.before else "Graph", _graph(report)),
         ("time", "Time", _table(("phase", "time"), _times(report.seconds), "time")),
     ]
     shown = [(name, title, body) for name, title, body in sections if body]
@@ -58,7 +58,7 @@ def _head() -> str:
 def _site(site: Rewritten, at: Sequence[Location]) -> str:
     asked = f"<p>{_text(site.asked)}</p>" if site.asked else ""
     steps = f"<p>{_text(site.steps)}</p>" if site.steps else ""
-    nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"
+    nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added" if site.nodes_removed else ""
     meaning = f"<p>{_text(site.spec.words())}</p>{asked}{_formula(site.spec)}"
     kernel = f"<h4>Kernel</h4><p><b>{_text(site.kernel)}</b> <small>{nodes}</small></p>{steps}{_others(site.passed_over)}"
     body = f"<div class=meaning>{picture(site.spec.mask)}<div>{meaning}</div></div>{kernel}"
@@ -146,6 +146,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "p
 
 
 def _graph(report: Report) -> str:
+    if not report.before and report.after:  # a program that was loaded
+        graph = side_by_side(report.after, report.after)
+        return f"<p>The graph as it runs; what it was made from, a program does not know.</p><div class=alone>{graph}</div>"
     if not report.diff():
         return f"<p>{'Nothing was rewritten.' if report.before else 'This report holds no graph.'}</p>"
     told = (

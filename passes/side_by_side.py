@@ -47,15 +47,16 @@ class Row:
 
 
 def side_by_side(before: str, after: str) -> str:
-    """Both texts of a report as HTML: a part for each layer, and of layers that are alike the first."""
+    """Both texts of a report as HTML: a part for each layer, and of layers that are alike the first. They may be one text."""
     parts = []
+    stay = "unchanged line" if before != after else "line"
     graphs = list(named_graphs(before, after))
     level = "h4" if len(graphs) > 1 else "h3"
     for number, (old, new) in enumerate(graphs):
         parts += [f"<h3>Graph {number + 1} of {len(graphs)}</h3>"] if len(graphs) > 1 else []
         inputs, nodes = ([[line for line in lines if line.is_input is kind] for lines in (old, new)] for kind in (True, False))
         parts.append(_inputs(_aligned(*inputs)))
-        parts += [_part(group, level) for group in _grouped(_by_layer(_aligned(*nodes)))]
+        parts += [_part(group, level, stay) for group in _grouped(_by_layer(_aligned(*nodes)))]
     return "".join(parts)
 
 
@@ -171,14 +172,14 @@ def _inputs(rows: Sequence[Row]) -> str:
         body += f"<p class=at>… and {len(names)} more like it: {_text(places(names))}</p>" if names else ""
     added, removed = (sum(getattr(row, side) is None for row in rows) for side in ("old", "new"))
     told = f"Inputs: {len(rows) - added} before, {len(rows) - removed} after" + (f", {added} of them new" if added else "")
-    return _fold(_text(told), body, "part") if rows else ""
+    return _fold(told if added or removed else counted(len(rows), "input"), body, "part") if rows else ""
 
 
-def _part(group: _Alike, level: str) -> str:
+def _part(group: _Alike, level: str, stay: str) -> str:
     rows, like = group.rows, [_title(other) for other in group.others]
     more = f" <small>and {len(like)} more like it: {_text(places(like))}</small>" if like else ""
     title = f"<{level}><code>{_text(_title(rows)) or 'the model itself'}</code>{more}</{level}>"
-    return f"<section class=part>{title}{''.join(_run(run) for run in _runs(rows))}</section>"
+    return f"<section class=part>{title}{''.join(_run(run, stay) for run in _runs(rows))}</section>"
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -197,10 +198,10 @@ def _runs(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield region
 
 
-def _run(rows: Sequence[Row]) -> str:
+def _run(rows: Sequence[Row], stay: str) -> str:
     body = "".join(_told(rows))
     if all(row.equal for row in rows):
-        return _fold(f"{len(rows)} unchanged lines", body, "same") if len(rows) > _LONG else f"<div class=rows>{body}</div>"
+        return _fold(counted(len(rows), stay), body, "same") if len(rows) > _LONG else f"<div class=rows>{body}</div>"
     fused = [(found[1], row.new.spec) for row in rows if row.new and not row.equal and (found := _FUSED.search(row.new.text))]
     told = _counts(rows)
     for op, spec in fused:

@@ -81,7 +81,7 @@ def test_the_page_says_what_the_report_says() -> None:
 
 def test_empty_sections_are_left_out() -> None:
     page = html(Report("stateless"))
-    assert re.findall("<h2.*?>(.*?)</h2>", page) == ["Graph, before and after"]
+    assert re.findall("<h2.*?>(.*?)</h2>", page) == ["Graph"]
     assert re.findall("<h2.*?>(.*?)</h2>", html(REPORT)) == ["Rewritten", "Rejected", "Graph, before and after"]
 
 
@@ -140,7 +140,15 @@ def test_many_equal_layers_are_one() -> None:
 
 def test_nothing_rewritten() -> None:
     assert "Nothing was rewritten." in html(Report("stateless", rejected=REPORT.rejected, before="a"))
-    assert "This report holds no graph." in html(Report("paged", REPORT.sites)), "as that of a program that was loaded"
+    assert "This report holds no graph." in html(Report("paged", REPORT.sites))
+
+
+def test_a_program_knows_only_the_graph_that_it_runs() -> None:
+    site = Rewritten(Location(module="layers.0"), SITES[0].spec, "general")
+    page = html(Report("paged", (site,), after="a: float32[2] = aten.relu.default(b)\nreturn a"))
+    assert "a program does not know" in page and "relu: float32[2] = aten.relu.default(b)" in page
+    assert "<ins>" not in page and "<del>" not in page and "unchanged" not in page and "before and after" not in page
+    assert "nodes removed" not in page and "Source" not in page and "<b>general</b>" in page
 
 
 def test_the_page_is_written(tmp_path: Path) -> None:

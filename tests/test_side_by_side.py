@@ -83,7 +83,7 @@ def test_torchs_own_attention_is_attention() -> None:
 def test_a_short_region_is_open_and_long_equal_runs_are_folded() -> None:
     changed = layers(1, softmax).replace("softmax.int(scores_0)", "softmax.int(scores_0, -1)")
     assert folds(side_by_side(layers(1, softmax), changed)) == [
-        ("part", False, "Inputs: 2 before, 2 after"),
+        ("part", False, "2 inputs"),
         ("same", False, "7 unchanged lines"),
         ("changed", True, "1 line replaced by 1"),
     ]

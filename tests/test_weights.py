@@ -223,4 +223,4 @@ def test_the_report_tells() -> None:
     text = str(report)
     assert "v_proj.weight has hooks, which may count on where it lies" in " ".join(text.replace("│", " ").split())
     assert "gate_proj.weight, up_proj.weight: one product of 48 + 48" in text and "blocks.0 ... blocks.1 (2)" in text
-    assert "+input joined_weight_0: float32[48, 32]" in report.diff() and "<h2>Linears</h2>" in report.to_html()
+    assert "+input joined_weight_0: float32[48, 32]" in report.diff() and ">Linears</h2>" in report.to_html()
