@@ -116,7 +116,8 @@ class Report(Printed):
             return f"this model cannot be paged, for {counted(len(self.rejected), 'reason')}; nothing was rewritten"
         done = f"{counted(len(self.sites), 'attention site')} rewritten ({self.mode}), {len(self.rejected)} rejected"
         merged = sum(one.kind == "merged" for one in self.linears)
-        done += f", {counted(len(self.tokens), 'token rewrite')}" if self.mode == "paged" else ""
+        told = self.mode == "paged" and (self.tokens or self.before)  # a saved program does not know what it was
+        done += f", {counted(len(self.tokens), 'token rewrite')}" if told else ""
         return done + (f", {counted(merged, 'group')} of linears merged" if merged else "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
