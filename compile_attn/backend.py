@@ -22,6 +22,7 @@ from compile_attn.options import Inner, Options
 from compile_attn.passes.graph import placeholders
 from compile_attn.passes.pipeline import PagedGeometry, Rewriting, rewrite_paged, rewrite_stateless
 from compile_attn.passes.report import RefusedError, Rejected, Report
+from compile_attn.passes.verify import excepted
 
 Compiled = Callable[..., Any]
 
@@ -153,7 +154,20 @@ def compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
 
     # A tracing context of our own: the graph is compiled with fresh symbols, whose guards are not Dynamo's business.
     with torch.no_grad(), tracing(TracingContext(rewriting.inputs.mode)):
-        return _compile_inner(rewriting.module, rewriting.inputs.values, inner)
+        compiled = _compile_inner(rewriting.module, rewriting.inputs.values, inner)
+    return _but_for(excepted(rewriting.inputs), compiled, rewriting.module)
+
+
+def _but_for(sizes: Sequence[tuple[int, int, int]], compiled: Compiled, module: Compiled) -> Compiled:
+    """The compiled graph; the graph as it is where an input has one of these sizes, for which the other may be wrong."""
+    if not sizes:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        odd = any(args[place].shape[dim] == size for place, dim, size in sizes)
+        return module(*args) if odd else compiled(*args)
+
+    return run
 
 
 def _compile_inner(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner) -> Compiled:

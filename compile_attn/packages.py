@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from compile_attn.exported import Served, rewriting_of, steps_begin, tensors_of
 from compile_attn.manifest import FILE, Manifest, dtype_name, existing
+from compile_attn.passes.verify import excepted
 
 _CODE = "code.pt2"
 
@@ -46,8 +48,10 @@ class Package(Served):
         step = input_ids, position_ids, block_table, seq_lens, query_lens, logits_rows
         given = [*([tensor] for tensor in step), k_pages, v_pages, k_scales, v_scales]
         self._check(given)
+        wide = map(_at_least_two, step)  # the code is for all sizes from two up; a cache pads likewise
         with torch.no_grad():
-            return self._run(*self.own, *(tensor for tensors in given for tensor in tensors))  # type: ignore[no-any-return]
+            logits: torch.Tensor = self._run(*self.own, *wide, *k_pages, *v_pages, *k_scales, *v_scales)
+        return logits[:, : len(logits_rows)]
 
     def _check(self, given: Sequence[Sequence[torch.Tensor]]) -> None:
         """Native code does not ask what it is given: tensors of other shapes would be other memory."""
@@ -71,6 +75,14 @@ class Package(Served):
                 raise ValueError(f"{name} is {size}; this package takes at most {told.assumed[name]}")
 
 
+def _at_least_two(tensor: torch.Tensor) -> torch.Tensor:
+    """A step's tensor with zeros behind what it holds, where that is one: of nobody's token, sequence and page."""
+    missing = [max(0, 2 - size) for size in tensor.shape]
+    if tensor.dtype == torch.int64 and tensor.dim() == 2:
+        missing[0] = 0  # ids and positions are [1, T]
+    return F.pad(tensor, [pad for more in reversed(missing) for pad in (0, more)]) if any(missing) else tensor
+
+
 def package(program: torch.export.ExportedProgram, path: str | Path) -> None:
     """Compile a program of `export` with AOTInductor, for its device and this machine, and write it with its tensors to one file.
 
@@ -87,6 +99,11 @@ def package(program: torch.export.ExportedProgram, path: str | Path) -> None:
         rewriting.verify()  # AOTInductor goes by the values in a graph's meta, which are then those of our inputs
         with torch.no_grad():
             ahead_of_time(rewriting.module, rewriting.inputs.values, code)
+        if odd := sorted({size for _, _, size in excepted(rewriting.inputs)}):
+            raise ValueError(
+                f"this program cannot be packaged: AOTInductor's code may be wrong for steps of which a size is "
+                f"{', '.join(map(str, odd))}; save it, and have PagedLM compile it"
+            )
         assumed = rewriting.assumed(steps_begin(len(tensors)))
         told = replace(manifest, native=needs_of_native_code(device), assumed=assumed)
         unfinished = file.with_name(f"{file.name}.{os.getpid()}")

@@ -14,6 +14,22 @@ class NotABound(ValueError):
     """The condition holds for some lengths only, and they are not all up to one."""
 
 
+def exception(condition: Any, symbol: sympy.Symbol) -> int | None:
+    """The one length of at least 2 for which `a * symbol + b != c` fails; None where it fails for none.
+
+    Raises NotABound for any other condition.
+    """
+    if not isinstance(condition, sympy.Ne) or condition.free_symbols != {symbol}:
+        raise NotABound(str(condition))
+    difference = sympy.expand(condition.lhs - condition.rhs)
+    slope = difference.coeff(symbol)
+    rest = difference - slope * symbol
+    if not slope.is_number or not rest.is_number or slope == 0:
+        raise NotABound(str(condition))
+    root = -rest / slope
+    return int(root) if root.is_integer and root >= 2 else None
+
+
 def upper_bound(condition: Any, symbol: sympy.Symbol) -> int | None:
     """The greatest length for which the condition holds; None where it holds for every one of at least 2.
 

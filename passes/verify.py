@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode  # stable in practice: what torch.export's own users import
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from compile_attn.passes.bounds import NotABound, upper_bound
+from compile_attn.passes.bounds import NotABound, exception, upper_bound
 from compile_attn.passes.graph import placeholders
 
 # First-call sizes that the inner compiler sees as hints: primes, so that no two symbols are unified by having equal hints.
@@ -81,20 +81,42 @@ def verify(module: fx.GraphModule, inputs: FreshInputs) -> None:
 def assumed_bounds(inputs: FreshInputs) -> dict[sympy.Symbol, int]:
     """How large the sizes may be, by what the run or a compiler has assumed: an index of 32 bits, say.
 
-    Raises NotABound where something else was assumed, so that the program would be wrong for other sizes.
+    Raises NotABound where something else was assumed but for `excepted`, so that the program would be wrong for other sizes.
     """
+    return _assumed(inputs)[0]
+
+
+def excepted(inputs: FreshInputs) -> list[tuple[int, int, int]]:
+    """Single sizes for which the compiled program may be wrong: (which input, which dimension, which size).
+
+    Inductor asks whether two strides are the same, say, and goes on as for a length for which they are not.
+    """
+    found = _assumed(inputs)[1]
+    shapes = [(place, x.shape) for place, x in enumerate(inputs.values) if isinstance(x, torch.Tensor)]
+    sizes: list[tuple[int, int, Any]] = [(place, dim, size) for place, shape in shapes for dim, size in enumerate(shape)]
+    symbols = [(place, dim, size.node.expr) for place, dim, size in sizes if isinstance(size, torch.SymInt)]
+    where = [one for one in symbols if one[2] in found]
+    if missing := found.keys() - {symbol for _, _, symbol in where}:
+        raise NotABound(", ".join(f"{symbol} != {sorted(found[symbol])}" for symbol in missing))
+    return [(place, dim, length) for place, dim, symbol in where for length in sorted(found[symbol])]
+
+
+def _assumed(inputs: FreshInputs) -> tuple[dict[sympy.Symbol, int], dict[sympy.Symbol, set[int]]]:
     env = inputs.mode.shape_env
     assert env is not None
     fixed = [(symbol, value) for symbol, value in env.replacements.items() if not (_by_data(symbol) and _by_data(value))]
     if fixed:
         raise NotABound(", ".join(f"{symbol} = {value}" for symbol, value in fixed))
     bounds: dict[sympy.Symbol, int] = {}
+    exceptions: dict[sympy.Symbol, set[int]] = {}
     for guard in env.guards:
         symbol = next(iter(guard.expr.free_symbols), sympy.Symbol("constant"))
-        bound = upper_bound(guard.expr, symbol)
-        if bound is not None:
+        if isinstance(guard.expr, sympy.Ne):
+            if (length := exception(guard.expr, symbol)) is not None:
+                exceptions.setdefault(symbol, set()).add(length)
+        elif (bound := upper_bound(guard.expr, symbol)) is not None:
             bounds[symbol] = min(bound, bounds.get(symbol, bound))
-    return bounds
+    return bounds, exceptions
 
 
 def _by_data(size: sympy.Basic) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from compile_attn.passes.bounds import NotABound, upper_bound
+from compile_attn.passes.bounds import NotABound, exception, upper_bound
 
 T, R = sympy.symbols("T R", integer=True, positive=True)
 
@@ -31,3 +31,28 @@ def test_bound(condition: sympy.Basic, bound: int | None) -> None:
 def test_what_is_no_bound(condition: sympy.Basic) -> None:
     with pytest.raises(NotABound):
         upper_bound(condition, T)
+
+
+@pytest.mark.parametrize(
+    ("condition", "length"),
+    [
+        (sympy.Ne(T, 64), 64),
+        (sympy.Ne(4 * T, 12), 3),
+        (sympy.Ne(192, 32 * T), 6),
+        (sympy.Ne(4 * T + 8, 20), 3),
+        (sympy.Ne(T, 1), None),
+        (sympy.Ne(4 * T, 13, evaluate=False), None),
+    ],
+)
+def test_single_lengths(condition: sympy.Basic, length: int | None) -> None:
+    assert exception(condition, T) == length
+    failing = [n for n in range(2, 200) if not condition.subs(T, n)]
+    assert failing == ([] if length is None else [length])
+
+
+@pytest.mark.parametrize(
+    "condition", [sympy.Ne(T, R), sympy.Ne(T**2, 16), sympy.Ne(sympy.Mod(T, 2), 0), sympy.Ne(sympy.floor(T / 3), 2), T < 8]
+)
+def test_what_is_no_single_length(condition: sympy.Basic) -> None:
+    with pytest.raises(NotABound):
+        exception(condition, T)

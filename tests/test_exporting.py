@@ -102,6 +102,15 @@ def test_other_families(tmp_path: Path) -> None:
     round_trips(families, tmp_path)
 
 
+@pytest.mark.every_form
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_compiled_but_for_a_single_length() -> None:
+    """Inductor compares strides of a complex rotation with a number; a step of that many tokens is run by the graph."""
+    model = build(next(family for family in FAMILIES if family.name == "deepseek_v2"))
+    expected = answers(model)
+    assert answers(model, "inductor") == expected == answers(ca.export(model, cache=cache()), "inductor")
+
+
 @pytest.fixture(scope="module")
 def program() -> torch.export.ExportedProgram:
     return ca.export(handwritten(), cache=cache())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compile_attn import PagedLM, Sampling
 from compile_attn.passes.bounds import NotABound
 from compile_attn.passes.graph import is_tensor, placeholders
 from compile_attn.passes.normalize import Normalized
-from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
+from compile_attn.passes.verify import FreshInputs, assumed_bounds, excepted, verify
 from tests.capture import captured
+from tests.tiny import alone, prompts_of, tiny
 
 _aten = torch.ops.aten
 
@@ -103,3 +106,36 @@ def test_what_a_compiler_assumes_is_a_bound_or_an_error() -> None:
     assert tokens == 67  # the hint: as a compiler that takes it for the size
     with pytest.raises(NotABound, match="= 67"):
         assumed_bounds(inputs)
+
+
+def test_single_sizes_are_excepted() -> None:
+    """Whether two strides are equal, say: the code is that for the lengths for which they are not."""
+    inputs = FreshInputs(_table().module.graph)
+    places = [n for n, x in enumerate(inputs.values) if isinstance(x, Tensor) and x.dtype == torch.int64]
+    tokens = inputs.values[places[0]].shape[1]
+    assert excepted(inputs) == []
+    assert tokens * 4 != 12 and tokens != 90
+    assert excepted(inputs) == [(place, 1, size) for place in places for size in (3, 90)] and assumed_bounds(inputs) == {}
+
+
+def test_a_step_of_such_a_size_is_run_by_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every other by what was compiled."""
+    compiled_for: list[int] = []
+
+    def assuming(module: fx.GraphModule, inputs: Any, inner: str) -> Any:
+        [place] = [n for n, x in enumerate(inputs) if isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 2]
+        assert inputs[place].shape[1] * 4 != 12
+
+        def run(*args: Any) -> Any:
+            compiled_for.append(args[place].shape[1])
+            return module(*args)
+
+        return run
+
+    monkeypatch.setattr("compile_attn.backend._compile_inner", assuming)
+    prompts = prompts_of([5, 2, 1])
+    with PagedLM(tiny(1), 128, max_seqs=4) as lm:
+        assert lm.generate(prompts, max_new_tokens=3) == [alone(tiny(1), prompt, Sampling(max_new_tokens=3)) for prompt in prompts]
+        assert set(compiled_for) == {8}, "the prompts; decodes are of 3 tokens"
+        lm.generate(prompts[:2], max_new_tokens=2)
+        assert set(compiled_for) == {8, 7, 2}
