@@ -22,7 +22,6 @@ from compile_attn.options import Inner, Options
 from compile_attn.passes.graph import placeholders
 from compile_attn.passes.pipeline import PagedGeometry, Rewriting, rewrite_paged, rewrite_stateless
 from compile_attn.passes.report import RefusedError, Rejected, Report
-from compile_attn.passes.verify import excepted
 
 Compiled = Callable[..., Any]
 
@@ -155,7 +154,7 @@ def compile_paged(rewriting: Rewriting, inner: Inner) -> Compiled:
     # A tracing context of our own: the graph is compiled with fresh symbols, whose guards are not Dynamo's business.
     with torch.no_grad(), tracing(TracingContext(rewriting.inputs.mode)):
         compiled = _compile_inner(rewriting.module, rewriting.inputs.values, inner)
-    return _but_for(excepted(rewriting.inputs), compiled, rewriting.module)
+    return _but_for(rewriting.excepted(), compiled, rewriting.module)
 
 
 def _but_for(sizes: Sequence[tuple[int, int, int]], compiled: Compiled, module: Compiled) -> Compiled:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from compile_attn.exported import Served, rewriting_of, steps_begin, tensors_of
 from compile_attn.manifest import FILE, Manifest, dtype_name, existing
-from compile_attn.passes.verify import excepted
 
 _CODE = "code.pt2"
 
@@ -99,7 +98,7 @@ def package(program: torch.export.ExportedProgram, path: str | Path) -> None:
         rewriting.verify()  # AOTInductor goes by the values in a graph's meta, which are then those of our inputs
         with torch.no_grad():
             ahead_of_time(rewriting.module, rewriting.inputs.values, code)
-        if odd := sorted({size for _, _, size in excepted(rewriting.inputs)}):
+        if odd := sorted({size for _, _, size in rewriting.excepted()}):
             raise ValueError(
                 f"this program cannot be packaged: AOTInductor's code may be wrong for steps of which a size is "
                 f"{', '.join(map(str, odd))}; save it, and have PagedLM compile it"

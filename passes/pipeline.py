@@ -29,7 +29,7 @@ from compile_attn.passes.recognise import AttentionSite, recognise
 from compile_attn.passes.report import LinearMerge, RefusedError, Rejected, Report, Rewritten
 from compile_attn.passes.terms import Unreadable
 from compile_attn.passes.tokens import TokensRefused, prove_tokens
-from compile_attn.passes.verify import FreshInputs, assumed_bounds, verify
+from compile_attn.passes.verify import FreshInputs, assumed_bounds, excepted, verify
 from compile_attn.passes.weights import JoinedWeights
 
 __all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
@@ -64,6 +64,11 @@ class Rewriting:
         """Run the paged graph on its fake inputs, as a compiler that traces does by itself."""
         assert self.inputs is not None
         verify(self.module, self.inputs)
+
+    def excepted(self) -> list[tuple[int, int, int]]:
+        """See `verify.excepted`: single sizes for which what was compiled may be wrong."""
+        assert self.inputs is not None
+        return excepted(self.inputs)
 
     def assumed(self, own_inputs: int) -> dict[str, int]:
         """How large sequences, max_pages, pages and tokens may be, where compiling has assumed it. Rows are tokens too.
