@@ -19,8 +19,8 @@ from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.manifest import Manifest, load
 from compile_attn.passes.graph import Location, placeholders
 from compile_attn.passes.pipeline import graph_text
+from compile_attn.passes.places import places
 from compile_attn.passes.report import RefusedError, Report, Rewritten
-from compile_attn.places import places
 
 if TYPE_CHECKING:
     from torch import nn

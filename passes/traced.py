@@ -33,7 +33,8 @@ class Traced:
     """The place of one graph's trace; without a name where it cannot be kept."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._mode, self._file = None, None
+        self._mode: FakeTensorMode | None = None
+        self._file: Path | None = None
         inputs = [node.meta.get("example_value") for node in placeholders(gm.graph)]
         mode = detect_fake_mode(inputs)  # the one that a trace is made in
         known = {id(one.fake_mode.shape_env) for one in inputs if isinstance(one, FakeTensor)}
@@ -72,7 +73,8 @@ class Traced:
 
 def wanted() -> bool:
     """As Inductor's cache of graphs is; and not where whoever is above may change what an op does."""
-    config: Any = torch._inductor.config
+    from torch._inductor import config
+
     ours_alone = not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
     return bool(config.fx_graph_cache and not config.force_disable_caches and ours_alone)
 
@@ -123,6 +125,7 @@ def _settings() -> Json:
         torch.backends.mha.get_fastpath_enabled(),
         bool(torch.backends.opt_einsum.enabled),
         torch.cuda.is_available(),
+        *(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math", "cudnn")),
     ]
     functorch: Any = torch._functorch.config
     inductor: Any = torch.compiler.config
