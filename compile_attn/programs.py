@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from compile_attn.comparing import Change, ReportDiff, compare
-from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.manifest import Manifest, load
-from compile_attn.passes.graph import Location, placeholders
+from compile_attn.passes.graph import placeholders
 from compile_attn.passes.pipeline import graph_text
 from compile_attn.passes.places import places
-from compile_attn.passes.report import RefusedError, Report, Rewritten
+from compile_attn.passes.report import RefusedError, Report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,11 +46,7 @@ def program_at(name: str, graphs: bool) -> Told:
     if not Path(name).is_file():
         raise ValueError(f"there is no {name}; name a program that compile_attn.save has written")
     manifest = Manifest.read(Path(name))
-    try:
-        told = Told(_report(manifest, ""), manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # its sites are whatever stands in the file
-        raise ValueError(f"{name}: what its manifest says of its sites cannot be read ({error!r}); save it again") from None
-    return _told(load(name), graphs) if graphs else told
+    return _told(load(name), graphs) if graphs else Told(manifest.report(), manifest)
 
 
 def exported_like(model: nn.Module, told: Manifest, kernel: str, graphs: bool) -> Told:
@@ -77,13 +72,7 @@ def compare_programs(before: Told, after: Told) -> ReportDiff:
 
 def _told(program: torch.export.ExportedProgram, graphs: bool) -> Told:
     manifest = Manifest.attached(program)
-    return Told(_report(manifest, _text(program) if graphs else ""), manifest)
-
-
-def _report(told: Manifest, graph: str) -> Report:
-    _pages(told)
-    sites = [Rewritten(Location(module=one["module"]), AttentionSpec.decode(one["encoded"]), one["kernel"]) for one in told.sites]
-    return Report("paged", tuple(sites), after=graph, max_positions=told.max_positions)
+    return Told(manifest.report(_text(program) if graphs else ""), manifest)
 
 
 def _changes(before: Manifest, after: Manifest) -> Iterator[Change]:
@@ -95,7 +84,7 @@ def _pages(told: Manifest) -> str:
     """The dtype of the keys that are handed to pages, by site where sites differ."""
     modules: dict[str, list[str]] = {}
     for site, layer in zip(told.sites, told.layers, strict=True):
-        modules.setdefault(layer["dtype"], []).append(site["module"])
+        modules.setdefault(layer["dtype"], []).append(str(site.get("module", "")))
     return "; ".join(dtype if len(modules) == 1 else f"{places(each)}: {dtype}" for dtype, each in modules.items())
 
 

@@ -176,8 +176,8 @@ def test_bad_files(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[s
         str(empty): "damaged, or no saved program",
         str(tmp_path / "none.pt2"): "there is no ",
         with_manifest(good, tmp_path / "format.pt2", format=9): "has format 9",
-        with_manifest(good, tmp_path / "spec.pt2", sites=[site] * 2): "what its manifest says of its sites cannot be read",
-        with_manifest(good, tmp_path / "sites.pt2", sites=[{"kernel": "reference"}]): "what its manifest says of its sites cannot",
+        with_manifest(good, tmp_path / "spec.pt2", sites=[site] * 2): "says of its sites cannot be read",
+        with_manifest(good, tmp_path / "sites.pt2", sites=[{"kernel": "reference"}]): "says of its sites cannot be read",
     }
     for file, why in bad.items():
         for pair in ((file, good), (f"{HERE}:model", file)):
