@@ -52,3 +52,14 @@ def test_kernels_that_were_made(tmp_path: Path) -> None:
     (tmp_path / "a" / "x.cubin").unlink()
     (tmp_path / "a" / "x.cubin").write_text("again")
     assert len(start._kernels(tmp_path) - before) == 1
+
+
+@pytest.mark.gpu
+def test_a_second_start_on_a_gpu_compiles_nothing() -> None:
+    """Neither Inductor's kernels nor those of ours, which Triton keeps by itself."""
+    found = start.starts("tiny", "cuda", {"kv_tokens": 4096, "max_seqs": 4, "kernel": "general"}, warm_up=True, limit=300)
+    first, second = found["first"], found["second"]
+    assert first["compiled"]["cubin"] > 0 and first["counters"]["fxgraph_cache_miss"] == 1
+    assert second["compiled"] == {"cubin": 0, "so": 0}
+    assert second["counters"]["fxgraph_cache_hit"] == 1 and second["counters"]["fxgraph_cache_miss"] == 0
+    assert second["of PagedLM"]["normalize (tracing to ATen)"] < first["of PagedLM"]["normalize (tracing to ATen)"] / 2
