@@ -12,7 +12,7 @@ from pathlib import Path
 
 _TARGET = (
     "MODULE:FACTORY, where FACTORY() returns a model, (model, args) or (model, args, kwargs); or a config.json of transformers, or "
-    "its folder, whose model gets random weights"
+    "its folder, whose model gets random weights; or a program that compile_attn.save has written"
 )
 
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_how(explain)
     explain.add_argument("--html", help="write the report as one HTML page")
     explain.add_argument("--diff", action="store_true", help="print the graph diff")
-    diff = commands.add_parser("diff", help="compare two models: exit status 0 where the same is read, 1 where not")
+    diff = commands.add_parser("diff", help="compare two models or programs: exit status 0 where they are the same, 1 where not")
     diff.add_argument("before", metavar="A", help=_TARGET)
     diff.add_argument("after", metavar="B", help="the same")
     _add_how(diff)
@@ -68,8 +68,11 @@ def _explain(options: argparse.Namespace) -> int:
     """Exit status 0: all attention was read; 1: some was not, or the model cannot be paged; 2: bad input."""
     from rich.console import Console
 
+    from compile_attn.programs import is_program
     from compile_attn.targets import report_of
 
+    if options.diff and is_program(options.target):
+        raise ValueError(f"{options.target}: a saved program has no graph from before its rewriting; leave --diff out")
     report = report_of(options.target, options.kernel, options.paged)
     Console().print(report)
     if options.diff:
@@ -84,12 +87,10 @@ def _diff(options: argparse.Namespace) -> int:
     """Exit status 0: nothing of what is printed differs; 1: something does; 2: bad input."""
     from rich.console import Console
 
-    from compile_attn.comparing import compare
     from compile_attn.passes.stable import stable_graph
-    from compile_attn.targets import report_of
+    from compile_attn.targets import compared
 
-    before, after = (report_of(name, options.kernel, options.paged) for name in (options.before, options.after))
-    found = compare(before, after)
+    found, before, after = compared(options.before, options.after, options.kernel, options.paged, options.graphs)
     Console().print(found)
     if not options.graphs:
         return int(bool(found))

@@ -1,4 +1,4 @@
-"""Which model does a word on the command line mean, and what does `explain` say of it?"""
+"""Which model or saved program does a word on the command line mean, and what is to be said of it?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compile_attn.comparing import ReportDiff, compare
 from compile_attn.explaining import explain
 from compile_attn.passes.report import Report
 
@@ -22,15 +23,56 @@ def report_of(name: str, kernel: str = "auto", paged: bool = False) -> Report:
 
     The latter is named by its path or its folder's. Its weights are random, float32, and take no memory where `explain` can do
     without: they are on the meta device first, and on the CPU with `paged`, or where something could not be read without them.
+    Of a saved program it is what its manifest says, and of nothing else is the file read.
     ValueError where the target is not there, is something else, or has no inputs and needs them, and without transformers.
     """
-    path = Path(name)
-    if path.suffix == ".json" or path.is_dir():
-        return _report_of_configuration(path / "config.json" if path.is_dir() else path, kernel, paged)
+    from compile_attn.programs import is_program, program_at
+
+    if is_program(name):
+        if kernel != "auto":
+            raise ValueError(f"{name}: its kernel was chosen when it was exported; leave --kernel out")
+        return program_at(name, graphs=False).report
+    if (path := _configuration(name)) is not None:
+        return _report_of_configuration(path, kernel, paged)
     model, args, kwargs = _made(name)
     if not (paged or args or kwargs):
         raise ValueError(f"{name!r} returned a model without inputs; return (model, args), or ask for --paged")
     return explain(model, *args, kernel=kernel, paged=paged, **kwargs)
+
+
+def compared(before: str, after: str, kernel: str, paged: bool, graphs: bool) -> tuple[ReportDiff, Report, Report]:
+    """What is different between two targets, and what is said of each; `graphs`: with their rewritten graphs.
+
+    A model beside a saved program is exported as that was: for a cache of such pages, a configuration's in the dtype of its keys.
+    """
+    from compile_attn.programs import Told, compare_programs, exported_like, is_program, program_at
+
+    names = before, after
+    saved = {name: program_at(name, graphs) for name in names if is_program(name)}
+    if not saved:
+        reports = [report_of(name, kernel, paged) for name in names]
+        return compare(*reports), reports[0], reports[1]
+    if kernel != "auto" and all(name in saved for name in names):
+        raise ValueError("the kernels of saved programs were chosen when they were exported; leave --kernel out")
+    like = next(iter(saved.values())).manifest
+    assert like is not None  # of a file it was read
+
+    def told(name: str) -> Told:
+        if name in saved:
+            return saved[name]
+        path = _configuration(name)
+        dtype = getattr(torch, like.layers[0]["dtype"]) if like.layers else torch.float32
+        model = _made(name)[0] if path is None else _configured(path, like.device, dtype)
+        return exported_like(model, like, kernel, graphs)
+
+    old, new = map(told, names)
+    return compare_programs(old, new), old.report, new.report
+
+
+def _configuration(name: str) -> Path | None:
+    """The file of a target that is a configuration."""
+    path = Path(name)
+    return path / "config.json" if path.is_dir() else path if path.suffix == ".json" else None
 
 
 def _made(name: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
@@ -61,7 +103,7 @@ def _report_of_configuration(path: Path, kernel: str, paged: bool) -> Report:
     return explain(_configured(path, "cpu"), input_ids=ids, use_cache=False, kernel=kernel, paged=paged)
 
 
-def _configured(path: Path, device: str) -> Any:
+def _configured(path: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
     """No code that comes with a configuration is run, and nothing is downloaded."""
     if not path.is_file():
         raise ValueError(f"there is no {path}; name a config.json of transformers, the folder with it, or MODULE:FACTORY")
@@ -72,7 +114,7 @@ def _configured(path: Path, device: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever transformers raises, it is about the file
         raise ValueError(f"{path} makes no causal LM: {error}") from error
     return model.eval()

@@ -18,6 +18,7 @@ from torch import fx
 from compile_attn.passes.decompositions import DECOMPOSITIONS
 from compile_attn.passes.flex import spell_out_flex
 from compile_attn.passes.graph import output_node, placeholders
+from compile_attn.passes.traced import Traced
 
 _aten = torch.ops.aten
 
@@ -37,21 +38,17 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
 
     `example_inputs` are what Dynamo hands a backend: real parameters and buffers, integers for symbolic sizes.
     """
-    # Private API, fenced here and tested on every supported torch: aot_export_module is what torch.export itself calls, and
-    # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
-    from torch._functorch.aot_autograd import aot_export_module
-
     gm, flex = spell_out_flex(gm)
     _refuse_transforms(gm)
     _drop_dropout(gm)
     _specialize_floats(gm)
     captured = placeholders(gm.graph)
-    fakes = [node.meta["example_value"] for node in captured]
-    module: Any
-    module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(DECOMPOSITIONS))
+    traced = Traced(gm)
+    module: Any = traced.find()
+    if module is None:
+        module = _trace(gm)
+        traced.keep(module)
     inputs = placeholders(module.graph)
-    _restore_mutations(module, signature, inputs)
-    _drop_asserts(module.graph)
     sources = {new: _source_name(old) for new, old in zip(inputs, captured, strict=True)}
     constants = {
         new: example
@@ -61,14 +58,36 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = getattr(module, str(node.target), None)
-            real = getattr(value, "constant", None)  # a tensor literal traced as a FakeTensor keeps its value there
-            if real is not None:
-                setattr(module, str(node.target), real)
-                value = real
             if isinstance(value, torch.Tensor):
                 constants[node] = value
     module.recompile()
     return Normalized(module, constants, sources, flex)
+
+
+def _trace(gm: fx.GraphModule) -> fx.GraphModule:
+    # Private API, fenced here and tested on every supported torch: aot_export_module is what torch.export itself calls, and
+    # the only entry that gives functional *pre-dispatch* ATen with Dynamo's symbols kept (make_fx keeps in-place ops).
+    from torch._functorch.aot_autograd import aot_export_module
+
+    fakes = [node.meta["example_value"] for node in placeholders(gm.graph)]
+    module: Any
+    module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(DECOMPOSITIONS))
+    _restore_mutations(module, signature, placeholders(module.graph))
+    _drop_asserts(module.graph)
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = getattr(module, str(node.target), None)
+        real = getattr(value, "constant", None)  # a tensor literal traced as a FakeTensor keeps its value there
+        if real is not None:
+            setattr(module, str(node.target), real)
+    return fx.GraphModule(module, _copied(module.graph))
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """A graph gives no name twice, not even of a node that is gone. A copy knows its nodes alone, as one does that was kept."""
+    copied = fx.Graph()
+    result = copied.graph_copy(graph, {})
+    copied.output(result).meta.update(output_node(graph).meta)
+    return copied
 
 
 def _refuse_transforms(gm: fx.GraphModule) -> None:

@@ -7,7 +7,7 @@ pages. Each step takes a graph and leaves a graph; the Report says what they did
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,16 @@ from compile_attn.passes.tokens import TokensRefused, prove_tokens
 from compile_attn.passes.verify import FreshInputs, assumed_bounds, excepted, verify
 from compile_attn.passes.weights import JoinedWeights
 
-__all__ = ["STEP_INPUTS", "LayerKV", "PagedGeometry", "RefusedError", "Rewriting", "rewrite_paged", "rewrite_stateless"]
+__all__ = [
+    "STEP_INPUTS",
+    "LayerKV",
+    "PagedGeometry",
+    "RefusedError",
+    "Rewriting",
+    "graph_text",
+    "rewrite_paged",
+    "rewrite_stateless",
+]
 
 
 @dataclass(frozen=True)
@@ -262,8 +271,13 @@ def _fuse_all(
     return tuple(rewritten[::-1]), refused[::-1]
 
 
+def graph_text(graph: fx.Graph, sources: Mapping[fx.Node, str]) -> str:
+    """A graph as a report has it; `sources` says which input is which of the user's tensors."""
+    return readable(graph, sources)
+
+
 def _text(normalized: Normalized) -> str:
-    return readable(normalized.module.graph, normalized.sources)
+    return graph_text(normalized.module.graph, normalized.sources)
 
 
 def _untraceable(error: Exception) -> Rejected:

@@ -163,8 +163,8 @@ def _meaning(site: Rewritten) -> str:
 
 def _kernel(site: Rewritten) -> str:
     others = [f"not {name}: {'; '.join(reasons)}" for name, reasons in site.passed_over.items()]
-    nodes = f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"
-    return "\n".join((site.kernel, *filter(None, [site.steps]), *others, nodes))
+    nodes = [f"{counted(site.nodes_removed, 'node')} removed, {site.nodes_added} added"] if site.nodes_removed else []
+    return "\n".join((site.kernel, *filter(None, [site.steps]), *others, *nodes))
 
 
 def counted(number: int, noun: str) -> str:

@@ -54,8 +54,14 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
-    """No test sees the compilations, the recompile limit or the random numbers of another: the same weights at every run."""
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the compilations, the recompile limit, the traces or the random numbers of another: the same weights each time.
+
+    Nor the traces that an earlier run has left.
+    """
+    from compile_attn.passes import traced
+
+    monkeypatch.setattr(traced, "wanted", lambda: False)
     torch._dynamo.reset()
     torch.manual_seed(0)
 

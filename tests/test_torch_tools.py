@@ -51,16 +51,22 @@ from torch._dynamo.utils import counters
 import torch._inductor.config
 import compile_attn as ca
 import compile_attn.inductor
+from compile_attn.passes import normalize
 from tests.tiny import prompts_of, tiny
 
 torch._inductor.config.cpp.simdlen = 1  # else the compiler is tried on each kind of vectors, which takes longer than all kernels
 
+traced = []
+trace = normalize._trace
+normalize._trace = lambda gm: traced.append(gm) or trace(gm)
+
 def compiled(what, run):
     begin = time.perf_counter()
     counters.clear()
+    traced.clear()
     result = run()
     counts = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
-    found[what] = {**counts, "result": result, "seconds": time.perf_counter() - begin}
+    found[what] = {**counts, "traced": len(traced), "result": result, "seconds": time.perf_counter() - begin}
 
 @torch.no_grad()
 def stateless():
@@ -355,6 +361,12 @@ def test_a_second_process_finds_the_graph(processes: dict[str, dict[str, Any]], 
     counts = {way: tuple(found[what][name] for name in ("hit", "miss", "bypass")) for way, found in processes.items()}
     assert counts == {"save": (0, 1, 0), "find": (1, 0, 0), "load": (1, 0, 0)}
     assert processes["find"][what]["result"] == processes["load"][what]["result"] == processes["save"][what]["result"]
+
+
+@pytest.mark.parametrize("what", ["stateless", "paged"])
+def test_a_second_process_traces_no_graph(processes: dict[str, dict[str, Any]], what: str) -> None:
+    """Ours: where the folder has it. Torch's artefacts hold what torch has made."""
+    assert {way: found[what]["traced"] for way, found in processes.items()} == {"save": 1, "find": 0, "load": 1}
 
 
 def test_a_second_process_compiles_no_kernel(processes: dict[str, dict[str, Any]]) -> None:
