@@ -71,7 +71,7 @@ def export(
         exported = exported.run_decompositions({})  # functional: the signature says what is written to
     logits = exported.graph_signature.user_outputs[0]
     width = next(node for node in exported.graph.nodes if node.name == logits).meta["val"].shape[-1]
-    Manifest.of(paged.rewriting, vocabulary_of(model, int(width)), cache).attach(exported)
+    Manifest.of(paged.rewriting, vocabulary_of(model, int(width)), cache, merge_linears).attach(exported)
     return exported
 
 

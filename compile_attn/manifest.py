@@ -42,13 +42,14 @@ class Manifest:
     vocabulary: int  # token ids that the model knows
     max_positions: int | None = None
     max_tokens: int | None = None
+    merge_linears: bool = False
     format: int = FORMAT
     versions: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] | None = None
     assumed: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rewriting: Rewriting, vocabulary: int, cache: PagedKVCache) -> Manifest:
+    def of(cls, rewriting: Rewriting, vocabulary: int, cache: PagedKVCache, merge_linears: bool = False) -> Manifest:
         """Of a program that was made for a cache."""
         report = rewriting.report
         layers = [
@@ -67,6 +68,7 @@ class Manifest:
             vocabulary=vocabulary,
             max_positions=report.max_positions,
             max_tokens=cache.max_tokens,
+            merge_linears=merge_linears,
             versions={name: found for name in ("paged_attn", "torch", "triton") if (found := _version(name))},
         )
 
@@ -134,8 +136,11 @@ class Manifest:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def read(cls, path: Path, native: bool = False) -> Manifest:
-        """Of what `save` has written, or `package`. ValueError, naming the file, for whatever cannot be run here."""
+    def read(cls, path: Path, native: bool | None = False) -> Manifest:
+        """Of what `save` has written, `package` (native), or either of them (None).
+
+        ValueError, naming the file, for whatever cannot be run here.
+        """
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith(f"/{FILE}") or name == FILE]
@@ -165,7 +170,7 @@ class Manifest:
             found = cls(**{**raw, "layers": tuple(raw["layers"]), "sites": tuple(raw["sites"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: its {FILE} cannot be read ({error!r}); save it again") from None
-        if (found.native is not None) != native:
+        if native is not None and (found.native is not None) != native:
             by, reader = ("save", "load") if native else ("package", "load_package")
             raise ValueError(f"{path}: written by compile_attn.{by}; read it with compile_attn.{reader}")
         found.check(str(path))

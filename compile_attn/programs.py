@@ -37,15 +37,17 @@ class Told:
 
 
 def is_program(name: str) -> bool:
-    """Whether a word means a saved program: by its ending, or because it is a file of that kind."""
+    """Whether a word means a saved program, or a package of one: by its ending, or because it is a file of that kind."""
     return name.endswith(".pt2") or zipfile.is_zipfile(name)
 
 
 def program_at(name: str, graphs: bool) -> Told:
     """Of a file, whose manifest alone is read unless its graph is asked for. ValueError for one that cannot be run here."""
     if not Path(name).is_file():
-        raise ValueError(f"there is no {name}; name a program that compile_attn.save has written")
-    manifest = Manifest.read(Path(name))
+        raise ValueError(f"there is no {name}; name a program that compile_attn.save or compile_attn.package has written")
+    manifest = Manifest.read(Path(name), native=None)
+    if graphs and manifest.native is not None:
+        raise ValueError(f"{name}: a package holds native code, and no graph; leave --graphs out")
     return _told(load(name), graphs) if graphs else Told(manifest.report(), manifest)
 
 
@@ -57,7 +59,7 @@ def exported_like(model: nn.Module, told: Manifest, kernel: str, graphs: bool) -
     stored = told.kv_dtype if told.kv_dtype == "auto" else getattr(torch, told.kv_dtype)
     cache = PagedKVCache(_PAGES * told.page_size, told.page_size, max_seqs=2, device=told.device, kv_dtype=stored)
     try:
-        return _told(export(model, cache=cache, kernel=kernel), graphs)
+        return _told(export(model, cache=cache, kernel=kernel, merge_linears=told.merge_linears), graphs)
     except RefusedError as refused:
         return Told(Report("paged", rejected=refused.report.rejected), None)
 

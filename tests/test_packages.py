@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import compile_attn as ca
+from compile_attn.cli import main
 from compile_attn.exporting import inputs_of
 from compile_attn.inductor import cannot_run, needs_of_native_code
 from compile_attn.manifest import FORMAT
@@ -292,6 +293,15 @@ def test_files_of_others(path: Path, program: torch.export.ExportedProgram, tmp_
         ca.load_package(tmp_path / "none.pt2")
     with pytest.raises(ValueError, match="device='cuda', and its code is for cpu"):
         ca.load_package(path, "cuda")
+
+
+def test_it_is_compared_with_its_program(
+    path: Path, program: torch.export.ExportedProgram, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ca.save(program, tmp_path / "program.pt2")
+    assert main(["diff", str(path), str(tmp_path / "program.pt2")]) == 0
+    assert main(["diff", "--graphs", str(path), str(path)]) == 2
+    assert "a package holds native code, and no graph; leave --graphs out" in capsys.readouterr().err
 
 
 def test_what_torch_cannot_read(path: Path, tmp_path: Path) -> None:
