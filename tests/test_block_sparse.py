@@ -275,8 +275,13 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     "cases",
     [
         ("block sparse", "sparse decode"),
-        ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages", "sparse, float32"),
-        ("sparse, many blocks", "long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
+        pytest.param(
+            ("sparse, heads alike", "sparse, small heads", "sparse, fp8 pages", "sparse, float32"), marks=pytest.mark.every_form
+        ),
+        pytest.param(
+            ("sparse, many blocks", "long window", "sparse with a bias", "sparse, large heads", "sparse, two head sizes"),
+            marks=pytest.mark.every_form,
+        ),
     ],
     ids=str,
 )

@@ -257,8 +257,10 @@ def test_fp8_pages_fall_back(threads: list[hopper.Prepared]) -> None:
 
 
 @pytest.mark.skipif(NO_TRITON, reason="there is no Triton for this platform")
-def test_compiles_for_an_h200(tmp_path: Path) -> None:
-    compile_for_an_h200(tmp_path, *SPECIAL)
+@pytest.mark.parametrize("which", ["by default", pytest.param("others", marks=pytest.mark.every_form)])
+def test_compiles_for_an_h200(which: str, tmp_path: Path) -> None:
+    default = {"special, dense", "special, by head"}
+    compile_for_an_h200(tmp_path, *(name for name in SPECIAL if (name in default) == (which == "by default")))
 
 
 # The threads show what they are for.

@@ -16,6 +16,7 @@ def found() -> dict[str, start.Found]:
     return start.starts("tiny", "cpu", options, warm_up=True, limit=200)
 
 
+@pytest.mark.every_form
 def test_starts(found: dict[str, start.Found]) -> None:
     assert list(found) == list(start.STARTS)
     for one in found.values():
@@ -26,6 +27,7 @@ def test_starts(found: dict[str, start.Found]) -> None:
     assert "artefacts loaded" not in found["second"]["seconds"]
 
 
+@pytest.mark.every_form
 def test_tables(found: dict[str, start.Found]) -> None:
     """The stricter of the two ratios is the verdict."""
     told = copy.deepcopy(found)
