@@ -45,7 +45,8 @@ _FIRST_TOKENS = 3
 class PagedLM:
     """A language model that keeps keys and values in pages: many ragged requests at once, only new tokens computed.
 
-    model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits
+    model             takes token ids [1, T]; returns logits, a tuple that starts with them, or an object with .logits. Or what
+                      export() made of such a model, or load_package() read
     kv_tokens, page_size, max_seqs, kv_dtype, kv_scales, poison    as in PagedKVCache; more requests than max_seqs wait their turn
     kernel, inner, merge_linears, block_sparse    as in Options; with block_sparse no request is longer than its max_seqlen
     cuda_graphs       decodes, and steps of few new tokens, are replayed from CUDA graphs: "auto" where that can be, True or an
