@@ -59,14 +59,12 @@ def needs_of_native_code(device: torch.device) -> dict[str, str]:
     from torch._inductor.cpu_vec_isa import pick_vec_isa  # private, fenced here: what the compiler is told to use
 
     gpu = "" if device.type != "cuda" else ".".join(map(str, torch.cuda.get_device_capability(device)))
-    release = ".".join(torch.__version__.split(".")[:2])
-    return {**_machine(), "torch": release, "ops": _what_ops_are(), "vectors": str(pick_vec_isa() or ""), "gpu": gpu}
+    return {**_here(), "ops": _what_ops_are(), "vectors": str(pick_vec_isa() or ""), "gpu": gpu}
 
 
 def cannot_run(needs: Mapping[str, str]) -> str | None:
     """Why native code that needs this cannot be run here; None where it can."""
-    release = ".".join(torch.__version__.split(".")[:2])
-    here = {**_machine(), "torch": release}
+    here = _here()
     for name, what in (("system", "system"), ("machine", "processor"), ("torch", "torch")):
         if needs.get(name) != here[name]:
             return f"its code is for {what} {needs.get(name)}, and this is {here[name]}"
@@ -80,15 +78,17 @@ def cannot_run(needs: Mapping[str, str]) -> str | None:
     return f"its code is for GPUs of compute capability {gpu}, and this one has {found}" if gpu and gpu != found else None
 
 
-def _machine() -> dict[str, str]:
-    return {"system": sys.platform, "machine": platform.machine()}
+def _here() -> dict[str, str]:
+    release = ".".join(torch.__version__.split(".")[:2])
+    return {"system": sys.platform, "machine": platform.machine(), "torch": release}
 
 
 def _vectors() -> set[str]:
-    # Private, fenced here: Inductor's names for what the processor has, without trying its compiler.
-    from torch._inductor.cpu_vec_isa import x86_isa_checker
+    # Private, fenced here: Inductor's names for what the processor has. Of an x86 without trying its compiler; of others it tells
+    # nothing but which one it would take.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa, x86_isa_checker
 
-    return set(x86_isa_checker())
+    return set(x86_isa_checker()) or set(str(pick_vec_isa() or "").split())
 
 
 def _knowing_our_ops() -> Any:

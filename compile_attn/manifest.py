@@ -72,6 +72,11 @@ class Manifest:
             versions={name: found for name in ("paged_attn", "torch", "triton") if (found := _version(name))},
         )
 
+    @property
+    def stored(self) -> torch.dtype | None:
+        """The dtype of fp8 pages; None: the model's own."""
+        return None if self.kv_dtype == "auto" else getattr(torch, self.kv_dtype)
+
     def layers_on(self, device: torch.device) -> tuple[LayerKV, ...]:
         """What the pages of each attention site hold."""
         from compile_attn.passes.pipeline import LayerKV
@@ -107,7 +112,7 @@ class Manifest:
             "query_lens": [sequence],
             "logits_rows": [(torch.int64, ("rows",))],
         }
-        dtypes = [getattr(torch, layer["dtype"] if self.kv_dtype == "auto" else self.kv_dtype) for layer in self.layers]
+        dtypes = [self.stored or getattr(torch, layer["dtype"]) for layer in self.layers]
         pools = {
             name: [
                 (dtype, ("pages", self.page_size, layer["num_kv_heads"], layer[dim]))
@@ -115,7 +120,7 @@ class Manifest:
             ]
             for name, dim in (("k_pages", "head_dim"), ("v_pages", "head_dim_v"))
         }
-        scales = [] if self.kv_dtype == "auto" else [(torch.float32, ())] * len(self.layers)
+        scales = [] if self.stored is None else [(torch.float32, ())] * len(self.layers)
         return {**step, **pools, "k_scales": scales, "v_scales": scales}  # type: ignore[dict-item]
 
     def attach(self, program: torch.export.ExportedProgram) -> None:
@@ -206,7 +211,7 @@ class Manifest:
 
         device = torch.device(self.device)
         try:
-            stored = None if self.kv_dtype == "auto" else getattr(torch, self.kv_dtype)
+            stored = self.stored
             sites = set(zip(self.computed(), (layer.dtype for layer in self.layers_on(device)), strict=True))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: what its {FILE} says of its sites cannot be read ({error!r}); save it again") from None

@@ -56,7 +56,7 @@ def exported_like(model: nn.Module, told: Manifest, kernel: str, graphs: bool) -
     from compile_attn.cache import PagedKVCache
     from compile_attn.exporting import export
 
-    stored = told.kv_dtype if told.kv_dtype == "auto" else getattr(torch, told.kv_dtype)
+    stored = told.stored or "auto"
     cache = PagedKVCache(_PAGES * told.page_size, told.page_size, max_seqs=2, device=told.device, kv_dtype=stored)
     try:
         return _told(export(model, cache=cache, kernel=kernel, merge_linears=told.merge_linears), graphs)

@@ -255,6 +255,11 @@ def test_what_native_code_needs() -> None:
     """Of a GPU, too: that of its own compute capability."""
     needs = needs_of_native_code(torch.device("cpu"))
     assert cannot_run(needs) is None
+    with pytest.MonkeyPatch.context() as patch:  # a processor that is no x86
+        patch.setattr("torch._inductor.cpu_vec_isa.x86_isa_checker", lambda: [])
+        patch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: "asimd")
+        assert cannot_run(needs | {"vectors": "asimd"}) is None
+        assert cannot_run(needs | {"vectors": "sve"}) == "its code uses sve, which this processor does not have"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         assert cannot_run(needs | {"gpu": "9.0"}) is None
