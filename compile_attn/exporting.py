@@ -158,9 +158,9 @@ class _Program(nn.Module):
 
     def __init__(self, model: nn.Module, paged: Paged) -> None:
         super().__init__()
-        self._graph = paged.rewriting.module
+        graph = paged.rewriting.module.graph
         names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        nodes = placeholders(self._graph.graph)
+        nodes = placeholders(graph)
         length = nodes[paged.ids].meta["val"].shape[1]
         self._own: list[Any] = []  # of the graph's first inputs each: the name of a tensor, or a number
         for place, example in enumerate(paged.examples):
@@ -177,7 +177,8 @@ class _Program(nn.Module):
         merged = paged.rewriting.weights(paged.examples)
         given: list[tuple[str, torch.Tensor]]
         given = [(f"merged_{number}", nn.Parameter(weight, requires_grad=False)) for number, weight in enumerate(merged)]
-        given += [(node.name, value) for node, value in _handed_in(self._graph)]
+        given += [(node.name, value) for node, value in _handed_in(paged.rewriting.module)]
+        self._graph = fx.GraphModule(paged.rewriting.module, graph)  # holds what the graph still uses, and no more
         self._last = [_registered(self, name, tensor) for name, tensor in given]
 
     def forward(
@@ -216,10 +217,7 @@ def _handed_in(module: fx.GraphModule) -> list[tuple[fx.Node, torch.Tensor]]:
             given = add_placeholder(module.graph, f"held_{len(found)}", node.meta["val"])
             node.replace_all_uses_with(given)
             module.graph.erase_node(node)
-            if not module.graph.find_nodes(op="get_attr", target=node.target):
-                delattr(module, str(node.target))
             found.append((given, value))
-    module.recompile()
     return found
 
 

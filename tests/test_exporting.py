@@ -22,6 +22,7 @@ from compile_attn.manifest import FILE, FORMAT
 from tests.models import handwritten as written
 from tests.models.families import FAMILIES, build
 from tests.models.handwritten import VOCAB
+from tests.models.handwritten_more import decoder
 
 PROMPTS = [[3, 14, 15, 9, 2, 6], [5, 3], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2, 7]]
 NEW = 9
@@ -241,6 +242,15 @@ def test_inputs_that_are_none(args: tuple[Any, ...], kwargs: dict[str, Any], why
 def test_positions_are_given_where_they_are_asked_for() -> None:
     model = build(next(family for family in FAMILIES if family.name == "gpt2"))
     made = ca.export(model, (IDS,), {"position_ids": IDS, "use_cache": False}, cache=cache())
+    assert answers(made) == answers(model)
+
+
+def test_a_tensor_literal_of_the_mask_alone() -> None:
+    """`torch.where(b, w, torch.tensor(-1e4))`: the rewritten graph has no use for it."""
+    torch.manual_seed(1)
+    model = decoder("conv1d_qkv").eval()
+    made = ca.export(model, cache=cache())
+    assert not made.constants
     assert answers(made) == answers(model)
 
 
