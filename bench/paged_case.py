@@ -15,6 +15,7 @@ from compile_attn.kernels.batch import table_width
 from compile_attn.kernels.metadata import AttentionMetadata, AttentionMetadataBuilder
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
+from compile_attn.manifest import dtype_name
 
 PAGE_SIZE = 16
 LAYERS = 8
@@ -114,7 +115,8 @@ class Inputs:
         shared = chosen.planned(self.spec)
         if shared is None:
             return None
-        return torch.ops.paged_attn.plan(*self.where, PAGE_SIZE, self.dtype, shared.encode(), kernel)  # type: ignore[no-any-return]
+        given = PAGE_SIZE, dtype_name(self.dtype), shared.encode(), kernel
+        return torch.ops.paged_attn.plan(*self.where, *given)  # type: ignore[no-any-return]
 
 
 def _tables(case: Case, device: torch.device) -> tuple[list[list[int]], AttentionMetadata]:

@@ -6,12 +6,13 @@ written, a lowering) is said by `kernels/ops.py` and here. So the text of both i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ import torch.compiler.config
 from torch import fx
 
 from compile_attn.kernels import ops
+
+# A dtype, layout or memory format of an op comes out as another one in native code: pytorch/pytorch#169157, mended in 2.12.
+_MISREAD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 def by_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -32,14 +36,19 @@ def by_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., 
 
 
 def ahead_of_time(module: fx.GraphModule, inputs: Sequence[torch.Tensor], path: str) -> None:
-    """The graph as AOTInductor's package, a file of native code that torch loads; all tensors are its inputs."""
+    """The graph as AOTInductor's package, a file of native code that torch loads; all tensors are its inputs.
+
+    ValueError where the code would call an op with other arguments than the graph does.
+    """
     # Private, fenced here: what torch._inductor.aoti_compile_and_package does with a program, for a graph and fake inputs.
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._inductor.package.package import package_aoti
 
     specs = {"aot_inductor.serialized_in_spec": "", "aot_inductor.serialized_out_spec": ""}
-    with _knowing_our_ops():
+    with _knowing_our_ops(), _sound_calls() as wrong:
         files: Any = compile_fx_aot(module, list(inputs), config_patches={"aot_inductor.package": True, **specs})
+    if wrong:
+        raise ValueError(f"{wrong[0]}, for which native code of torch {_here()['torch']} puts another; newer torch does not")
     package_aoti(path, files)
 
 
@@ -95,6 +104,32 @@ def _knowing_our_ops() -> Any:
     _teach()
     config: Any = torch.compiler.config
     return config.patch(cache_key_tag=config.cache_key_tag + _what_ops_are())
+
+
+@contextlib.contextmanager
+def _sound_calls() -> Iterator[list[str]]:
+    """Native code stops at an op that has failed, as of torch 2.13; that of 2.11 goes on. Gives what it would call wrongly."""
+    # Private, fenced here: the lines that call an op which has no function in C of its own.
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    name, call = "generate_fallback_kernel_with_runtime_lookup_aot", "aoti_torch_proxy_executor_call_function("
+    generate = getattr(CppWrapperCpu, name)
+    wrong: list[str] = []
+
+    def checked(self: Any, op: Any, given: Sequence[Any], *more: Any) -> None:
+        begin = len(self.lines)
+        generate(self, op, given, *more)
+        for place, line in enumerate(self.lines[begin:], begin):
+            if isinstance(line, str) and line.startswith(call):
+                self.lines[place] = f"AOTI_TORCH_ERROR_CODE_CHECK({line.removesuffix(';')});"
+        kinds = torch.dtype, torch.layout, torch.memory_format
+        wrong.extend(f"{op} takes a {type(each).__name__}" for each in given if _MISREAD and isinstance(each, kinds))
+
+    setattr(CppWrapperCpu, name, checked)
+    try:
+        yield wrong
+    finally:
+        setattr(CppWrapperCpu, name, generate)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Which ops may stand in a graph? `torch.ops.paged_attn.*`: schemas that declare every mutation, and fakes.
 
 Importing this module registers them. They run on any device; the kernel that an `attention` or `attend` node names does
-the work.
+the work. `captured` is None where native code of AOTInductor has an empty list.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def _attention_fake(q: Any, k: Any, v: Any, captured: Any, spec: str, kernel: st
 
 
 @_op("attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, str spec, str kernel) -> Tensor", _attention_fake)
-def attention(q: Any, k: Any, v: Any, captured: list[torch.Tensor], spec: str, kernel: str) -> torch.Tensor:
+def attention(q: Any, k: Any, v: Any, captured: list[torch.Tensor] | None, spec: str, kernel: str) -> torch.Tensor:
     """Stateless: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] -> [B, Hq, Tq, Dv] contiguous."""
-    return backend(kernel).attention(q, k, v, captured, AttentionSpec.decode(spec)).contiguous()
+    return backend(kernel).attention(q, k, v, captured or [], AttentionSpec.decode(spec)).contiguous()
 
 
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -96,7 +96,7 @@ def _plan_fake(
     at: Any,
     rows: Any,
     page_size: int,
-    dtype: Any,
+    dtype: str,
     spec: str,
     kernel: str,
     numbers: Any = None,
@@ -107,7 +107,7 @@ def _plan_fake(
 
 @_op(
     "plan(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor positions, Tensor token_seq, int page_size, "
-    "ScalarType dtype, str spec, str kernel, int? numbers=None) -> Tensor",
+    "str dtype, str spec, str kernel, int? numbers=None) -> Tensor",
     _plan_fake,
 )
 def plan(
@@ -117,19 +117,20 @@ def plan(
     positions: Any,
     token_seq: Any,
     page_size: int,
-    dtype: torch.dtype,
+    dtype: str,
     spec: str,
     kernel: str,
     numbers: int | None = None,
 ) -> torch.Tensor:
     """Once a step: what the kernel's `attend` needs of the batch and not of the layer. See `Backend.plan`.
 
-    `numbers`: the kernel's `plan_numbers` when a graph was made, so that a cache of compiled graphs holds none of another size.
+    `dtype`: of queries, such as "bfloat16" (native code of torch 2.11 takes one ScalarType for another). `numbers`: the kernel's
+    `plan_numbers` when a graph was made, so that a cache of compiled graphs holds none of another size.
     """
     run = backend(kernel)
     if numbers not in (None, run.plan_numbers):
         raise ValueError(f"this graph plans {numbers} numbers a sequence, kernel {kernel!r} {run.plan_numbers}; compile it again")
-    step = DeviceStep(block_table, seq_lens, cu_seqlens_q, positions, token_seq, page_size, dtype)
+    step = DeviceStep(block_table, seq_lens, cu_seqlens_q, positions, token_seq, page_size, getattr(torch, dtype))
     return run.plan(step, AttentionSpec.decode(spec))
 
 
@@ -152,7 +153,7 @@ def attend(
     cu_seqlens_q: Any,
     positions: Any,
     token_seq: Any,
-    captured: list[torch.Tensor],
+    captured: list[torch.Tensor] | None,
     spec: str,
     kernel: str,
     k_scale: Any = None,
@@ -168,7 +169,7 @@ def attend(
         room = f"{k_pages.shape[0]} pages and a block table of {block_table.shape[1]}"
         raise ValueError(f"attend: {room} hold no keys; a profile run goes through attention(), on keys and values themselves")
     kv = Paged(k_pages, v_pages, block_table, seq_lens, cu_seqlens_q, positions, token_seq, k_scale, v_scale, plan)
-    return backend(kernel).attend(q, kv, captured, AttentionSpec.decode(spec)).contiguous()
+    return backend(kernel).attend(q, kv, captured or [], AttentionSpec.decode(spec)).contiguous()
 
 
 @_op(

@@ -169,7 +169,7 @@ def page(
     """
     graph = module.graph
     layers: list[LayerKV] = []
-    plans: dict[tuple[str, str, torch.dtype], fx.Node] = {}
+    plans: dict[tuple[str, str, str], fx.Node] = {}
     for fused in [n for n in graph.nodes if n.target is _ops.attention.default]:
         q, k, v, captured, spec, kernel = fused.args
         key, value = val(k), val(v)
@@ -204,7 +204,7 @@ def _plan(
     where: tuple[fx.Node, ...],
     page_size: int,
     fused: fx.Node,
-    plans: dict[tuple[str, str, torch.dtype], fx.Node],
+    plans: dict[tuple[str, str, str], fx.Node],
 ) -> fx.Node | None:
     """The plan that this site shares with others, made where the first of them stands; None if its kernel makes none."""
     kernel = str(fused.args[5])
@@ -212,7 +212,7 @@ def _plan(
     shared = run.planned(spec_of(fused))
     if shared is None:
         return None
-    key = (kernel, shared.encode(), val(fused.args[0]).dtype)  # type: ignore[arg-type]
+    key = (kernel, shared.encode(), str(val(fused.args[0]).dtype).removeprefix("torch."))  # type: ignore[arg-type]
     if key not in plans:
         more = (page_size, key[2], key[1], kernel, run.plan_numbers)
         plans[key] = emit.call(graph, _ops.plan.default, *where, *more, like=fused)

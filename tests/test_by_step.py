@@ -25,6 +25,7 @@ from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.kernels.speeds import Point
 from compile_attn.lm import PagedLM
+from compile_attn.manifest import dtype_name
 from compile_attn.step import StepBuffers
 from tests import fake_flashinfer
 from tests.oracle import CAPTURED, SPECS
@@ -129,7 +130,7 @@ def planned(batch: PagedBatch, kernel: str) -> torch.Tensor:
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
     shared, plan = run.planned(spec), None
     if shared is not None:
-        plan = torch.ops.paged_attn.plan(*where, at.page_size, batch.q.dtype, shared.encode(), kernel, run.plan_numbers)
+        plan = torch.ops.paged_attn.plan(*where, at.page_size, dtype_name(batch.q.dtype), shared.encode(), kernel, run.plan_numbers)
         assert plan.dtype == torch.int32 and plan.shape == (plan_size(at.seq_lens.shape[0], run.plan_numbers),)
     pools, captured = (batch.k_pages, batch.v_pages), list(CAPTURED)
     out: torch.Tensor = torch.ops.paged_attn.attend(batch.q, *pools, *where, captured, spec.encode(), kernel, None, None, plan)
@@ -192,7 +193,7 @@ def test_opcheck(flash: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     for sequences in (LONG, SHORT):
         at = paged_batch(spec, sequences).metadata
         where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
-        given = (*where, 4, torch.float32, spec.encode(), kernel, 8)
+        given = (*where, 4, "float32", spec.encode(), kernel, 8)
         torch.library.opcheck(torch.ops.paged_attn.plan.default, given, test_utils=OPCHECKS)
         with pytest.raises(ValueError, match=r"plans 7 numbers a sequence, kernel 'reference\|flash_attn' 8; compile it again"):
             torch.ops.paged_attn.plan(*given[:-1], 7)

@@ -23,6 +23,7 @@ from compile_attn.kernels.flash_providers import Call, Grid, Provider
 from compile_attn.kernels.select import backend
 from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.lm import PagedLM
+from compile_attn.manifest import dtype_name
 from compile_attn.sampling import Sampling
 from tests.oracle import CAPTURED, SLOPE, SPECS, attend_row
 from tests.paged import PagedBatch, paged_batch
@@ -157,7 +158,7 @@ def planned(batch: PagedBatch) -> torch.Tensor:
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
     shared = backend("flash_attn").planned(spec)
     assert shared is not None
-    plan = torch.ops.paged_attn.plan(*where, at.page_size, batch.q.dtype, shared.encode(), "flash_attn", 8)
+    plan = torch.ops.paged_attn.plan(*where, at.page_size, dtype_name(batch.q.dtype), shared.encode(), "flash_attn", 8)
     pools = batch.k_pages, batch.v_pages
     captured = list(CAPTURED)
     out = torch.ops.paged_attn.attend(batch.q, *pools, *where, captured, spec.encode(), "flash_attn", None, None, plan)
@@ -260,7 +261,7 @@ def test_opcheck(emulated: Emulated) -> None:
     batch = paged_batch(SPECS["gqa"], MIXED, pad_tokens=1)
     at, spec = batch.metadata, batch.spec.encode()
     where = (at.block_table, at.seq_lens, at.cu_seqlens_q, at.positions, at.token_seq)
-    given = (*where, 4, torch.float32, spec, "flash_attn", 8)
+    given = (*where, 4, "float32", spec, "flash_attn", 8)
     torch.library.opcheck(torch.ops.paged_attn.plan.default, given, test_utils=OPCHECKS)
     plan = torch.ops.paged_attn.plan(*given)
     with pytest.raises(ValueError, match="plans 7 numbers a sequence, kernel 'flash_attn' 8; compile it again"):

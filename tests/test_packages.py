@@ -7,18 +7,25 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
 
 import compile_attn as ca
 from compile_attn.cli import main
 from compile_attn.exporting import inputs_of
-from compile_attn.inductor import cannot_run, needs_of_native_code
+from compile_attn.inductor import ahead_of_time, cannot_run, native_code, needs_of_native_code
+from compile_attn.kernels import ops
+from compile_attn.kernels.backend import DeviceStep, Paged, plan_size
+from compile_attn.kernels.mask import Causal
+from compile_attn.kernels.reference import ReferenceBackend
+from compile_attn.kernels.spec import AttentionSpec
 from compile_attn.manifest import FORMAT
 from tests.models.families import FAMILIES, build
 from tests.test_exporting import NEW, PROMPTS, answers, cache, handwritten, rewritten, with_fields
@@ -332,6 +339,65 @@ def test_a_package_that_is_not_made_leaves_the_old_one(program: torch.export.Exp
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["old.pt2"]
     with pytest.raises(ValueError, match=r"not a program of compile_attn\.export"):
         ca.package(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), file)
+
+
+class Planner(ReferenceBackend):
+    """Plans one number a sequence; keeps what it is given, and fails when told to."""
+
+    plan_numbers = 1
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.fails = False
+
+    def plan(self, step: DeviceStep, spec: AttentionSpec) -> torch.Tensor:
+        self.seen.append((step.page_size, step.dtype))
+        return torch.zeros(plan_size(len(step.seq_lens), 1), dtype=torch.int32)
+
+    def attend(self, q: torch.Tensor, kv: Paged, captured: Sequence[torch.Tensor], spec: AttentionSpec) -> torch.Tensor:
+        assert kv.plan is not None and kv.plan.shape == (9,)
+        self.seen.append((captured, kv.k_scale))
+        if self.fails:
+            raise ValueError("not today")
+        return super().attend(q, kv, captured, spec)
+
+
+def test_what_native_code_hands_to_an_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the graph does; and nothing more is called after an op that has failed."""
+    spec, kernel = AttentionSpec(num_q_heads=2, num_kv_heads=1, head_dim=4, head_dim_v=4, mask=Causal(), scale=0.5), Planner()
+    monkeypatch.setattr(ops, "backend", lambda _: kernel)
+
+    def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *where: torch.Tensor) -> tuple[torch.Tensor]:
+        plan = torch.ops.paged_attn.plan(*where, 2, "float32", spec.encode(), "planner", 1)
+        for _ in range(2):
+            q = torch.ops.paged_attn.attend(q, k, v, *where, [], spec.encode(), "planner", plan=plan)
+        return (q,)
+
+    table, lengths, starts = (torch.tensor(each, dtype=torch.int32) for each in ([[1, 0]], [3], [0, 3]))
+    where = table, lengths, starts, torch.arange(3), torch.zeros(3, dtype=torch.int32)
+    inputs = torch.randn(3, 2, 4), torch.randn(2, 2, 1, 4), torch.randn(2, 2, 1, 4), *where
+    ahead_of_time(make_fx(twice, tracing_mode="fake")(*inputs), inputs, str(tmp_path / "twice.pt2"))
+    run = native_code(str(tmp_path / "twice.pt2"), torch.device("cpu"))
+    kernel.seen.clear()
+    assert_close(run(*inputs), twice(*inputs)[0])
+    assert kernel.seen == 2 * [(2, torch.float32), ([], None), ([], None)]
+    kernel.seen.clear()
+    kernel.fails = True
+    with pytest.raises(RuntimeError, match=r"not today|API call failed"):
+        run(*inputs)
+    assert kernel.seen == [(2, torch.float32), ([], None)]
+
+
+def test_an_op_that_native_code_would_call_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compile_attn.inductor._MISREAD", True)
+    with torch.library._scoped_library("test_packages", "FRAGMENT") as library:
+        library.define("cast(Tensor x, ScalarType dtype) -> Tensor")
+        library.impl("cast", lambda x, dtype: x.to(dtype, copy=True), "CompositeExplicitAutograd")
+        torch.library.register_fake("test_packages::cast", lambda x, dtype: x.new_empty(x.shape, dtype=dtype), lib=library)
+        graph = make_fx(lambda x: (torch.ops.test_packages.cast(x, torch.float64),), tracing_mode="fake")(torch.ones(3))
+        with pytest.raises(ValueError, match=r"test_packages\.cast\.default takes a dtype, for which native code of torch \d"):
+            ahead_of_time(graph, (torch.ones(3),), str(tmp_path / "cast.pt2"))
+    assert not os.listdir(tmp_path)
 
 
 # On a GPU
