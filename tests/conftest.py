@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -53,15 +54,22 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this run traces to ATen, for all its workers: many tests compile the same small models."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+
+
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the compilations, the recompile limit, the traces or the random numbers of another: the same weights each time.
+def _fresh(monkeypatch: pytest.MonkeyPatch, traces: Path) -> None:
+    """No test sees the compilations, the recompile limit or the random numbers of another: the same weights each time.
 
     Nor the traces that an earlier run has left.
     """
     from compile_attn.passes import traced
 
-    monkeypatch.setattr(traced, "wanted", lambda: False)
+    monkeypatch.setattr(traced, "_folder", lambda: traces)
     torch._dynamo.reset()
     torch.manual_seed(0)
 

@@ -130,7 +130,7 @@ def test_a_kernel_that_plans_does_so_once_for_equal_sites() -> None:
     attends = [node for node in module.graph.nodes if node.target is _ops.attend.default]
     assert [node.args[-1] for node in attends] == [plan, plan]
     assert plan.args[:5] == (step.block_table, step.seq_lens, step.cu_seqlens_q, step.positions, step.token_seq)
-    assert plan.args[5:7] == (4, torch.float32)
+    assert plan.args[5:7] == (4, "float32")
     assert plan.meta["val"].dtype == torch.int32
     module.graph.lint()
     module, _, _ = _paged("flash_attn", second=windowed)

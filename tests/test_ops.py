@@ -94,7 +94,7 @@ def test_a_fake_step_has_no_guards() -> None:
     k_pages, v_pages = symbolic(k_pages, 1), symbolic(v_pages, 1)
     with mode:
         starts, positions, slots, rows = OPS.build_metadata(table, lengths, lengths, q.shape[0], 4)
-        plan = OPS.plan(table, lengths, starts, positions, rows, 4, torch.bfloat16, SPECS["gqa"].encode(), "flash_attn", 8)
+        plan = OPS.plan(table, lengths, starts, positions, rows, 4, "bfloat16", SPECS["gqa"].encode(), "flash_attn", 8)
         out = OPS.attend(q, k_pages, v_pages, table, lengths, starts, positions, rows, [], spec, kernel, None, None, plan)
     assert not shapes.guards
     assert str(out.shape) == f"torch.Size([{q.shape[0]}, 4, 6])"

@@ -43,7 +43,6 @@ def count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Count:
         found.graphs += 1
         return trace(gm)
 
-    monkeypatch.undo()
     monkeypatch.setattr(traced, "_folder", lambda: tmp_path)
     monkeypatch.setattr(normalize, "_trace", counted)
     return found
