@@ -13,6 +13,7 @@ import inspect
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def by_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., 
 def ahead_of_time(module: fx.GraphModule, inputs: Sequence[torch.Tensor], path: str) -> None:
     """The graph as AOTInductor's package, a file of native code that torch loads; all tensors are its inputs.
 
-    ValueError where the code would call an op with other arguments than the graph does.
+    ValueError where the code would call an op with other arguments than the graph does, or crash when it is loaded.
     """
     # Private, fenced here: what torch._inductor.aoti_compile_and_package does with a program, for a graph and fake inputs.
     from torch._inductor.compile_fx import compile_fx_aot
@@ -49,6 +50,7 @@ def ahead_of_time(module: fx.GraphModule, inputs: Sequence[torch.Tensor], path: 
         files: Any = compile_fx_aot(module, list(inputs), config_patches={"aot_inductor.package": True, **specs})
     if wrong:
         raise ValueError(f"{wrong[0]}, for which native code of torch {_here()['torch']} puts another; newer torch does not")
+    _check_runtime([file for file in files if str(file).endswith(".so")])
     package_aoti(path, files)
 
 
@@ -130,6 +132,17 @@ def _sound_calls() -> Iterator[list[str]]:
         yield wrong
     finally:
         setattr(CppWrapperCpu, name, generate)
+
+
+def _check_runtime(libraries: Sequence[str]) -> None:
+    """A C++ runtime of its own, beside torch's, crashes when it is first used: as soon as the code is loaded."""
+    for library in libraries:
+        text = Path(library).read_bytes()
+        if sys.platform == "linux" and b"libstdc++.so" not in text and b"libc++.so" not in text:  # by name, as what it needs
+            raise ValueError(
+                f"the C++ compiler ({torch._inductor.config.cpp.cxx[-1]}) has put libstdc++ into the code, which would crash torch "
+                "when it is loaded; set CXX to a compiler that links it dynamically"
+            )
 
 
 @functools.cache

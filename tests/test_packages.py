@@ -341,6 +341,22 @@ def test_a_package_that_is_not_made_leaves_the_old_one(program: torch.export.Exp
         ca.package(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), file)
 
 
+@pytest.mark.parametrize("how", ["static", "shared"])
+def test_a_compiler_whose_code_would_crash(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, library, file = tmp_path / "name.cpp", tmp_path / "name.so", tmp_path / "name.pt2"
+    source.write_text("#include <string>\nstd::string name(int n) { return std::to_string(n); }\n")
+    flags = ["-static-libstdc++"] if how == "static" else []
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), *flags], check=True, timeout=60)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_aot", lambda *_, **__: [str(library)])
+    if how == "static":
+        with pytest.raises(ValueError, match=r"the C\+\+ compiler \(.+\) has put libstdc\+\+ into the code, .* set CXX"):
+            ahead_of_time(nn.Identity(), (), str(file))
+    else:
+        ahead_of_time(nn.Identity(), (), str(file))
+    assert file.exists() == (how == "shared")
+
+
 class Planner(ReferenceBackend):
     """Plans one number a sequence; keeps what it is given, and fails when told to."""
 
