@@ -183,7 +183,9 @@ def test_memory_keys_keep_their_meaning_when_stateless() -> None:
 # Symbolic floats, and silence
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.every_form) for name in ("llama", "gemma2", "deepseek_v3"))]
+)
 def test_dynamic_true(name: str) -> None:
     """dynamic=True makes Python floats inputs: once 15 fragments and no layer rewritten, silently."""
     model = _family(name)
