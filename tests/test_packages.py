@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -30,6 +31,7 @@ from compile_attn.manifest import FORMAT
 from tests.models.families import FAMILIES, build
 from tests.test_exporting import NEW, PROMPTS, answers, cache, handwritten, rewritten, with_fields
 
+COMPILER = shutil.which("g++") or os.environ.get("CXX", "c++")  # not $CXX first, which may put its runtime into the code
 MOST = 999  # tokens, of which the compiler is made to assume that there are no more
 OTHERS = ("gpt2", "gemma2", "qwen3")
 # Serves the package that it is told of; it knows nothing of the model, and may compile nothing.
@@ -52,7 +54,7 @@ def llama() -> nn.Module:
 
 def packed(program: torch.export.ExportedProgram, path: Path) -> Path:
     """Not optimised: half of the time would be the C++ compiler's."""
-    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1}
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.cxx": (COMPILER,)}
     with torch._inductor.config.patch(quick):
         ca.package(program, path)
     return path
@@ -346,8 +348,7 @@ def test_a_compiler_whose_code_would_crash(how: str, tmp_path: Path, monkeypatch
     source, library, file = tmp_path / "name.cpp", tmp_path / "name.so", tmp_path / "name.pt2"
     source.write_text("#include <string>\nstd::string name(int n) { return std::to_string(n); }\n")
     flags = ["-static-libstdc++"] if how == "static" else []
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), *flags], check=True, timeout=60)
+    subprocess.run([COMPILER, "-shared", "-fPIC", str(source), "-o", str(library), *flags], check=True, timeout=60)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_aot", lambda *_, **__: [str(library)])
     if how == "static":
         with pytest.raises(ValueError, match=r"the C\+\+ compiler \(.+\) has put libstdc\+\+ into the code, .* set CXX"):
